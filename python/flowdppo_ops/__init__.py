@@ -1,0 +1,52 @@
+"""Fused policy losses for flow-matching RL: Flow-DPPO, Flow-GRPO and GRPO-Guard.
+
+Importing this package imports neither PyTorch nor CUDA; the functions that take tensors do, when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._native import __version__
+from .objectives import FlowDPPO, FlowGRPO, GRPOGuard
+
+if TYPE_CHECKING:
+    from . import numpy, reference
+    from .advantages import group_advantages
+    from .policy_loss import loss
+    from .result import PolicyLoss
+
+__all__ = [
+    "FlowDPPO",
+    "FlowGRPO",
+    "GRPOGuard",
+    "PolicyLoss",
+    "__version__",
+    "group_advantages",
+    "loss",
+    "numpy",
+    "reference",
+]
+
+# name -> module that holds it; a module listed under its own name is the attribute itself.
+_LAZY = {
+    "PolicyLoss": "result",
+    "group_advantages": "advantages",
+    "loss": "policy_loss",
+    "numpy": "numpy",
+    "reference": "reference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{_LAZY[name]}", __name__)
+    value = module if name == _LAZY[name] else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

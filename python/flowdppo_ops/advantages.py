@@ -1,0 +1,82 @@
+"""Group-relative advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .objectives import check_option
+
+
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor | Sequence, *, std: str | None = "global", eps: float = 1e-4
+) -> Tensor:
+    """Rewards centred on their group's mean, and divided by a standard deviation.
+
+    Args:
+        rewards: `[B]` or `[B, T]`, float; a group's statistics run over its members and all their columns.
+        group_ids: `[B]`, which group each row belongs to (the prompt): an integer tensor, or any sequence or array of
+            hashable values.
+        std: "global" divides by the standard deviation of all rewards, "group" by that of the row's group, None not
+            at all. Unbiased, as in the trainers.
+        eps: added to the standard deviation.
+
+    Returns:
+        `rewards.shape`, in the dtype of `rewards`. A row alone in its group is centred on itself: exactly 0. With
+        std="global" and one single reward there is no standard deviation, and the result is NaN.
+
+    Raises:
+        TypeError: `rewards` is no float tensor. ValueError: shapes that do not fit, or an unknown `std`.
+
+    Source: verl-omni `compute_flow_grpo_outcome_advantage` (std=None is `norm_adv_by_std_in_grpo=False`).
+    """
+    where = "flowdppo_ops.group_advantages"
+    check_option(where, "std", std, ("global", "group", None))
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"{where}: rewards is a {type(rewards).__name__}, wanted a torch.Tensor")
+    if not rewards.is_floating_point():
+        raise TypeError(f"{where}: rewards has dtype {rewards.dtype}, wanted a float dtype")
+    if rewards.ndim not in (1, 2) or rewards.numel() == 0:
+        raise ValueError(f"{where}: rewards has shape {tuple(rewards.shape)}, wanted [B] or [B, T], not empty")
+    index, groups = _group_index(where, group_ids, rewards)
+
+    # float64 sums: a group's deviations from its mean are small beside the mean.
+    table = rewards.detach().double().reshape(rewards.shape[0], -1)
+    columns = table.shape[1]
+
+    def per_group(per_row: Tensor) -> Tensor:
+        return torch.zeros(groups, dtype=torch.float64, device=rewards.device).index_add_(0, index, per_row)
+
+    members = per_group(torch.ones_like(table[:, 0]))
+    mean = per_group(table.sum(1)) / (members * columns)
+    centred = table - mean[index, None]
+    alone = (members == 1)[index, None]
+    result = torch.where(alone, torch.zeros_like(centred), centred)
+    if std == "global":
+        result = result / (table.std() + eps)
+    elif std == "group":
+        variance = per_group((centred**2).sum(1)) / (members * columns - 1)
+        divisor = torch.where(members == 1, torch.ones_like(variance), variance.sqrt())
+        result = result / (divisor[index, None] + eps)
+    return result.reshape(rewards.shape).to(rewards.dtype)
+
+
+def _group_index(where: str, group_ids: Tensor | Sequence, rewards: Tensor) -> tuple[Tensor, int]:
+    """`group_ids` as `0..groups-1` on the device of `rewards`."""
+    if isinstance(group_ids, Tensor):
+        if group_ids.is_floating_point() or group_ids.is_complex():
+            raise TypeError(f"{where}: group_ids has dtype {group_ids.dtype}, wanted an integer dtype")
+        count, shape = group_ids.shape[0] if group_ids.ndim else 0, tuple(group_ids.shape)
+    else:
+        group_ids = list(group_ids)
+        count, shape = len(group_ids), (len(group_ids),)
+    if count != rewards.shape[0] or len(shape) != 1:
+        raise ValueError(f"{where}: group_ids has shape {shape}, wanted ({rewards.shape[0]},), one per row of rewards")
+    if isinstance(group_ids, Tensor):
+        unique, index = torch.unique(group_ids.to(rewards.device), return_inverse=True)
+        return index, unique.numel()
+    numbers: dict = {}
+    index = torch.tensor([numbers.setdefault(group, len(numbers)) for group in group_ids], device=rewards.device)
+    return index, len(numbers)

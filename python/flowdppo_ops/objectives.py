@@ -1,0 +1,152 @@
+"""The three objectives: what a row's ratio, KL and advantage become.
+
+Each is a small frozen dataclass; the arithmetic is in `flowdppo_ops.reference` (the specification) and in the
+native backends. Ratios, limits and thresholds are dimensionless or in nats per latent element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+
+@dataclass(frozen=True)
+class FlowDPPO:
+    """Divergence proximal policy optimisation for flow models (arXiv 2606.11025): an exact KL trust region.
+
+    A row is blocked when its KL from the old policy is high *and* the update moves further away:
+    `ratio > 1` with a positive advantage, or `ratio < 1` with a negative one. A blocked row has loss 0 and
+    gradient exactly 0; every other row has loss `-advantage * ratio`.
+
+    Args:
+        kl_mask_threshold: nats per latent element (nats with `latent_reduction="sum"`), >= 0, may be inf. KL is
+            high unless it is below: equality is high. Compared in the arithmetic dtype (float32, or float64).
+        normalize_kl: divide the squared drift by `2 std^2` (the Gaussian KL); with False by 2 alone
+            (`add_kl_coefficient=False` in UniRL and verl-omni).
+        mask: "asymmetric" as above; "symmetric" blocks every row of high KL; "none" blocks nothing.
+        nan_kl: "mask" counts a NaN KL as high (UniRL), "keep" as low (verl-omni).
+        kl_space: "latent" compares the KL of the transition; "velocity", in `step_loss` only, the mean squared
+            difference of the model outputs.
+
+    Raises:
+        ValueError: unknown option, or a threshold that is negative or NaN.
+        TypeError: a threshold that is no number.
+    """
+
+    kl_mask_threshold: float = 1e-5
+    normalize_kl: bool = True
+    mask: str = "asymmetric"
+    nan_kl: str = "mask"
+    kl_space: str = "latent"
+
+    def __post_init__(self) -> None:
+        _check_not_negative("FlowDPPO", "kl_mask_threshold", self.kl_mask_threshold)
+        check_option("FlowDPPO", "mask", self.mask, ("asymmetric", "symmetric", "none"))
+        check_option("FlowDPPO", "nan_kl", self.nan_kl, ("mask", "keep"))
+        check_option("FlowDPPO", "kl_space", self.kl_space, ("latent", "velocity"))
+        threshold = float(self.kl_mask_threshold)
+        _set_native(
+            self,
+            objective="flow_dppo",
+            low=threshold,
+            high=threshold,
+            mask=self.mask,
+            normalize_kl=bool(self.normalize_kl),
+            keep_nan_kl=self.nan_kl == "keep",
+        )
+
+
+@dataclass(frozen=True)
+class FlowGRPO:
+    """Clipped surrogate of Flow-GRPO (arXiv 2505.05470): `max(-A ratio, -A clip(ratio, 1 - low, 1 + high))`.
+
+    Args:
+        clip_range: one number for both sides, or `(low, high)`; each the distance from 1, >= 0.
+        adv_clip_max: advantages are clamped to plus and minus this; None leaves them.
+
+    Raises:
+        ValueError: a negative or NaN limit. (Flow-Factory writes its pair as (-low, high): drop the sign.)
+        TypeError: a limit that is no number.
+    """
+
+    clip_range: float | tuple[float, float] = 1e-4
+    adv_clip_max: float | None = None
+
+    def __post_init__(self) -> None:
+        _set_native(self, objective="flow_grpo", **_clip_limits("FlowGRPO", self))
+
+
+@dataclass(frozen=True)
+class GRPOGuard:
+    """GRPO-Guard (arXiv 2510.22319): the log-ratio is re-centred by the mean drift and rescaled per step.
+
+    `ratio = exp((log_ratio + drift / (2 c^2)) c)`, then the clipped surrogate of `FlowGRPO`, divided by
+    `mean(sqrt_dt)^2`. Follows verl-omni's `GRPOGuardLoss`: the drift is one value per row.
+
+    Args:
+        clip_range: as in `FlowGRPO`.
+        adv_clip_max: as in `FlowGRPO`.
+        per_row_scale: False: `c = mean(sqrt_dt) mean(std / sqrt_dt)` over the batch. True: each row's own
+            `c = std`, and its own `sqrt_dt` as divisor.
+
+    Raises:
+        ValueError, TypeError: as `FlowGRPO`.
+    """
+
+    clip_range: float | tuple[float, float] = 2e-6
+    adv_clip_max: float | None = None
+    per_row_scale: bool = False
+
+    def __post_init__(self) -> None:
+        _set_native(
+            self,
+            objective="grpo_guard",
+            per_row_scale=bool(self.per_row_scale),
+            **_clip_limits("GRPOGuard", self),
+        )
+
+
+Objective = FlowDPPO | FlowGRPO | GRPOGuard
+
+
+def check_option(where: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{where}: {name} is {value!r}, wanted one of {', '.join(map(repr, allowed))}")
+
+
+def _check_not_negative(where: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted a number")
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{where}: {name} is {value}, wanted a number >= 0")
+
+
+def _clip_limits(where: str, objective: FlowGRPO | GRPOGuard) -> dict[str, float]:
+    pair = objective.clip_range
+    low, high = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (pair, pair)
+    _check_not_negative(where, "clip_range", low)
+    _check_not_negative(where, "clip_range", high)
+    limit = objective.adv_clip_max
+    if limit is None:
+        limit = math.inf
+    _check_not_negative(where, "adv_clip_max", limit)
+    return {"low": float(low), "high": float(high), "adv_clip_max": float(limit)}
+
+
+def _set_native(
+    instance: Objective,
+    *,
+    objective: str,
+    low: float,
+    high: float,
+    adv_clip_max: float = math.inf,
+    mask: str = "none",
+    normalize_kl: bool = True,
+    keep_nan_kl: bool = False,
+    per_row_scale: bool = False,
+) -> None:
+    """Stores the flat form that crosses into the operator schema and Rust; built once, not per call."""
+    flat = (objective, low, high, adv_clip_max, mask, normalize_kl, keep_nan_kl, per_row_scale)
+    object.__setattr__(instance, "_native", flat)

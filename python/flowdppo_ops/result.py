@@ -1,0 +1,92 @@
+"""`PolicyLoss`: what every loss of this package returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._native import METRICS
+
+if TYPE_CHECKING:
+    import torch
+
+# Rows of the statistics block that the operators write, in order. `_native` writes further ones behind them: the
+# gradient coefficients, which only the backward reads.
+ROWS = ("log_prob", "log_ratio", "ratio", "kl", "keep")
+_LOG_PROB, _LOG_RATIO, _RATIO, _KL, _KEEP = range(len(ROWS))
+
+_KL_METRICS = ("kl_new_old_mean", "kl_new_old_max", "kl_mask_fraction")
+_REF_METRICS = ("kl_loss",)
+
+
+class PolicyLoss:
+    """The loss and the numbers behind it.
+
+    Attributes:
+        loss: 0-dim, or row-shaped with `reduction="none"`; float32 (float64 for float64 inputs). The only
+            differentiable member.
+        log_prob: row-shaped; nats, reduced over the latents as `latent_reduction` says.
+        log_ratio: row-shaped; `log_prob` minus the old one.
+        ratio: row-shaped; `exp(log_ratio)`; with `GRPOGuard` the re-centred and rescaled ratio.
+        kl: row-shaped; the KL from the old policy, what `FlowDPPO` compares with its threshold. None when there was
+            no old mean (or no std) to compute it from.
+        keep: row-shaped, bool; False where the row was blocked or clipped away, that is where the policy's
+            gradient is 0.
+    """
+
+    __slots__ = ("_has_kl", "_has_ref", "_metrics", "_row_shape", "_rows", "loss")
+
+    def __init__(
+        self,
+        loss: torch.Tensor,
+        rows: torch.Tensor,
+        metrics: torch.Tensor,
+        row_shape: tuple[int, ...],
+        has_kl: bool,
+        has_ref: bool,
+    ) -> None:
+        self.loss = loss
+        self._rows = rows
+        self._metrics = metrics
+        self._row_shape = row_shape
+        self._has_kl = has_kl
+        self._has_ref = has_ref
+
+    @property
+    def log_prob(self) -> torch.Tensor:
+        return self._rows[_LOG_PROB].view(self._row_shape)
+
+    @property
+    def log_ratio(self) -> torch.Tensor:
+        return self._rows[_LOG_RATIO].view(self._row_shape)
+
+    @property
+    def ratio(self) -> torch.Tensor:
+        return self._rows[_RATIO].view(self._row_shape)
+
+    @property
+    def kl(self) -> torch.Tensor | None:
+        return self._rows[_KL].view(self._row_shape) if self._has_kl else None
+
+    @property
+    def keep(self) -> torch.Tensor:
+        return self._rows[_KEEP].view(self._row_shape) != 0
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """The trainers' logging values, as Python floats; the one device-to-host copy happens here.
+
+        `ratio_mean ratio_std ratio_min ratio_max approx_kl ppo_kl`; `kl_new_old_mean kl_new_old_max
+        kl_mask_fraction` (share of rows of high KL) when there is a KL; `pos_rm_fraction neg_rm_fraction
+        masked_fraction unmasked_fraction` (share of rows not kept, by the sign of their advantage); `clip_fraction
+        clipfrac_gt_one clipfrac_lt_one` (share of ratios outside the clip range, 0 for `FlowDPPO`);
+        `nonfinite_fraction` (rows with a NaN or an infinity among their numbers); `kl_loss` with a reference KL.
+        `ratio_std` is unbiased, and 0 for a single row.
+
+        Args:
+            prefix: put before every name, as in `"actor/"`.
+        """
+        values = dict(zip(METRICS, self._metrics.tolist(), strict=True))
+        absent = (() if self._has_kl else _KL_METRICS) + (() if self._has_ref else _REF_METRICS)
+        return {prefix + name: value for name, value in values.items() if name not in absent}
+
+    def __repr__(self) -> str:
+        return f"PolicyLoss(loss={self.loss}, rows={self._row_shape})"
