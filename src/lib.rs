@@ -1,9 +1,25 @@
-//! `flowdppo_ops._native`.
+//! Fused policy losses for flow-matching RL; the native half of the Python package `flowdppo_ops`.
+//!
+//! Calls go one way: `python` (boundary) -> `ops` (check, plan, dispatch) -> `cpu` (backend). Two ideas that every
+//! backend shares have a file each: `transition` (how means come out of memory) and `objective` (what a row becomes).
+
 use pyo3::prelude::*;
+
+pub mod cpu;
+pub mod error;
 pub mod objective;
+pub mod ops;
+pub mod plan;
+mod python;
+pub mod tensor;
+pub mod transition;
+
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("METRICS", objective::METRICS.to_vec())?;
-    Ok(())
+    module.add("FIELDS", objective::FIELDS)?;
+    module.add("BATCH_LEN", objective::BATCH_LEN)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss_backward, module)?)
 }

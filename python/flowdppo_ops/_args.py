@@ -95,6 +95,11 @@ def check_objective(where: str, objective: Any) -> None:
         )
 
 
+def check_process_group(where: str, process_group: Any) -> None:
+    if process_group is not None:
+        raise ValueError(f"{where}: process_group is {process_group!r}, wanted None: sharded latents are not supported")
+
+
 def check_rows(where: str, family: Family, advantages: Any) -> tuple[int, ...]:
     check_array(where, family, "advantages", advantages)
     row_shape = tuple(advantages.shape)

@@ -181,7 +181,7 @@ def _objective(
         penalty = ref_kl if reduction == "none" else ref_kl.sum() if reduction == "sum" else ref_kl.mean()
         loss = loss + ref_kl_weight * penalty
 
-    absent = torch.full_like(ratio, math.nan)
+    absent = torch.zeros_like(ratio)
     rows = [log_prob.detach(), log_ratio.detach(), ratio, absent if kl is None else kl, keep.to(ratio.dtype)]
     metrics = _metrics(
         log_ratio.detach(), ratio, kl, row_loss.detach(), high, blocked, above, below, advantages, ref_kl
@@ -209,7 +209,7 @@ def _metrics(
     ref_kl: Tensor | None,
 ) -> dict[str, Tensor]:
     """Every name of `METRICS`, as the trainers define them."""
-    nan = torch.full((), math.nan, dtype=ratio.dtype, device=ratio.device)
+    absent = torch.zeros_like(ratio).sum()
 
     def share(rows: Tensor) -> Tensor:
         return rows.to(ratio.dtype).mean()
@@ -219,13 +219,13 @@ def _metrics(
         finite = finite & torch.isfinite(kl)
     return {
         "ratio_mean": ratio.mean(),
-        "ratio_std": ratio.reshape(-1).std() if ratio.numel() > 1 else torch.zeros_like(nan),
+        "ratio_std": ratio.reshape(-1).std() if ratio.numel() > 1 else absent,
         "ratio_min": ratio.min(),
         "ratio_max": ratio.max(),
         "approx_kl": 0.5 * (log_ratio**2).mean(),
         "ppo_kl": (-log_ratio).mean(),
-        "kl_new_old_mean": nan if kl is None else kl.mean(),
-        "kl_new_old_max": nan if kl is None else kl.max(),
+        "kl_new_old_mean": absent if kl is None else kl.mean(),
+        "kl_new_old_max": absent if kl is None else kl.max(),
         "kl_mask_fraction": share(high),
         "pos_rm_fraction": share(blocked & (advantages > 0)),
         "neg_rm_fraction": share(blocked & (advantages < 0)),
@@ -235,7 +235,7 @@ def _metrics(
         "clipfrac_gt_one": share(above),
         "clipfrac_lt_one": share(below),
         "nonfinite_fraction": share(~finite),
-        "kl_loss": nan if ref_kl is None else ref_kl.detach().mean(),
+        "kl_loss": absent if ref_kl is None else ref_kl.detach().mean(),
     }
 
 
@@ -264,7 +264,7 @@ def loss(
 ) -> PolicyLoss:
     """`flowdppo_ops.loss` in plain PyTorch: same arguments, same results, same errors."""
     where = "flowdppo_ops.loss"
-    _check_process_group(where, process_group)
+    _args.check_process_group(where, process_group)
     checked = _args.check_loss(
         where,
         FAMILY,
@@ -366,7 +366,7 @@ def step_loss(
         ValueError, TypeError: as `loss`.
     """
     where = "flowdppo_ops.step_loss"
-    _check_process_group(where, process_group)
+    _args.check_process_group(where, process_group)
     _args.check_objective(where, objective)
     check_option(where, "sampler", sampler, _args.SAMPLERS)
     check_option(where, "latent_reduction", latent_reduction, _args.LATENT_REDUCTIONS)
@@ -543,11 +543,6 @@ def sde_step(
         scaled = torch.where(wide(fixed), torch.zeros_like(innovation), innovation / wide(some_std))
         residual = scaled.detach().to(residual_dtype)
     return SdeStep(stored, log_prob, mean, std.contiguous(), residual)
-
-
-def _check_process_group(where: str, process_group: object) -> None:
-    if process_group is not None:
-        raise ValueError(f"{where}: process_group is {process_group!r}, wanted None: sharded latents are not supported")
 
 
 def _step_dtype(*latents: Tensor) -> torch.dtype:

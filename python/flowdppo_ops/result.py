@@ -33,20 +33,20 @@ class PolicyLoss:
             gradient is 0.
     """
 
-    __slots__ = ("_has_kl", "_has_ref", "_metrics", "_row_shape", "_rows", "loss")
+    __slots__ = ("_batch", "_has_kl", "_has_ref", "_row_shape", "_rows", "loss")
 
     def __init__(
         self,
         loss: torch.Tensor,
         rows: torch.Tensor,
-        metrics: torch.Tensor,
+        batch: torch.Tensor,
         row_shape: tuple[int, ...],
         has_kl: bool,
         has_ref: bool,
     ) -> None:
         self.loss = loss
         self._rows = rows
-        self._metrics = metrics
+        self._batch = batch
         self._row_shape = row_shape
         self._has_kl = has_kl
         self._has_ref = has_ref
@@ -84,7 +84,7 @@ class PolicyLoss:
         Args:
             prefix: put before every name, as in `"actor/"`.
         """
-        values = dict(zip(METRICS, self._metrics.tolist(), strict=True))
+        values = dict(zip(METRICS, self._batch[: len(METRICS)].tolist(), strict=True))
         absent = (() if self._has_kl else _KL_METRICS) + (() if self._has_ref else _REF_METRICS)
         return {prefix + name: value for name, value in values.items() if name not in absent}
 

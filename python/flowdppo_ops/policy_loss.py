@@ -1,0 +1,175 @@
+"""`loss`: the policy loss of a flow-matching RL trainer, fused."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _args
+from ._library import Latents, Settings, Vectors, policy_loss
+from ._torch import FAMILY
+from .objectives import FlowDPPO, Objective
+from .result import PolicyLoss
+
+_WHERE = "flowdppo_ops.loss"
+
+
+def loss(
+    prev_sample_mean: Tensor | None,
+    old_prev_sample_mean: Tensor | None,
+    advantages: Tensor,
+    *,
+    std: float | Tensor | None = None,
+    sqrt_dt: float | Tensor | None = None,
+    prev_sample: Tensor | None = None,
+    log_prob: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
+    weights: float | Tensor | None = None,
+    ref_prev_sample_mean: Tensor | None = None,
+    ref_kl_weight: float = 0.0,
+    ref_std: float | Tensor | None = None,
+    objective: Objective = FlowDPPO(),  # noqa: B008 (frozen)
+    density: str = "gaussian",
+    latent_reduction: str = "mean",
+    reduction: str = "mean",
+    process_group: None = None,
+) -> PolicyLoss:
+    """Gaussian log-prob, KL, ratio, mask or clip, and loss, in one pass over the latents; one more for the gradient.
+
+    A *row* is one (sample, step) pair; the rows have the shape of `advantages`. *Latents* have the rows' shape followed
+    by any latent dimensions (image, token, video). Tensors are float32, bfloat16 or float16, mixed freely; arithmetic
+    and results are float32. Float64 latents are computed in float64, on the CPU. Any strides work. A *row vector* is a
+    number, a 0-dim tensor, or a tensor that broadcasts to the rows dimension by dimension, with or without trailing
+    ones for the latent dimensions: `[B]`, `[B, 1, 1, 1]`, `[1, S]`, `[1, S, 1, 1, 1]`; `[S]` for rows `[B, S]` is an
+    error.
+
+    Args:
+        prev_sample_mean: latents; mean of the next latent under the policy that is trained, `mu`.
+        old_prev_sample_mean: latents; the same under the old policy. Both means may be None where nothing needs them:
+            `FlowGRPO` with both log-probs and no reference KL. Then `.kl` is None.
+        advantages: rows.
+        std: row vector > 0; standard deviation of the transition, sqrt(-dt) included (verl-omni: `std_dev_t *
+            sqrt_dt` for `sde_type="sde"`, `std_dev_t` for the others). May be None only where the means may.
+        sqrt_dt: row vector > 0; `sqrt(sigma - sigma_next)`. For `GRPOGuard` alone.
+        prev_sample: latents; the next latent that the rollout drew, a constant. The gradient goes to
+            `prev_sample_mean`. Exactly one of `prev_sample` and `log_prob` is given.
+        log_prob: rows; a log-prob computed elsewhere, which then gets the gradient. Needs `old_log_prob`.
+        old_log_prob: rows; log-prob under the old policy. Without it the log-ratio comes from the means, where nothing
+            cancels: exactly 0 when they are equal.
+        weights: row vector; multiplies each row's policy loss (rollout importance weights).
+        ref_prev_sample_mean: latents; mean under the reference policy, for the penalty.
+        ref_kl_weight: adds `ref_kl_weight * mean over rows of mean (mu - mu_ref)^2 / (2 ref_std^2)`.
+        ref_std: row vector > 0; None takes `std`.
+        objective: `FlowDPPO`, `FlowGRPO` or `GRPOGuard`.
+        density: "gaussian", or "cps" for coefficients-preserving sampling, whose log-prob is minus the mean squared
+            error.
+        latent_reduction: "mean" over the latents, as all trainers do, or "sum" for joint log-probs and KLs.
+        reduction: over rows. "mean", "sum", "none" (row-shaped), or "kept_mean": the kept rows' losses over their
+            count. The reference term is summed with "sum", averaged over all rows otherwise.
+        process_group: not supported; must be None.
+
+    Returns:
+        `PolicyLoss`. `.loss` is differentiable in `prev_sample_mean` (given `prev_sample`, a reference term or
+        `GRPOGuard`) and in `log_prob` (if given), once. A blocked row's gradient is exactly 0, also where its ratio is
+        infinite.
+
+    Raises:
+        ValueError: shapes, a missing or surplus argument, different devices, an unknown option.
+        TypeError: not a tensor, a dtype that is not supported.
+        RuntimeError: a device without a backend; `flowdppo_ops.reference.loss` runs there.
+
+    Environment: `FLOWDPPO_OPS_BACKEND=reference` sends every call to `flowdppo_ops.reference.loss`.
+    `FLOWDPPO_OPS_CHECK=1` checks values too (finite, std > 0), which synchronises a GPU.
+
+    Source: arXiv 2606.11025 (Flow-DPPO); verl-omni `FlowDPPOLoss`, `FlowGRPOLoss`, `GRPOGuardLoss` and `KLLoss`; UniRL
+    `_flowdppo_kl_adv_loss`. `flowdppo_ops.reference` states every formula.
+    """
+    if not torch.compiler.is_compiling():
+        if os.environ.get("FLOWDPPO_OPS_BACKEND") == "reference":
+            from . import reference
+
+            return reference.loss(
+                prev_sample_mean,
+                old_prev_sample_mean,
+                advantages,
+                std=std,
+                sqrt_dt=sqrt_dt,
+                prev_sample=prev_sample,
+                log_prob=log_prob,
+                old_log_prob=old_log_prob,
+                weights=weights,
+                ref_prev_sample_mean=ref_prev_sample_mean,
+                ref_kl_weight=ref_kl_weight,
+                ref_std=ref_std,
+                objective=objective,
+                density=density,
+                latent_reduction=latent_reduction,
+                reduction=reduction,
+                process_group=process_group,
+            )
+    _args.check_process_group(_WHERE, process_group)
+    checked = _args.check_loss(
+        _WHERE,
+        FAMILY,
+        prev_sample_mean,
+        old_prev_sample_mean,
+        advantages,
+        std,
+        sqrt_dt,
+        prev_sample,
+        log_prob,
+        old_log_prob,
+        weights,
+        ref_prev_sample_mean,
+        ref_kl_weight,
+        ref_std,
+        objective,
+        density,
+        latent_reduction,
+        reduction,
+    )
+    if advantages.device.type != "cpu":
+        raise RuntimeError(
+            f"{_WHERE}: no backend for device {advantages.device}, wanted cpu; flowdppo_ops.reference.loss runs on any "
+            "device (FLOWDPPO_OPS_BACKEND=reference sends every call there)"
+        )
+
+    def latent(name: str, tensor: Tensor | None) -> Tensor | None:
+        return tensor.contiguous() if name in checked.latents else None
+
+    def vector(value: float | Tensor | None) -> float | Tensor | None:
+        return _row_vector(value, checked)
+
+    latents = Latents(
+        latent("prev_sample_mean", prev_sample_mean),
+        latent("prev_sample", prev_sample),
+        latent("old_prev_sample_mean", old_prev_sample_mean),
+        latent("ref_prev_sample_mean", ref_prev_sample_mean),
+    )
+    vectors = Vectors(
+        vector(advantages),
+        None if log_prob is None else log_prob.contiguous(),
+        vector(old_log_prob),
+        vector(weights),
+        vector(std),
+        vector(sqrt_dt),
+        vector(ref_std),
+    )
+    settings = Settings(*objective._native, density, latent_reduction, reduction, float(ref_kl_weight))
+    value, rows, batch = policy_loss(latents, vectors, settings)
+    has_kl = latents.old_prev_sample_mean is not None
+    return PolicyLoss(value, rows, batch, checked.row_shape, has_kl, latents.ref_prev_sample_mean is not None)
+
+
+def _row_vector(value: Any, checked: _args.Checked) -> Any:
+    """A checked row vector as a float, or a contiguous tensor with one element or one per row."""
+    if value is None or isinstance(value, float):
+        return value
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.numel() not in (1, checked.rows):
+        value = value.reshape(value.shape[: len(checked.row_shape)]).expand(checked.row_shape)
+    return value.contiguous()

@@ -1,0 +1,247 @@
+//! Instruction sets, the two arithmetic types, and conversions written so that the compiler vectorises them.
+//!
+//! One generic body per kernel, compiled once per instruction set: `dispatch` runs a `Kernel` inside a function that
+//! enables the features, and `#[inline(always)]` carries them into the body. Measured on [16, 65536] float32 against
+//! the baseline build: 0.10 ms to 0.16 ms. (`half`'s own f16 conversions stay scalar in a loop: 0.93 ms to 0.23 ms.)
+
+use std::sync::OnceLock;
+
+use crate::tensor::{Dtype, Element, View, ViewMut};
+
+/// Elements that a body handles at a time: two AVX-512 registers of float32, so that four running sums make the eight
+/// independent chains which two fused multiply-adds of latency four keep busy.
+pub const LANES: usize = 32;
+
+/// Elements that are converted at a time: 3 to 4 float32 buffers of it stay in a 48 KiB first-level cache.
+pub const BLOCK: usize = 2048;
+
+/// float32 or float64, as the arithmetic type of a kernel.
+pub trait Real: Element + Send + Sync + Default + std::ops::Sub<Output = Self> + std::ops::Mul<Output = Self> {
+    const DTYPE: Dtype;
+    fn from_f32(value: f32) -> Self;
+    fn from_f64(value: f64) -> Self;
+    fn to_f32(self) -> f32;
+    fn to_f64(self) -> f64;
+    /// `self * b + c`; fused where the instruction exists, since `mul_add` without it is a library call.
+    fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self;
+}
+
+macro_rules! real {
+    ($type:ty, $dtype:expr) => {
+        impl Real for $type {
+            const DTYPE: Dtype = $dtype;
+            #[inline(always)]
+            fn from_f32(value: f32) -> Self {
+                value as $type
+            }
+            #[inline(always)]
+            fn from_f64(value: f64) -> Self {
+                value as $type
+            }
+            #[inline(always)]
+            fn to_f32(self) -> f32 {
+                self as f32
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                self as f64
+            }
+            #[inline(always)]
+            fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self {
+                if FMA { <$type>::mul_add(self, b, c) } else { self * b + c }
+            }
+        }
+    };
+}
+real!(f32, Dtype::F32);
+real!(f64, Dtype::F64);
+
+/// A computation to be compiled for every instruction set. `run` must be `#[inline(always)]`, as must be all it calls.
+pub trait Kernel {
+    type Output;
+    fn run<const FMA: bool>(self) -> Self::Output;
+}
+
+/// Runs `kernel` with the best instructions of this processor.
+#[inline]
+pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+        fn avx512<K: Kernel>(kernel: K) -> K::Output {
+            kernel.run::<true>()
+        }
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2<K: Kernel>(kernel: K) -> K::Output {
+            kernel.run::<true>()
+        }
+        match instruction_set() {
+            // SAFETY: `instruction_set` saw these features on this processor.
+            InstructionSet::Avx512 => return unsafe { avx512(kernel) },
+            // SAFETY: as above.
+            InstructionSet::Avx2 => return unsafe { avx2(kernel) },
+            InstructionSet::Baseline => {}
+        }
+    }
+    if cfg!(target_arch = "aarch64") { kernel.run::<true>() } else { kernel.run::<false>() }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InstructionSet {
+    Avx512,
+    Avx2,
+    Baseline,
+}
+
+/// What this processor has; asked once.
+pub fn instruction_set() -> InstructionSet {
+    static SET: OnceLock<InstructionSet> = OnceLock::new();
+    *SET.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            let fma = is_x86_feature_detected!("fma");
+            if avx512 && fma {
+                return InstructionSet::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") && fma {
+                return InstructionSet::Avx2;
+            }
+        }
+        InstructionSet::Baseline
+    })
+}
+
+// ---- conversions: branch-free, integers only where a flush-to-zero mode could bite -----------------------------------
+
+#[inline(always)]
+pub fn bf16_to_f32(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// Round to nearest, ties to even; NaN stays a quiet NaN.
+#[inline(always)]
+pub fn f32_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let nan = (bits >> 16) | 0x40;
+    (if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded }) as u16
+}
+
+#[inline(always)]
+pub fn f16_to_f32(bits: u16) -> f32 {
+    let sign = (u32::from(bits) & 0x8000) << 16;
+    let magnitude = (u32::from(bits) & 0x7fff) << 13;
+    let normal = magnitude + (112 << 23); // exponent bias 15 to 127
+    // m 2^-24 as 2^-14 (1 + m / 1024) - 2^-14: no denormal operand, so a flush-to-zero mode changes nothing.
+    let subnormal = (f32::from_bits(magnitude + 0x3880_0000) - f32::from_bits(0x3880_0000)).to_bits();
+    let finite = if magnitude < 0x0080_0000 { subnormal } else { normal };
+    let special = magnitude | 0x7f80_0000;
+    f32::from_bits(sign | if magnitude >= 0x0f80_0000 { special } else { finite })
+}
+
+/// Round to nearest, ties to even; overflow to infinity, NaN stays a quiet NaN.
+#[inline(always)]
+pub fn f32_to_f16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let sign = (bits >> 16) & 0x8000;
+    let magnitude = bits & 0x7fff_ffff;
+    let normal = magnitude.wrapping_add(0x0fff + ((magnitude >> 13) & 1)).wrapping_sub(112 << 23) >> 13;
+    // One half has a unit in the last place of 2^-24, that of half-precision subnormals: the addition rounds.
+    let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+    let finite = if magnitude < 0x3880_0000 { subnormal } else { normal };
+    let special = if magnitude > 0x7f80_0000 { 0x7e00 } else { 0x7c00 };
+    (sign | if magnitude >= 0x477f_f000 { special } else { finite }) as u16
+}
+
+/// Elements `first .. first + len` of `view` as `F`: the memory itself where it already is, else converted to `buffer`.
+#[inline(always)]
+pub fn widen<'a, F: Real>(view: View<'a>, first: usize, len: usize, buffer: &'a mut [F; BLOCK]) -> &'a [F] {
+    let dtype = view.dtype();
+    if dtype == F::DTYPE {
+        return view.slice(first, len);
+    }
+    let buffer = &mut buffer[..len];
+    match dtype {
+        Dtype::Bf16 => convert(view.slice(first, len), buffer, |bits| F::from_f32(bf16_to_f32(bits))),
+        Dtype::F16 => convert(view.slice(first, len), buffer, |bits| F::from_f32(f16_to_f32(bits))),
+        Dtype::F32 => convert(view.slice(first, len), buffer, F::from_f32),
+        Dtype::F64 => convert(view.slice(first, len), buffer, F::from_f64),
+    }
+    buffer
+}
+
+/// Writes `values` to `out[first..]` in the dtype of `out`.
+///
+/// # Safety
+/// As `ViewMut::part_mut`: no other thread writes these elements.
+#[inline(always)]
+pub unsafe fn narrow<F: Real>(values: &[F], out: &ViewMut<'_>, first: usize) {
+    let len = values.len();
+    match out.dtype() {
+        // SAFETY: passed on from the caller.
+        Dtype::Bf16 => convert(values, unsafe { out.part_mut(first, len) }, |value| f32_to_bf16(value.to_f32())),
+        // SAFETY: passed on from the caller.
+        Dtype::F16 => convert(values, unsafe { out.part_mut(first, len) }, |value| f32_to_f16(value.to_f32())),
+        // SAFETY: passed on from the caller.
+        Dtype::F32 => convert(values, unsafe { out.part_mut(first, len) }, F::to_f32),
+        // SAFETY: passed on from the caller.
+        Dtype::F64 => convert(values, unsafe { out.part_mut(first, len) }, F::to_f64),
+    }
+}
+
+#[inline(always)]
+fn convert<A: Copy, B>(from: &[A], to: &mut [B], f: impl Fn(A) -> B) {
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = f(from);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+
+    fn same(mine: f32, wanted: f32) -> bool {
+        mine.to_bits() == wanted.to_bits() || (mine.is_nan() && wanted.is_nan())
+    }
+
+    #[test]
+    fn every_half_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            assert!(same(f16_to_f32(bits), f16::from_bits(bits).to_f32()), "f16 {bits:#x}");
+            assert!(same(bf16_to_f32(bits), bf16::from_bits(bits).to_f32()), "bf16 {bits:#x}");
+        }
+    }
+
+    #[test]
+    fn narrowing_rounds_as_half_does() {
+        // Every half, its neighbours, and the exact midpoints between halves: all ties, both directions.
+        let mut checked = 0;
+        let mut check = |value: f32| {
+            let (mine, wanted) = (f32_to_f16(value), f16::from_f32(value));
+            assert!(same(f16_to_f32(mine), wanted.to_f32()), "f16 {value:e}: {mine:#x}");
+            let (mine, wanted) = (f32_to_bf16(value), bf16::from_f32(value));
+            assert!(same(bf16_to_f32(mine), wanted.to_f32()), "bf16 {value:e}: {mine:#x}");
+            checked += 1;
+        };
+        for bits in 0..=u16::MAX {
+            for half_value in [f16_to_f32(bits), bf16_to_f32(bits)] {
+                let around = half_value.to_bits();
+                for offset in [0, 1, 0xfff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0x1fff] {
+                    check(f32::from_bits(around.wrapping_add(offset)));
+                }
+            }
+        }
+        // A stride through all of float32 that shares no factor with 2^32.
+        let mut bits = 0u32;
+        for _ in 0..2_000_000 {
+            check(f32::from_bits(bits));
+            bits = bits.wrapping_add(2_654_435_769);
+        }
+        assert!(checked > 3_000_000);
+    }
+}

@@ -1,0 +1,3 @@
+//! One file per operator: check, plan, dispatch to a backend.
+
+pub mod policy_loss;

@@ -1,0 +1,216 @@
+//! Views of the caller's arrays, validated once at the boundary and immutable after.
+//!
+//! Python owns the memory and holds the arrays for the whole call; nothing here allocates or frees. A view carries a
+//! dtype, an address and a length, so that the rest of the crate handles no raw pointer.
+
+use std::marker::PhantomData;
+use std::slice;
+
+use crate::error::Error;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    F32,
+    Bf16,
+    F16,
+    F64,
+}
+
+impl Dtype {
+    pub const ALL: [Dtype; 4] = [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F64];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "float32",
+            Dtype::Bf16 => "bfloat16",
+            Dtype::F16 => "float16",
+            Dtype::F64 => "float64",
+        }
+    }
+
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F64 => 8,
+        }
+    }
+
+    pub fn parse(name: &str) -> Result<Dtype, Error> {
+        Dtype::ALL.into_iter().find(|dtype| dtype.name() == name).ok_or_else(|| Error::Option {
+            name: "dtype",
+            came: name.to_owned(),
+            wanted: "float32, bfloat16, float16, float64",
+        })
+    }
+}
+
+/// Types whose every bit pattern is a value, so that memory of their dtype can be read as a slice of them.
+///
+/// # Safety
+/// `DTYPES` lists exactly the dtypes whose elements have this type's size, alignment and validity.
+pub unsafe trait Element: Copy {
+    const DTYPES: &'static [Dtype];
+}
+// SAFETY: f32 is what float32 arrays hold; every bit pattern is valid.
+unsafe impl Element for f32 {
+    const DTYPES: &'static [Dtype] = &[Dtype::F32];
+}
+// SAFETY: as above, for float64.
+unsafe impl Element for f64 {
+    const DTYPES: &'static [Dtype] = &[Dtype::F64];
+}
+// SAFETY: both half formats are 16 bits wide; u16 holds their raw bits.
+unsafe impl Element for u16 {
+    const DTYPES: &'static [Dtype] = &[Dtype::Bf16, Dtype::F16];
+}
+
+/// `len` contiguous elements of `dtype`, readable for `'a`.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    address: usize,
+    dtype: Dtype,
+    len: usize,
+    memory: PhantomData<&'a [u8]>,
+}
+
+/// As `View`, writable and not aliased.
+#[derive(Debug)]
+pub struct ViewMut<'a> {
+    address: usize,
+    dtype: Dtype,
+    len: usize,
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+fn check(name: &'static str, address: usize, dtype: Dtype, len: usize) -> Result<(), Error> {
+    if address == 0 && len > 0 {
+        return Err(Error::NoMemory { name, len });
+    }
+    if !address.is_multiple_of(dtype.size()) {
+        return Err(Error::Misaligned { name, address, size: dtype.size() });
+    }
+    Ok(())
+}
+
+impl<'a> View<'a> {
+    /// # Safety
+    /// The caller holds an array with at least `len` contiguous elements of `dtype` at `address`, and nobody writes to
+    /// it during `'a`.
+    pub unsafe fn new(name: &'static str, address: usize, dtype: Dtype, len: usize) -> Result<Self, Error> {
+        check(name, address, dtype, len)?;
+        Ok(View { address, dtype, len, memory: PhantomData })
+    }
+
+    pub fn dtype(self) -> Dtype {
+        self.dtype
+    }
+
+    /// Elements `first .. first + len`; panics on a range outside the view or a type of another dtype.
+    pub fn slice<T: Element>(self, first: usize, len: usize) -> &'a [T] {
+        assert!(T::DTYPES.contains(&self.dtype) && first <= self.len && len <= self.len - first);
+        if len == 0 {
+            return &[];
+        }
+        // SAFETY: in range and of the right type by the assertion; alignment and non-null by `check`; readable and
+        // unwritten for 'a by the contract of `new`.
+        unsafe { slice::from_raw_parts((self.address as *const T).add(first), len) }
+    }
+
+    /// One element as f64; what row vectors are read with.
+    pub fn get(self, index: usize) -> f64 {
+        match self.dtype {
+            Dtype::F32 => self.slice::<f32>(index, 1)[0].into(),
+            Dtype::F64 => self.slice::<f64>(index, 1)[0],
+            Dtype::Bf16 => crate::cpu::simd::bf16_to_f32(self.slice::<u16>(index, 1)[0]).into(),
+            Dtype::F16 => crate::cpu::simd::f16_to_f32(self.slice::<u16>(index, 1)[0]).into(),
+        }
+    }
+}
+
+impl<'a> ViewMut<'a> {
+    /// # Safety
+    /// As `View::new`, and the caller holds the only access to these elements during `'a`.
+    pub unsafe fn new(name: &'static str, address: usize, dtype: Dtype, len: usize) -> Result<Self, Error> {
+        check(name, address, dtype, len)?;
+        Ok(ViewMut { address, dtype, len, memory: PhantomData })
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub fn slice_mut<T: Element>(&mut self) -> &mut [T] {
+        // SAFETY: the whole view borrowed mutably is the only part in use.
+        unsafe { self.part_mut(0, self.len) }
+    }
+
+    /// Elements `first .. first + len`, through a shared reference, for threads that write disjoint parts.
+    ///
+    /// # Safety
+    /// Parts handed out at the same time do not overlap.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn part_mut<T: Element>(&self, first: usize, len: usize) -> &mut [T] {
+        assert!(T::DTYPES.contains(&self.dtype) && first <= self.len && len <= self.len - first);
+        if len == 0 {
+            return &mut [];
+        }
+        // SAFETY: in range and of the right type by the assertion; alignment and non-null by `check`; exclusive by
+        // the contracts of `new` and of this function.
+        unsafe { slice::from_raw_parts_mut((self.address as *mut T).add(first), len) }
+    }
+}
+
+/// A row vector: one number for all rows, or an array that holds one element per row or one for all.
+#[derive(Clone, Copy, Debug)]
+pub enum Rows<'a> {
+    Number(f64),
+    Array { view: View<'a>, stride: usize },
+}
+
+impl Rows<'_> {
+    #[inline]
+    pub fn get(&self, row: usize) -> f64 {
+        match *self {
+            Rows::Number(value) => value,
+            Rows::Array { view, stride } => view.get(row * stride),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn null_and_misaligned_memory_is_refused() {
+        // SAFETY: both are refused before anything is read.
+        let (null, odd) = unsafe { (View::new("x", 0, Dtype::F32, 3), View::new("x", 6, Dtype::F32, 3)) };
+        assert_eq!(null.unwrap_err(), Error::NoMemory { name: "x", len: 3 });
+        assert_eq!(odd.unwrap_err(), Error::Misaligned { name: "x", address: 6, size: 4 });
+    }
+
+    #[test]
+    #[should_panic(expected = "assertion failed")]
+    fn a_range_past_the_end_is_refused() {
+        let data = [1.0f32; 4];
+        // SAFETY: `data` has four elements.
+        let view = unsafe { View::new("x", data.as_ptr() as usize, Dtype::F32, 4) }.unwrap();
+        view.slice::<f32>(2, 3);
+    }
+
+    #[test]
+    fn row_vectors_read_every_dtype_and_stride() {
+        let (single, half) = ([0.5f32, -2.0], [0x3f00u16, 0xc000]);
+        // SAFETY: both arrays have two elements.
+        let (single, half) = unsafe {
+            (
+                View::new("x", single.as_ptr() as usize, Dtype::F32, 2).unwrap(),
+                View::new("x", half.as_ptr() as usize, Dtype::Bf16, 2).unwrap(),
+            )
+        };
+        assert_eq!(Rows::Array { view: single, stride: 1 }.get(1), -2.0);
+        assert_eq!(Rows::Array { view: half, stride: 0 }.get(1), 0.5);
+        assert_eq!(Rows::Number(0.7).get(9), 0.7);
+    }
+}

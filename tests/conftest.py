@@ -1,0 +1,42 @@
+"""Which implementation the tests drive, and a clean environment for each of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flowdppo_ops
+from flowdppo_ops import reference
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--impl",
+        choices=("fused", "reference"),
+        default="fused",
+        help="run the tests of `loss` on flowdppo_ops.loss (default) or on flowdppo_ops.reference.loss",
+    )
+
+
+@pytest.fixture(scope="session")
+def loss(request: pytest.FixtureRequest):
+    """The `loss` under test."""
+    return reference.loss if request.config.getoption("--impl") == "reference" else flowdppo_ops.loss
+
+
+@pytest.fixture(scope="session")
+def fused(request: pytest.FixtureRequest):
+    """The native `loss`, for what the reference does not promise."""
+    if request.config.getoption("--impl") == "reference":
+        pytest.skip("promised by the native backend alone")
+    return flowdppo_ops.loss
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch):
+    """A developer's FLOWDPPO_OPS_* do not decide what is tested, and no test leaves its thread count behind."""
+    for name in ("FLOWDPPO_OPS_BACKEND", "FLOWDPPO_OPS_CHECK"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
