@@ -30,9 +30,9 @@ pub const METRICS: [&str; 18] = [
     "kl_loss",
 ];
 
-/// Behind the metrics, what the backward divides the policy's gradient by: the row count or the kept count, or 1.
-pub const BATCH_LEN: usize = METRICS.len() + 1;
-pub const POLICY_DIVISOR: usize = METRICS.len();
+/// Before the metrics, what the backward divides the policy's gradient by: the row count or the kept count, or 1.
+pub const POLICY_DIVISOR: usize = 0;
+pub const BATCH_LEN: usize = 1 + METRICS.len();
 
 /// Rows of the per-row block, in order; Python reads the first five, the backward the coefficients.
 #[derive(Clone, Copy)]
@@ -56,6 +56,11 @@ pub enum Field {
     CoefLogProb,
 }
 pub const FIELDS: usize = Field::CoefLogProb as usize + 1;
+
+/// Length of a call's numbers: `[FIELDS, rows]`, then the batch's.
+pub fn numbers_len(rows: usize) -> Option<usize> {
+    rows.checked_mul(FIELDS)?.checked_add(BATCH_LEN)
+}
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mask {
@@ -274,7 +279,7 @@ impl Problem<'_> {
         }
     }
 
-    /// Loss (None with `Reduction::None`), then metrics and the policy divisor, from the finished rows.
+    /// Loss (None with `Reduction::None`), then the policy divisor and the metrics, from the finished rows.
     pub fn batch(&self, at: impl Fn(Field, usize) -> f64) -> (Option<f64>, [f64; BATCH_LEN]) {
         let rows = self.rows as f64;
         let mean = |value: &dyn Fn(usize) -> f64| (0..self.rows).map(value).sum::<f64>() / rows;
@@ -337,7 +342,7 @@ impl Problem<'_> {
         };
         let loss = (self.reduction != Reduction::None).then_some(policy / divisor + penalty);
         let mut batch = [divisor; BATCH_LEN];
-        batch[..METRICS.len()].copy_from_slice(&metrics);
+        batch[POLICY_DIVISOR + 1..].copy_from_slice(&metrics);
         (loss, batch)
     }
 

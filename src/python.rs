@@ -7,10 +7,10 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use pyo3::prelude::*;
-use pyo3::types::PyString;
+use pyo3::types::{PyString, PyTuple};
 
 use crate::error::Error;
-use crate::objective::{BATCH_LEN, Clip, Density, FIELDS, Mask, Objective, Problem, Reduction};
+use crate::objective::{Clip, Density, FIELDS, Mask, Objective, Problem, Reduction, numbers_len};
 use crate::ops::policy_loss::{Backward, Latents, Outputs, backward, forward, loss_len};
 use crate::tensor::{Dtype, Rows, View, ViewMut};
 
@@ -26,10 +26,22 @@ impl<'py> FromPyObject<'_, 'py> for Dtype {
 type Array = (usize, Dtype);
 
 /// A number, or (address, dtype, stride) with stride 0 or 1.
-#[derive(FromPyObject)]
 pub(crate) enum Vector {
     Number(f64),
     Array((usize, Dtype, usize)),
+}
+
+/// By hand: the derived form tries one variant after the other, and a failed try builds an exception (~1 us).
+impl<'py> FromPyObject<'_, 'py> for Vector {
+    type Error = PyErr;
+
+    fn extract(value: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if value.is_instance_of::<PyTuple>() {
+            value.extract().map(Vector::Array)
+        } else {
+            value.extract().map(Vector::Number)
+        }
+    }
 }
 
 /// prev_sample_mean, prev_sample, old_prev_sample_mean, ref_prev_sample_mean
@@ -45,6 +57,10 @@ type ObjectiveTuple<'a> = (&'a str, f64, f64, f64, &'a str, bool, bool, bool);
 fn elements(name: &'static str, rows: usize, numel: usize) -> Result<usize, Error> {
     let too_large = Error::TooLarge { name, rows, numel };
     rows.checked_mul(numel).filter(|&len| len <= isize::MAX as usize / 8).ok_or(too_large)
+}
+
+fn numbers_elements(rows: usize) -> Result<usize, Error> {
+    numbers_len(rows).ok_or(Error::TooLarge { name: "numbers", rows, numel: FIELDS })
 }
 
 /// # Safety
@@ -113,7 +129,7 @@ fn guarded(work: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Panic(text(panic))))
 }
 
-/// Forward of `policy_loss` on CPU memory; `outputs` are the addresses of loss, rows and batch.
+/// Forward of `policy_loss` on CPU memory; `outputs` are the addresses of the loss and the numbers.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn policy_loss_forward(
@@ -128,7 +144,7 @@ pub fn policy_loss_forward(
     latent_reduction: &str,
     reduction: &str,
     ref_kl_weight: f64,
-    outputs: (usize, usize, usize),
+    outputs: (usize, usize),
     threads: usize,
 ) -> PyResult<()> {
     // SAFETY: the module's contract, see the top of this file.
@@ -180,20 +196,19 @@ pub fn policy_loss_forward(
     };
     let mut outputs = Outputs {
         loss: output("loss", outputs.0, loss_len(reduction, rows))?,
-        rows: output("rows", outputs.1, elements("rows", rows, FIELDS)?)?,
-        batch: output("batch", outputs.2, BATCH_LEN)?,
+        numbers: output("numbers", outputs.1, numbers_elements(rows)?)?,
     };
     Ok(py.detach(|| guarded(|| forward(&problem, &latents, &mut outputs, threads)))?)
 }
 
-/// Backward of `policy_loss` on CPU memory, from the forward's rows and batch.
+/// Backward of `policy_loss` on CPU memory, from the forward's numbers.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn policy_loss_backward(
     py: Python<'_>,
     arrays: LatentArrays,
     grad_loss: Vector,
-    forward_outputs: (usize, usize),
+    numbers: usize,
     rows: usize,
     numel: usize,
     double: bool,
@@ -214,8 +229,7 @@ pub fn policy_loss_backward(
             numel,
             double,
             grad_loss: vector("grad_loss", grad_loss, rows)?,
-            numbers: View::new("rows", forward_outputs.0, dtype, elements("rows", rows, FIELDS)?)?,
-            batch: View::new("batch", forward_outputs.1, dtype, BATCH_LEN)?,
+            numbers: View::new("numbers", numbers, dtype, numbers_elements(rows)?)?,
             grad_mean: output("grad_mean", grad_mean, mean_len)?,
             grad_log_prob: output("grad_log_prob", grad_log_prob, rows)?,
         };

@@ -8,6 +8,7 @@ the left, with the rank of the rows or of the latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -20,21 +21,15 @@ SAMPLERS = ("flow_sde", "dance_sde", "cps")
 
 
 class Family(NamedTuple):
-    """An array library: its type, how that type is called, and `dtype -> name` for the dtypes allowed."""
+    """An array library: its type, how that type is called, `dtype -> name` for the dtypes allowed, and two moves."""
 
     type: type
     name: str
     dtypes: dict[Any, str]
-
-
-class Checked(NamedTuple):
-    """What a call's shapes say."""
-
-    row_shape: tuple[int, ...]
-    rows: int
-    numel: int  # latent elements per row, 0 when no latents were given
-    latents: tuple[str, ...]  # those that will be read
-    double: bool  # arithmetic in float64
+    float64: Any
+    contiguous: Callable[[Any], Any]
+    broadcast: Callable[[Any, tuple[int, ...]], Any]
+    has_devices: bool
 
 
 def check_array(where: str, family: Family, name: str, value: Any) -> None:
@@ -45,14 +40,30 @@ def check_array(where: str, family: Family, name: str, value: Any) -> None:
         raise TypeError(f"{where}: {name} has dtype {value.dtype}, wanted one of {wanted}")
 
 
-def check_same_device(where: str, name: str, value: Any, like_name: str, like: Any) -> None:
-    if value.device != like.device:
+def check_same_device(where: str, family: Family, name: str, value: Any, like_name: str, like: Any) -> None:
+    if family.has_devices and value.device != like.device:
         raise ValueError(f"{where}: {name} is on {value.device}, wanted {like.device}, where {like_name} is")
 
 
 def check_shape(where: str, name: str, value: Any, shape: tuple[int, ...], of: str) -> None:
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, wanted {shape}, that of {of}")
+    if value.shape != shape:
+        raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, wanted {tuple(shape)}, that of {of}")
+
+
+def check_number(where: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted a number")
+    return float(value)
+
+
+def check_full_row_vector(where: str, family: Family, name: str, value: Any, advantages: Any) -> Any:
+    """`value`: None, or an array of exactly the rows' shape; returned contiguous."""
+    if value is None:
+        return None
+    check_array(where, family, name, value)
+    check_shape(where, name, value, advantages.shape, "advantages")
+    check_same_device(where, family, name, value, "advantages", advantages)
+    return family.contiguous(value)
 
 
 def check_row_vector(
@@ -64,28 +75,35 @@ def check_row_vector(
     like: Any,
     row_shape: tuple[int, ...],
     latent_rank: int | None,
-) -> None:
-    """`value`: a number, or an array of rank 0, of the rank of the rows, or of the rank of the latents."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return
+) -> Any:
+    """`value`: None, a number, or an array of rank 0, of the rank of the rows, or of the rank of the latents.
+
+    Returns None, a float, or a contiguous array with one element or one per row.
+    """
+    if value is None or type(value) is float:
+        return value
     if not isinstance(value, family.type):
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return float(value)
         raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted a number or a {family.name}")
     check_array(where, family, name, value)
-    check_same_device(where, name, value, like_name, like)
+    check_same_device(where, family, name, value, like_name, like)
     shape = tuple(value.shape)
     if not shape or shape == row_shape:
-        return
-    leading, trailing = shape[: len(row_shape)], shape[len(row_shape) :]
+        return family.contiguous(value)
+    rank = len(row_shape)
+    leading, trailing = shape[:rank], shape[rank:]
     rank_fits = not trailing or latent_rank is None or len(shape) == latent_rank
-    fits = len(leading) == len(row_shape) and all(
-        have in (1, want) for have, want in zip(leading, row_shape, strict=True)
-    )
+    fits = len(leading) == rank and all(have in (1, want) for have, want in zip(leading, row_shape, strict=True))
     if not (fits and rank_fits and all(n == 1 for n in trailing)):
         latent = "" if latent_rank is None else f", or rank {latent_rank} with trailing ones"
         raise ValueError(
             f"{where}: {name} has shape {shape}, wanted a number or a shape that broadcasts to the rows {row_shape} "
-            f"dimension by dimension (rank {len(row_shape)}{latent})"
+            f"dimension by dimension (rank {rank}{latent})"
         )
+    if leading != row_shape and any(n != 1 for n in leading):
+        value = family.broadcast(value.reshape(leading), row_shape)
+    return family.contiguous(value)
 
 
 def check_objective(where: str, objective: Any) -> None:
@@ -108,26 +126,22 @@ def check_rows(where: str, family: Family, advantages: Any) -> tuple[int, ...]:
     return row_shape
 
 
-def check_latents(where: str, family: Family, leader: str, latents: dict[str, Any], row_shape: tuple[int, ...]) -> int:
-    """All of `latents` are arrays of one shape on one device, rows first; returns the elements of a row."""
-    like = latents[leader]
+def check_latents(where: str, family: Family, row_shape: tuple[int, ...], **latents: Any) -> None:
+    """All given ones are arrays of the first one's shape, on its device; rows first, and at least one element each."""
+    (leader, like), *others = latents.items()
     check_array(where, family, leader, like)
-    shape = tuple(like.shape)
-    if shape[: len(row_shape)] != row_shape:
+    shape = like.shape
+    if tuple(shape[: len(row_shape)]) != row_shape:
         raise ValueError(
-            f"{where}: {leader} has shape {shape}, wanted the rows {row_shape} first, then the latent dimensions"
+            f"{where}: {leader} has shape {tuple(shape)}, wanted the rows {row_shape} first, then the latent dimensions"
         )
-    numel = 1
-    for n in shape[len(row_shape) :]:
-        numel *= n
-    if numel == 0:
-        raise ValueError(f"{where}: {leader} has shape {shape}, wanted at least one latent element per row")
-    for name, value in latents.items():
-        if name != leader:
+    if 0 in shape:
+        raise ValueError(f"{where}: {leader} has shape {tuple(shape)}, wanted at least one latent element per row")
+    for name, value in others:
+        if value is not None:
             check_array(where, family, name, value)
             check_shape(where, name, value, shape, leader)
-            check_same_device(where, name, value, leader, like)
-    return numel
+            check_same_device(where, family, name, value, leader, like)
 
 
 def require(where: str, name: str, value: Any, why: str) -> None:
@@ -135,9 +149,63 @@ def require(where: str, name: str, value: Any, why: str) -> None:
         raise ValueError(f"{where}: {name} is None, wanted a value: {why}")
 
 
+class Latents(NamedTuple):
+    """`[rows, latent...]` each, contiguous; None where nothing reads it."""
+
+    prev_sample_mean: Any
+    prev_sample: Any
+    old_prev_sample_mean: Any
+    ref_prev_sample_mean: Any
+
+
+class Vectors(NamedTuple):
+    """Row vectors: floats, or arrays with one element or one per row, contiguous."""
+
+    advantages: Any
+    log_prob: Any
+    old_log_prob: Any
+    weights: Any
+    std: Any
+    sqrt_dt: Any
+    ref_std: Any
+
+
+class Settings(NamedTuple):
+    """Everything that is no array, in the order of the operator's schema; the first eight are the objective's."""
+
+    objective: str
+    low: float
+    high: float
+    adv_clip_max: float
+    mask: str
+    normalize_kl: bool
+    keep_nan_kl: bool
+    per_row_scale: bool
+    density: str
+    latent_reduction: str
+    reduction: str
+    ref_kl_weight: float
+
+
+def differentiates_mean(latents: Latents, objective: str) -> bool:
+    """Whether the loss depends on `prev_sample_mean` through more than a KL that is only compared."""
+    return latents.prev_sample is not None or latents.ref_prev_sample_mean is not None or objective == "grpo_guard"
+
+
+class LossCall(NamedTuple):
+    """A checked call of `loss`."""
+
+    row_shape: tuple[int, ...]
+    latents: Latents
+    vectors: Vectors
+    settings: Settings
+    double: bool  # arithmetic in float64
+
+
 def check_loss(
     where: str,
     family: Family,
+    *,
     prev_sample_mean: Any,
     old_prev_sample_mean: Any,
     advantages: Any,
@@ -154,72 +222,75 @@ def check_loss(
     density: str,
     latent_reduction: str,
     reduction: str,
-) -> Checked:
-    """The contract of `flowdppo_ops.loss`."""
+    process_group: Any,
+) -> LossCall:
+    """The contract of `flowdppo_ops.loss`: checks its arguments, and brings them into the form of the operator."""
+    check_process_group(where, process_group)
     check_objective(where, objective)
     check_option(where, "density", density, DENSITIES)
     check_option(where, "latent_reduction", latent_reduction, LATENT_REDUCTIONS)
     check_option(where, "reduction", reduction, REDUCTIONS)
-    if isinstance(ref_kl_weight, bool) or not isinstance(ref_kl_weight, Real):
-        raise TypeError(f"{where}: ref_kl_weight is a {type(ref_kl_weight).__name__}, wanted a number")
-    if isinstance(objective, FlowDPPO) and objective.kl_space != "latent":
-        raise ValueError(f"{where}: kl_space is {objective.kl_space!r}, wanted 'latent': only step_loss sees velocities")
+    ref_kl_weight = check_number(where, "ref_kl_weight", ref_kl_weight)
+    if getattr(objective, "kl_space", "latent") != "latent":
+        raise ValueError(
+            f"{where}: kl_space is {objective.kl_space!r}, wanted 'latent': only step_loss sees velocities"
+        )
     row_shape = check_rows(where, family, advantages)
 
-    # Which log-prob source, and what it needs.
-    if (prev_sample is None) == (log_prob is None):
-        came = "neither" if prev_sample is None else "both"
+    # Which log-prob source, and what is needed with it.
+    replay, has_ref = prev_sample is not None, ref_kl_weight != 0
+    if replay == (log_prob is not None):
+        came = "both" if replay else "neither"
         raise ValueError(f"{where}: got {came} of prev_sample and log_prob, wanted exactly one")
-    if log_prob is not None:
+    if not replay:
         require(where, "old_log_prob", old_log_prob, "it is compared with log_prob")
-    guard, has_ref = isinstance(objective, GRPOGuard), ref_kl_weight != 0
-    needs_kl = guard or isinstance(objective, FlowDPPO)
-    if prev_sample is not None or needs_kl or has_ref:
+    if replay or has_ref or objective._needs_kl:
         require(where, "prev_sample_mean", prev_sample_mean, "the statistics are taken from it")
-        if not (isinstance(objective, FlowGRPO) and prev_sample is None and ref_std is not None):
+        if replay or objective._needs_kl or ref_std is None:
             require(where, "std", std, "the standard deviation of the transition")
-    if needs_kl or (prev_sample is not None and old_log_prob is None):
+    if objective._needs_kl or (replay and old_log_prob is None):
         require(where, "old_prev_sample_mean", old_prev_sample_mean, "the mean of the old policy")
-    if guard:
+    if objective._needs_sqrt_dt:
         require(where, "sqrt_dt", sqrt_dt, "GRPOGuard rescales by sqrt(-dt)")
     if has_ref:
         require(where, "ref_prev_sample_mean", ref_prev_sample_mean, "ref_kl_weight is not 0")
 
-    # What is read. A mean that nothing needs is read for the KL, as long as there is all that KL takes.
-    reads_old = old_prev_sample_mean is not None and prev_sample_mean is not None and std is not None
-    latents = {"prev_sample_mean": prev_sample_mean}
-    if reads_old:
-        latents["old_prev_sample_mean"] = old_prev_sample_mean
-    if prev_sample is not None:
-        latents["prev_sample"] = prev_sample
-    if has_ref:
-        latents["ref_prev_sample_mean"] = ref_prev_sample_mean
-    if len(latents) == 1:  # log-probs alone
-        latents, numel, latent_rank = {}, 0, None
-        if prev_sample_mean is not None:
-            latent_rank = getattr(prev_sample_mean, "ndim", None)
-    else:
-        numel = check_latents(where, family, "prev_sample_mean", latents, row_shape)
-        latent_rank = prev_sample_mean.ndim
-        check_same_device(where, "advantages", advantages, "prev_sample_mean", prev_sample_mean)
+    # What is read. An old mean that nothing needs is read for the KL, as long as there is all that a KL takes.
+    old = old_prev_sample_mean if std is not None and prev_sample_mean is not None else None
+    ref = ref_prev_sample_mean if has_ref else None
+    if replay or old is not None or ref is not None:
+        mean = prev_sample_mean
+        check_latents(
+            where,
+            family,
+            row_shape,
+            prev_sample_mean=mean,
+            prev_sample=prev_sample,
+            old_prev_sample_mean=old,
+            ref_prev_sample_mean=ref,
+        )
+        check_same_device(where, family, "advantages", advantages, "prev_sample_mean", mean)
+        latent_rank = mean.ndim
+    else:  # log-probs alone
+        mean, latent_rank = None, getattr(prev_sample_mean, "ndim", None)
+    latents = Latents(*(None if t is None else family.contiguous(t) for t in (mean, prev_sample, old, ref)))
 
-    for name, value in (("log_prob", log_prob), ("old_log_prob", old_log_prob)):
-        if value is not None:
-            check_array(where, family, name, value)
-            check_shape(where, name, value, row_shape, "advantages")
-            check_same_device(where, name, value, "advantages", advantages)
-    vectors = (("std", std), ("sqrt_dt", sqrt_dt), ("weights", weights), ("ref_std", ref_std))
-    for name, value in vectors:
-        if value is not None:
-            check_row_vector(where, family, name, value, "advantages", advantages, row_shape, latent_rank)
+    def rows(name: str, value: Any) -> Any:
+        return check_full_row_vector(where, family, name, value, advantages)
 
-    wide = [*latents.values(), log_prob, old_log_prob]
-    double = any(v is not None and family.dtypes[v.dtype] == "float64" for v in wide)
-    return Checked(row_shape, _size(row_shape), numel, tuple(latents), double)
+    def vector(name: str, value: Any) -> Any:
+        return check_row_vector(where, family, name, value, "advantages", advantages, row_shape, latent_rank)
 
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    vectors = Vectors(
+        family.contiguous(advantages),
+        rows("log_prob", log_prob),
+        rows("old_log_prob", old_log_prob),
+        vector("weights", weights),
+        vector("std", std),
+        vector("sqrt_dt", sqrt_dt),
+        vector("ref_std", ref_std),
+    )
+    settings = Settings(*objective._native, density, latent_reduction, reduction, ref_kl_weight)
+    float64 = family.float64
+    double = any(t is not None and t.dtype == float64 for t in (*latents, log_prob, old_log_prob))
+    return LossCall(row_shape, latents, vectors, settings, double)

@@ -3,9 +3,7 @@
 Array = tuple[int, str]
 Vector = float | tuple[int, str, int]
 Latents = tuple[Array | None, Array | None, Array | None, Array | None]
-Vectors = tuple[
-    Vector, Vector | None, Vector | None, Vector | None, Vector | None, Vector | None, Vector | None
-]
+Vectors = tuple[Vector, Vector | None, Vector | None, Vector | None, Vector | None, Vector | None, Vector | None]
 
 __version__: str
 METRICS: list[str]
@@ -23,13 +21,13 @@ def policy_loss_forward(
     latent_reduction: str,
     reduction: str,
     ref_kl_weight: float,
-    outputs: tuple[int, int, int],
+    outputs: tuple[int, int],
     threads: int,
 ) -> None: ...
 def policy_loss_backward(
     arrays: Latents,
     grad_loss: Vector,
-    forward_outputs: tuple[int, int],
+    numbers: int,
     rows: int,
     numel: int,
     double: bool,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 
 from ._args import Family
@@ -17,16 +15,18 @@ FAMILY = Family(
         torch.float16: "float16",
         torch.float64: "float64",
     },
+    float64=torch.float64,
+    contiguous=torch.Tensor.contiguous,
+    broadcast=torch.Tensor.expand,
+    has_devices=True,
 )
 
 
 def row_tensor(
-    value: Real | torch.Tensor, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    value: float | torch.Tensor, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """A checked row vector as a tensor of exactly the rows' shape, detached."""
     if not isinstance(value, torch.Tensor):
-        return torch.full(row_shape, float(value), dtype=dtype, device=device)
+        return torch.full(row_shape, value, dtype=dtype, device=device)
     value = value.detach().to(dtype)
-    if value.ndim:
-        value = value.reshape(value.shape[: len(row_shape)])
-    return value.expand(row_shape)
+    return value.reshape(()).expand(row_shape) if value.numel() == 1 else value.reshape(row_shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class FlowDPPO:
         ValueError: unknown option, or a threshold that is negative or NaN.
         TypeError: a threshold that is no number.
     """
+
+    _needs_kl: ClassVar[bool] = True
+    _needs_sqrt_dt: ClassVar[bool] = False
 
     kl_mask_threshold: float = 1e-5
     normalize_kl: bool = True
@@ -70,6 +74,9 @@ class FlowGRPO:
         TypeError: a limit that is no number.
     """
 
+    _needs_kl: ClassVar[bool] = False
+    _needs_sqrt_dt: ClassVar[bool] = False
+
     clip_range: float | tuple[float, float] = 1e-4
     adv_clip_max: float | None = None
 
@@ -93,6 +100,9 @@ class GRPOGuard:
     Raises:
         ValueError, TypeError: as `FlowGRPO`.
     """
+
+    _needs_kl: ClassVar[bool] = True
+    _needs_sqrt_dt: ClassVar[bool] = True
 
     clip_range: float | tuple[float, float] = 2e-6
     adv_clip_max: float | None = None

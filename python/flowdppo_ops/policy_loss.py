@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _args
-from ._library import Latents, Settings, Vectors, policy_loss
+from ._check import check_values
+from ._library import policy_loss
 from ._torch import FAMILY
 from .objectives import FlowDPPO, Objective
 from .result import PolicyLoss
@@ -87,89 +87,48 @@ def loss(
     Source: arXiv 2606.11025 (Flow-DPPO); verl-omni `FlowDPPOLoss`, `FlowGRPOLoss`, `GRPOGuardLoss` and `KLLoss`; UniRL
     `_flowdppo_kl_adv_loss`. `flowdppo_ops.reference` states every formula.
     """
-    if not torch.compiler.is_compiling():
-        if os.environ.get("FLOWDPPO_OPS_BACKEND") == "reference":
-            from . import reference
-
-            return reference.loss(
-                prev_sample_mean,
-                old_prev_sample_mean,
-                advantages,
-                std=std,
-                sqrt_dt=sqrt_dt,
-                prev_sample=prev_sample,
-                log_prob=log_prob,
-                old_log_prob=old_log_prob,
-                weights=weights,
-                ref_prev_sample_mean=ref_prev_sample_mean,
-                ref_kl_weight=ref_kl_weight,
-                ref_std=ref_std,
-                objective=objective,
-                density=density,
-                latent_reduction=latent_reduction,
-                reduction=reduction,
-                process_group=process_group,
-            )
-    _args.check_process_group(_WHERE, process_group)
-    checked = _args.check_loss(
+    if _environment("FLOWDPPO_OPS_BACKEND") == "reference":
+        return _reference().loss(**locals())
+    call = _args.check_loss(
         _WHERE,
         FAMILY,
-        prev_sample_mean,
-        old_prev_sample_mean,
-        advantages,
-        std,
-        sqrt_dt,
-        prev_sample,
-        log_prob,
-        old_log_prob,
-        weights,
-        ref_prev_sample_mean,
-        ref_kl_weight,
-        ref_std,
-        objective,
-        density,
-        latent_reduction,
-        reduction,
+        prev_sample_mean=prev_sample_mean,
+        old_prev_sample_mean=old_prev_sample_mean,
+        advantages=advantages,
+        std=std,
+        sqrt_dt=sqrt_dt,
+        prev_sample=prev_sample,
+        log_prob=log_prob,
+        old_log_prob=old_log_prob,
+        weights=weights,
+        ref_prev_sample_mean=ref_prev_sample_mean,
+        ref_kl_weight=ref_kl_weight,
+        ref_std=ref_std,
+        objective=objective,
+        density=density,
+        latent_reduction=latent_reduction,
+        reduction=reduction,
+        process_group=process_group,
     )
     if advantages.device.type != "cpu":
         raise RuntimeError(
             f"{_WHERE}: no backend for device {advantages.device}, wanted cpu; flowdppo_ops.reference.loss runs on any "
             "device (FLOWDPPO_OPS_BACKEND=reference sends every call there)"
         )
-
-    def latent(name: str, tensor: Tensor | None) -> Tensor | None:
-        return tensor.contiguous() if name in checked.latents else None
-
-    def vector(value: float | Tensor | None) -> float | Tensor | None:
-        return _row_vector(value, checked)
-
-    latents = Latents(
-        latent("prev_sample_mean", prev_sample_mean),
-        latent("prev_sample", prev_sample),
-        latent("old_prev_sample_mean", old_prev_sample_mean),
-        latent("ref_prev_sample_mean", ref_prev_sample_mean),
-    )
-    vectors = Vectors(
-        vector(advantages),
-        None if log_prob is None else log_prob.contiguous(),
-        vector(old_log_prob),
-        vector(weights),
-        vector(std),
-        vector(sqrt_dt),
-        vector(ref_std),
-    )
-    settings = Settings(*objective._native, density, latent_reduction, reduction, float(ref_kl_weight))
-    value, rows, batch = policy_loss(latents, vectors, settings)
-    has_kl = latents.old_prev_sample_mean is not None
-    return PolicyLoss(value, rows, batch, checked.row_shape, has_kl, latents.ref_prev_sample_mean is not None)
+    if _environment("FLOWDPPO_OPS_CHECK") == "1":
+        check_values(_WHERE, call)
+    value, numbers = policy_loss(call)
+    latents = call.latents
+    has_kl, has_ref = latents.old_prev_sample_mean is not None, latents.ref_prev_sample_mean is not None
+    return PolicyLoss(value, numbers, call.row_shape, has_kl, has_ref)
 
 
-def _row_vector(value: Any, checked: _args.Checked) -> Any:
-    """A checked row vector as a float, or a contiguous tensor with one element or one per row."""
-    if value is None or isinstance(value, float):
-        return value
-    if not isinstance(value, Tensor):
-        return float(value)
-    if value.numel() not in (1, checked.rows):
-        value = value.reshape(value.shape[: len(checked.row_shape)]).expand(checked.row_shape)
-    return value.contiguous()
+def _environment(name: str) -> str | None:
+    """Read at every call, so that a debugger's shell or a test can switch; not while a graph is captured."""
+    return None if torch.compiler.is_compiling() else os.environ.get(name)
+
+
+def _reference():
+    from . import reference
+
+    return reference

@@ -188,8 +188,7 @@ def _objective(
     )
     return PolicyLoss(
         loss,
-        torch.stack([row.reshape(-1) for row in rows]),
-        torch.stack([metrics[name].to(ratio.dtype) for name in METRICS]),
+        torch.cat([row.reshape(-1) for row in rows] + [metrics[name].to(ratio.dtype).reshape(1) for name in METRICS]),
         tuple(ratio.shape),
         has_kl=kl is not None,
         has_ref=ref_kl is not None,
@@ -263,62 +262,56 @@ def loss(
     process_group: None = None,
 ) -> PolicyLoss:
     """`flowdppo_ops.loss` in plain PyTorch: same arguments, same results, same errors."""
-    where = "flowdppo_ops.loss"
-    _args.check_process_group(where, process_group)
-    checked = _args.check_loss(
-        where,
+    call = _args.check_loss(
+        "flowdppo_ops.loss",
         FAMILY,
-        prev_sample_mean,
-        old_prev_sample_mean,
-        advantages,
-        std,
-        sqrt_dt,
-        prev_sample,
-        log_prob,
-        old_log_prob,
-        weights,
-        ref_prev_sample_mean,
-        ref_kl_weight,
-        ref_std,
-        objective,
-        density,
-        latent_reduction,
-        reduction,
+        prev_sample_mean=prev_sample_mean,
+        old_prev_sample_mean=old_prev_sample_mean,
+        advantages=advantages,
+        std=std,
+        sqrt_dt=sqrt_dt,
+        prev_sample=prev_sample,
+        log_prob=log_prob,
+        old_log_prob=old_log_prob,
+        weights=weights,
+        ref_prev_sample_mean=ref_prev_sample_mean,
+        ref_kl_weight=ref_kl_weight,
+        ref_std=ref_std,
+        objective=objective,
+        density=density,
+        latent_reduction=latent_reduction,
+        reduction=reduction,
+        process_group=process_group,
     )
-    dtype = torch.float64 if checked.double else torch.float32
-
-    def anchor(name: str, value: Tensor | None) -> Tensor | None:
-        return value.detach().to(dtype) if name in checked.latents else None
-
-    mean = prev_sample_mean.to(dtype) if checked.latents else None
-    old_mean = anchor("old_prev_sample_mean", old_prev_sample_mean)
-    next_sample = anchor("prev_sample", prev_sample)
-    ref_mean = anchor("ref_prev_sample_mean", ref_prev_sample_mean)
+    dtype = torch.float64 if call.double else torch.float32
+    mean, *anchors = (None if t is None else t.to(dtype) for t in call.latents)
+    next_sample, old_mean, ref_mean = (None if t is None else t.detach() for t in anchors)
     stats = _statistics(
         None if next_sample is None else next_sample - mean,
         None if old_mean is None else mean - old_mean,
         None if ref_mean is None else mean - ref_mean,
-        checked.row_shape,
+        call.row_shape,
         latent_reduction,
     )
 
-    def rows(value: RowVector | None) -> Tensor | None:
-        return None if value is None else row_tensor(value, checked.row_shape, dtype, advantages.device)
+    def rows(value: float | Tensor | None) -> Tensor | None:
+        return None if value is None else row_tensor(value, call.row_shape, dtype, advantages.device)
 
-    std_rows = rows(std)
-    kl_divisor = None if std_rows is None else 2 * std_rows**2
+    vectors = call.vectors
+    std = rows(vectors.std)
+    kl_divisor = None if std is None else 2 * std**2
     if isinstance(objective, FlowDPPO) and not objective.normalize_kl:
         kl_divisor = torch.full_like(kl_divisor, 2.0)
     return _objective(
         stats,
-        log_prob=log_prob.to(dtype) if stats.q is None else _log_prob(stats.q, std_rows, density, stats.scale),
-        old_log_prob=rows(old_log_prob),
-        advantages=rows(advantages),
-        weights=rows(weights),
-        std=std_rows,
-        sqrt_dt=rows(sqrt_dt),
+        log_prob=_log_prob(stats.q, std, density, stats.scale) if log_prob is None else vectors.log_prob.to(dtype),
+        old_log_prob=rows(vectors.old_log_prob),
+        advantages=rows(vectors.advantages),
+        weights=rows(vectors.weights),
+        std=std,
+        sqrt_dt=rows(vectors.sqrt_dt),
         kl_divisor=kl_divisor,
-        ref_std=std_rows if ref_std is None else rows(ref_std),
+        ref_std=std if ref_std is None else rows(vectors.ref_std),
         ref_kl_weight=ref_kl_weight,
         objective=objective,
         density=density,
@@ -385,11 +378,9 @@ def step_loss(
     if ref_kl_weight:
         _args.require(where, "ref_prev_sample_mean", ref_prev_sample_mean, "ref_kl_weight is not 0")
         latents["ref_prev_sample_mean"] = ref_prev_sample_mean
-    _args.check_latents(where, FAMILY, "model_output", latents, row_shape)
-    _args.check_same_device(where, "advantages", advantages, "model_output", model_output)
-    if old_log_prob is not None:
-        _args.check_array(where, FAMILY, "old_log_prob", old_log_prob)
-        _args.check_shape(where, "old_log_prob", old_log_prob, row_shape, "advantages")
+    _args.check_latents(where, FAMILY, row_shape, **latents)
+    _args.check_same_device(where, FAMILY, "advantages", advantages, "model_output", model_output)
+    _args.check_full_row_vector(where, FAMILY, "old_log_prob", old_log_prob, advantages)
     dtype = _step_dtype(*latents.values())
     rows = _row_reader(where, "model_output", model_output, row_shape, dtype)
 
@@ -510,7 +501,7 @@ def sde_step(
         raise ValueError(f"{where}: model_output has shape {tuple(model_output.shape)}, wanted at least one row")
     latents = {"model_output": model_output, "sample": sample}
     latents |= {k: v for k, v in {"prev_sample": prev_sample, "noise": noise}.items() if v is not None}
-    _args.check_latents(where, FAMILY, "model_output", latents, row_shape)
+    _args.check_latents(where, FAMILY, row_shape, **latents)
     dtype = _step_dtype(model_output, sample)
     rows = _row_reader(where, "model_output", model_output, row_shape, dtype)
     a, b, std = transition(
@@ -553,7 +544,8 @@ def _row_reader(where: str, like_name: str, like: Tensor, row_shape: tuple[int, 
     """A function that checks a row vector and returns it as a tensor of the rows' shape."""
 
     def read(name: str, value: RowVector) -> Tensor:
-        _args.check_row_vector(where, FAMILY, name, value, like_name, like, row_shape, like.ndim)
+        _args.require(where, name, value, "a number or a row vector")
+        value = _args.check_row_vector(where, FAMILY, name, value, like_name, like, row_shape, like.ndim)
         return row_tensor(value, row_shape, dtype, like.device)
 
     return read

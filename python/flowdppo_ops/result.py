@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ._native import METRICS
@@ -9,10 +10,9 @@ from ._native import METRICS
 if TYPE_CHECKING:
     import torch
 
-# Rows of the statistics block that the operators write, in order. `_native` writes further ones behind them: the
-# gradient coefficients, which only the backward reads.
-ROWS = ("log_prob", "log_ratio", "ratio", "kl", "keep")
-_LOG_PROB, _LOG_RATIO, _RATIO, _KL, _KEEP = range(len(ROWS))
+# The numbers of a call are one flat tensor: these fields first, one value per row each; the metrics last. The operators
+# put the gradient coefficients, which only the backward reads, between them.
+_LOG_PROB, _LOG_RATIO, _RATIO, _KL, _KEEP = range(5)
 
 _KL_METRICS = ("kl_new_old_mean", "kl_new_old_max", "kl_mask_fraction")
 _REF_METRICS = ("kl_loss",)
@@ -33,43 +33,45 @@ class PolicyLoss:
             gradient is 0.
     """
 
-    __slots__ = ("_batch", "_has_kl", "_has_ref", "_row_shape", "_rows", "loss")
+    __slots__ = ("_has_kl", "_has_ref", "_numbers", "_row_shape", "loss")
 
     def __init__(
         self,
         loss: torch.Tensor,
-        rows: torch.Tensor,
-        batch: torch.Tensor,
+        numbers: torch.Tensor,
         row_shape: tuple[int, ...],
         has_kl: bool,
         has_ref: bool,
     ) -> None:
         self.loss = loss
-        self._rows = rows
-        self._batch = batch
+        self._numbers = numbers
         self._row_shape = row_shape
         self._has_kl = has_kl
         self._has_ref = has_ref
 
+    def _field(self, index: int) -> torch.Tensor:
+        rows = math.prod(self._row_shape)
+        return self._numbers[index * rows : (index + 1) * rows].view(self._row_shape)
+
     @property
     def log_prob(self) -> torch.Tensor:
-        return self._rows[_LOG_PROB].view(self._row_shape)
+        return self._field(_LOG_PROB)
 
     @property
     def log_ratio(self) -> torch.Tensor:
-        return self._rows[_LOG_RATIO].view(self._row_shape)
+        return self._field(_LOG_RATIO)
 
     @property
     def ratio(self) -> torch.Tensor:
-        return self._rows[_RATIO].view(self._row_shape)
+        return self._field(_RATIO)
 
     @property
     def kl(self) -> torch.Tensor | None:
-        return self._rows[_KL].view(self._row_shape) if self._has_kl else None
+        return self._field(_KL) if self._has_kl else None
 
     @property
     def keep(self) -> torch.Tensor:
-        return self._rows[_KEEP].view(self._row_shape) != 0
+        return self._field(_KEEP) != 0
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """The trainers' logging values, as Python floats; the one device-to-host copy happens here.
@@ -84,7 +86,7 @@ class PolicyLoss:
         Args:
             prefix: put before every name, as in `"actor/"`.
         """
-        values = dict(zip(METRICS, self._batch[: len(METRICS)].tolist(), strict=True))
+        values = dict(zip(METRICS, self._numbers[-len(METRICS) :].tolist(), strict=True))
         absent = (() if self._has_kl else _KL_METRICS) + (() if self._has_ref else _REF_METRICS)
         return {prefix + name: value for name, value in values.items() if name not in absent}
 

@@ -6,7 +6,7 @@
 use crate::cpu::policy_loss::{Coefficients, gradient, log_prob_gradient, read_field, row_objective, row_sums};
 use crate::cpu::simd::Real;
 use crate::error::Error;
-use crate::objective::{BATCH_LEN, Field, Objective, POLICY_DIVISOR, Problem, Reduction};
+use crate::objective::{BATCH_LEN, FIELDS, Field, Objective, POLICY_DIVISOR, Problem, Reduction};
 use crate::plan::Plan;
 use crate::tensor::{Rows, View, ViewMut};
 use crate::transition::Means;
@@ -24,10 +24,8 @@ pub struct Latents<'a> {
 pub struct Outputs<'a> {
     /// One element, or one per row with `Reduction::None`.
     pub loss: ViewMut<'a>,
-    /// `[FIELDS, rows]`
-    pub rows: ViewMut<'a>,
-    /// `[BATCH_LEN]`
-    pub batch: ViewMut<'a>,
+    /// `[FIELDS, rows]`, then `[BATCH_LEN]`.
+    pub numbers: ViewMut<'a>,
 }
 
 pub fn forward(
@@ -75,9 +73,9 @@ fn run_forward<F: Real>(problem: &Problem<'_>, latents: &Latents<'_>, outputs: &
         Some(source) => row_sums::<F, _>(&source, plan, threads),
         None => Vec::new(),
     };
-    row_objective::<F>(problem, &sums, &outputs.rows, threads);
+    row_objective::<F>(problem, &sums, &outputs.numbers, threads);
 
-    let rows: &[F] = outputs.rows.slice_mut();
+    let (rows, batch_out) = outputs.numbers.slice_mut::<F>().split_at_mut(FIELDS * problem.rows);
     let at = |field, row| read_field(rows, problem.rows, field, row);
     let (loss, batch) = problem.batch(at);
     let out = outputs.loss.slice_mut::<F>();
@@ -89,7 +87,7 @@ fn run_forward<F: Real>(problem: &Problem<'_>, latents: &Latents<'_>, outputs: &
             }
         }
     }
-    for (out, number) in outputs.batch.slice_mut::<F>().iter_mut().zip(batch) {
+    for (out, number) in batch_out.iter_mut().zip(batch) {
         *out = F::from_f64(number);
     }
 }
@@ -101,9 +99,8 @@ pub struct Backward<'a> {
     pub double: bool,
     /// d objective / d loss, one number or one per row.
     pub grad_loss: Rows<'a>,
-    /// The forward's `[FIELDS, rows]` and `[BATCH_LEN]`.
+    /// What the forward left.
     pub numbers: View<'a>,
-    pub batch: View<'a>,
     /// `[rows, numel]` in the dtype of the mean.
     pub grad_mean: Option<ViewMut<'a>>,
     /// `[rows]`
@@ -123,8 +120,8 @@ pub fn backward(call: Backward<'_>, latents: &Latents<'_>, threads: usize) -> Re
 }
 
 fn run_backward<F: Real>(call: Backward<'_>, latents: &Latents<'_>, threads: usize) {
-    let numbers = call.numbers.slice::<F>(0, crate::objective::FIELDS * call.rows);
-    let divisor = call.batch.slice::<F>(0, BATCH_LEN)[POLICY_DIVISOR].to_f64();
+    let numbers = call.numbers.slice::<F>(0, FIELDS * call.rows + BATCH_LEN);
+    let divisor = numbers[FIELDS * call.rows + POLICY_DIVISOR].to_f64();
     // A coefficient of 0 stays 0, whatever it is multiplied with.
     let scaled = |field, row, divisor| {
         let coefficient = read_field(numbers, call.rows, field, row);

@@ -54,7 +54,6 @@ def objectives(schedule: Schedule, std: Tensor) -> dict[str, Objective]:
 
 def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     losses = {"reference": reference.loss}
     if args.loss == "fused":
         losses["fused"] = flowdppo_ops.loss

@@ -28,7 +28,7 @@ class Velocity(nn.Module):
         self.write = nn.Linear(width, NUMEL)
 
     def forward(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-        """`x`: `[..., 1, 8, 8]`; `sigma`, `prompt`: the leading dimensions, or broadcastable to them. Returns as `x`."""
+        """`x`: `[..., 1, 8, 8]`; `sigma`, `prompt`: broadcast to its leading dimensions. Returns the shape of `x`."""
         angles = sigma[..., None] * self.frequencies
         condition = self.time(torch.cat([angles.sin(), angles.cos()], -1)) + self.prompt(prompt)
         hidden = self.read(x.flatten(-3))

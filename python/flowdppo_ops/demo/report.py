@@ -36,7 +36,7 @@ def table(results: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     lines.insert(2, "-" * max(map(len, lines)))
-    return "\n".join(lines + ["", *_caption(results)])
+    return "\n".join([*lines, "", *_caption(results)])
 
 
 def _row(name: str, scores: list[dict], curves: list[dict] | None, seconds: dict[str, float]) -> tuple[str, ...]:
@@ -70,15 +70,17 @@ def _caption(results: dict[str, Any]) -> list[str]:
     settings, entries = results["settings"], results["objectives"]
     seeds = next(iter(entries.values()))["seeds"]
     return [
-        f"Odd digits fine-tuned, even digits held out. Mean ± standard deviation over seeds {', '.join(map(str, seeds))};"
-        f" the control runs on seed {seeds[0]} alone.",
-        "reward: minus the mean squared difference between image and mirror image. KL: from the pretrained model, over the",
-        "whole trajectory. masked: rows without gradient, over all updates. legible: images of the fine-tuned prompts that a",
-        "classifier reads as their prompt. held-out: Frechet distance of the held-out prompts' images to real digits.",
-        "loss, eager loss: seconds in forward and backward of one run's loss calls, flowdppo_ops.loss and",
-        "flowdppo_ops.reference.loss. Both replay the calls recorded in the first, middle and last iteration of the first",
-        "seed (median of 5 rounds each), scaled to all calls of that run.",
-        f"Trained with the {results['loss']} loss on {results['device']}, {results['threads']} threads.",
+        "Odd digits fine-tuned, even digits held out. Mean ± standard deviation over",
+        f"seeds {', '.join(map(str, seeds))}; the control runs on seed {seeds[0]} alone.",
+        "reward: minus the mean squared difference between image and mirror image.",
+        "KL: from the pretrained model, summed over the whole trajectory.",
+        "masked: share of rows that got no gradient, over all updates.",
+        "legible: share of images of the fine-tuned prompts that a classifier reads as their prompt.",
+        "held-out: Frechet distance between the held-out prompts' images and the real digits.",
+        "loss, eager loss: seconds in forward and backward of one run's loss calls, for flowdppo_ops.loss",
+        "and flowdppo_ops.reference.loss. Each replays the calls recorded in the first, middle and last",
+        "iteration of the first seed (median of 5 rounds), scaled to all calls of that run.",
+        f"Trained with the {results['loss']} loss on {results['device']}, CPU threads: {results['threads']}.",
         "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
         *(f"  {name}: {entry['objective']}" for name, entry in entries.items()),
     ]
