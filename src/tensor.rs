@@ -6,6 +6,7 @@
 use std::marker::PhantomData;
 use std::slice;
 
+use crate::cpu::simd::Storage;
 use crate::error::Error;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,24 +46,38 @@ impl Dtype {
     }
 }
 
-/// Types whose every bit pattern is a value, so that memory of their dtype can be read as a slice of them.
+/// The bits of a bfloat16.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(transparent)]
+pub struct Bf16(pub u16);
+
+/// The bits of a float16.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(transparent)]
+pub struct F16(pub u16);
+
+/// What arrays hold: memory of `DTYPE` can be read as a slice of it.
 ///
 /// # Safety
-/// `DTYPES` lists exactly the dtypes whose elements have this type's size, alignment and validity.
-pub unsafe trait Element: Copy {
-    const DTYPES: &'static [Dtype];
+/// The type has the size and alignment of `DTYPE`'s elements, and every bit pattern is a value of it.
+pub unsafe trait Element: Copy + Default + Send + Sync {
+    const DTYPE: Dtype;
 }
 // SAFETY: f32 is what float32 arrays hold; every bit pattern is valid.
 unsafe impl Element for f32 {
-    const DTYPES: &'static [Dtype] = &[Dtype::F32];
+    const DTYPE: Dtype = Dtype::F32;
 }
 // SAFETY: as above, for float64.
 unsafe impl Element for f64 {
-    const DTYPES: &'static [Dtype] = &[Dtype::F64];
+    const DTYPE: Dtype = Dtype::F64;
 }
-// SAFETY: both half formats are 16 bits wide; u16 holds their raw bits.
-unsafe impl Element for u16 {
-    const DTYPES: &'static [Dtype] = &[Dtype::Bf16, Dtype::F16];
+// SAFETY: a transparent u16, which is what both half formats are stored as.
+unsafe impl Element for Bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+}
+// SAFETY: as above.
+unsafe impl Element for F16 {
+    const DTYPE: Dtype = Dtype::F16;
 }
 
 /// `len` contiguous elements of `dtype`, readable for `'a`.
@@ -108,7 +123,7 @@ impl<'a> View<'a> {
 
     /// Elements `first .. first + len`; panics on a range outside the view or a type of another dtype.
     pub fn slice<T: Element>(self, first: usize, len: usize) -> &'a [T] {
-        assert!(T::DTYPES.contains(&self.dtype) && first <= self.len && len <= self.len - first);
+        assert!(T::DTYPE == self.dtype && first <= self.len && len <= self.len - first);
         if len == 0 {
             return &[];
         }
@@ -122,8 +137,8 @@ impl<'a> View<'a> {
         match self.dtype {
             Dtype::F32 => self.slice::<f32>(index, 1)[0].into(),
             Dtype::F64 => self.slice::<f64>(index, 1)[0],
-            Dtype::Bf16 => crate::cpu::simd::bf16_to_f32(self.slice::<u16>(index, 1)[0]).into(),
-            Dtype::F16 => crate::cpu::simd::f16_to_f32(self.slice::<u16>(index, 1)[0]).into(),
+            Dtype::Bf16 => self.slice::<Bf16>(index, 1)[0].load(),
+            Dtype::F16 => self.slice::<F16>(index, 1)[0].load(),
         }
     }
 }
@@ -151,7 +166,7 @@ impl<'a> ViewMut<'a> {
     /// Parts handed out at the same time do not overlap.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn part_mut<T: Element>(&self, first: usize, len: usize) -> &mut [T] {
-        assert!(T::DTYPES.contains(&self.dtype) && first <= self.len && len <= self.len - first);
+        assert!(T::DTYPE == self.dtype && first <= self.len && len <= self.len - first);
         if len == 0 {
             return &mut [];
         }

@@ -3,8 +3,10 @@
 //! The twin of `kernels/transition.cuh`. A `Source` is the only thing in which the operators over row statistics
 //! differ: everything behind it sees differences, `LANES` elements at a time. `loss` reads given means (`Means`).
 
-use crate::cpu::simd::{BLOCK, LANES, Real, widen};
-use crate::tensor::View;
+use std::marker::PhantomData;
+
+use crate::cpu::simd::{BLOCK, LANES, Real, Storage, widen};
+use crate::tensor::{Dtype, View};
 
 /// Buffers for what must be converted before it is used; one per thread.
 pub struct Scratch<F>(Box<[[F; BLOCK]; 4]>);
@@ -28,11 +30,13 @@ pub struct Moments<F> {
     pub ref_drift: [F; LANES],
 }
 
-/// At most `BLOCK` elements of one row, in the arithmetic type.
+/// At most `BLOCK` elements of one row.
 pub trait Block<F> {
     fn elements(&self) -> usize;
-    /// Elements `at .. at + LANES`; past the end every difference is 0, which adds nothing to any sum.
+    /// Elements `at .. at + LANES`, all of which exist.
     fn moments(&self, at: usize) -> Moments<F>;
+    /// Elements from `at` on, fewer than `LANES`; past the end every difference is 0, which adds nothing to any sum.
+    fn tail(&self, at: usize) -> Moments<F>;
 }
 
 pub trait Source<F: Real>: Sync {
@@ -40,12 +44,16 @@ pub trait Source<F: Real>: Sync {
     where
         Self: 'a,
         F: 'a;
+    /// What gradients are written as; converted afterwards where the gradient has another dtype.
+    type Gradient: Storage;
+    /// The same without the differences that are not asked for: they become 0.
+    fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self;
     /// Elements `first .. first + len`, counted over all rows; inside one row, and no more than `BLOCK`.
     fn block<'a>(&'a self, first: usize, len: usize, scratch: &'a mut Scratch<F>) -> Self::Block<'a>;
 }
 
-/// Means as given. What is absent stands for `mu` itself: its difference is 0 and its loads hit the first-level cache,
-/// which costs less than a second copy of the loop would.
+/// Means as given, of any dtypes. What is absent stands for `mu` itself: its difference is 0 and its loads hit the
+/// first-level cache, which costs less than a second copy of the loop would.
 #[derive(Clone, Copy)]
 pub struct Means<'a> {
     pub prev_sample_mean: View<'a>,
@@ -54,11 +62,52 @@ pub struct Means<'a> {
     pub ref_prev_sample_mean: Option<View<'a>>,
 }
 
-pub struct MeansBlock<'a, F> {
-    mean: &'a [F],
-    next: &'a [F],
-    old: &'a [F],
-    reference: &'a [F],
+impl Means<'_> {
+    /// The dtype of all that is present, if it is one.
+    pub fn common_dtype(&self) -> Option<Dtype> {
+        let dtype = self.prev_sample_mean.dtype();
+        let others = [self.prev_sample, self.old_prev_sample_mean, self.ref_prev_sample_mean];
+        others.into_iter().flatten().all(|view| view.dtype() == dtype).then_some(dtype)
+    }
+}
+
+/// The same, all of one dtype: converted on the way to the registers. bfloat16 through buffers costs 1.5 times as much.
+#[derive(Clone, Copy)]
+pub struct MeansOf<'a, T>(pub Means<'a>, pub PhantomData<T>);
+
+/// Runs `$body` with `$source` bound to the fastest source of `$means`.
+macro_rules! with_source {
+    ($means:expr, $source:ident => $body:expr) => {{
+        use std::marker::PhantomData;
+        use $crate::tensor::{Bf16, Dtype, F16};
+        let means: $crate::transition::Means<'_> = $means;
+        match means.common_dtype() {
+            Some(Dtype::F32) => {
+                let $source = $crate::transition::MeansOf(means, PhantomData::<f32>);
+                $body
+            }
+            Some(Dtype::Bf16) => {
+                let $source = $crate::transition::MeansOf(means, PhantomData::<Bf16>);
+                $body
+            }
+            Some(Dtype::F16) => {
+                let $source = $crate::transition::MeansOf(means, PhantomData::<F16>);
+                $body
+            }
+            Some(Dtype::F64) | None => {
+                let $source = means;
+                $body
+            }
+        }
+    }};
+}
+pub(crate) use with_source;
+
+pub struct MeansBlock<'a, T> {
+    mean: &'a [T],
+    next: &'a [T],
+    old: &'a [T],
+    reference: &'a [T],
 }
 
 impl<F: Real> Source<F> for Means<'_> {
@@ -67,19 +116,63 @@ impl<F: Real> Source<F> for Means<'_> {
     where
         Self: 'a,
         F: 'a;
+    type Gradient = F;
+
+    fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self {
+        Means {
+            prev_sample_mean: self.prev_sample_mean,
+            prev_sample: self.prev_sample.filter(|_| innovation),
+            old_prev_sample_mean: self.old_prev_sample_mean.filter(|_| drift),
+            ref_prev_sample_mean: self.ref_prev_sample_mean.filter(|_| ref_drift),
+        }
+    }
 
     #[inline(always)]
     fn block<'a>(&'a self, first: usize, len: usize, scratch: &'a mut Scratch<F>) -> MeansBlock<'a, F> {
         let [b0, b1, b2, b3] = &mut *scratch.0;
         let mean = widen(self.prev_sample_mean, first, len, b0);
-        let next = self.prev_sample.map_or(mean, |view| widen(view, first, len, b1));
-        let old = self.old_prev_sample_mean.map_or(mean, |view| widen(view, first, len, b2));
-        let reference = self.ref_prev_sample_mean.map_or(mean, |view| widen(view, first, len, b3));
-        MeansBlock { mean, next, old, reference }
+        let or_mean = |view: Option<View<'a>>, buffer: &'a mut [F; BLOCK]| match view {
+            Some(view) => widen(view, first, len, buffer),
+            None => mean,
+        };
+        MeansBlock {
+            mean,
+            next: or_mean(self.prev_sample, b1),
+            old: or_mean(self.old_prev_sample_mean, b2),
+            reference: or_mean(self.ref_prev_sample_mean, b3),
+        }
     }
 }
 
-impl<F: Real> Block<F> for MeansBlock<'_, F> {
+impl<F: Real, T: Storage> Source<F> for MeansOf<'_, T> {
+    type Block<'a>
+        = MeansBlock<'a, T>
+    where
+        Self: 'a,
+        F: 'a;
+    type Gradient = T;
+
+    fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self {
+        MeansOf(Source::<F>::only(&self.0, innovation, drift, ref_drift), PhantomData)
+    }
+
+    #[inline(always)]
+    fn block<'a>(&'a self, first: usize, len: usize, _scratch: &'a mut Scratch<F>) -> MeansBlock<'a, T> {
+        let mean = self.0.prev_sample_mean.slice(first, len);
+        let or_mean = |view: Option<View<'a>>| match view {
+            Some(view) => view.slice(first, len),
+            None => mean,
+        };
+        MeansBlock {
+            mean,
+            next: or_mean(self.0.prev_sample),
+            old: or_mean(self.0.old_prev_sample_mean),
+            reference: or_mean(self.0.ref_prev_sample_mean),
+        }
+    }
+}
+
+impl<F: Real, T: Storage> Block<F> for MeansBlock<'_, T> {
     #[inline(always)]
     fn elements(&self) -> usize {
         self.mean.len()
@@ -87,28 +180,42 @@ impl<F: Real> Block<F> for MeansBlock<'_, F> {
 
     #[inline(always)]
     fn moments(&self, at: usize) -> Moments<F> {
-        let mean = lanes(self.mean, at);
-        Moments {
-            innovation: difference(lanes(self.next, at), mean),
-            drift: difference(mean, lanes(self.old, at)),
-            ref_drift: difference(mean, lanes(self.reference, at)),
-        }
+        differences(lanes(self.mean, at), lanes(self.next, at), lanes(self.old, at), lanes(self.reference, at))
+    }
+
+    #[inline(always)]
+    fn tail(&self, at: usize) -> Moments<F> {
+        differences(padded(self.mean, at), padded(self.next, at), padded(self.old, at), padded(self.reference, at))
     }
 }
 
 #[inline(always)]
-fn lanes<F: Real>(values: &[F], at: usize) -> [F; LANES] {
-    match values.get(at..at + LANES) {
-        Some(full) => full.try_into().unwrap_or_else(|_| unreachable!("the range has LANES elements")),
-        None => {
-            let mut padded = [F::default(); LANES];
-            padded[..values.len() - at].copy_from_slice(&values[at..]);
-            padded
-        }
+fn lanes<T: Storage, F: Real>(values: &[T], at: usize) -> [F; LANES] {
+    let values = &values[at..at + LANES];
+    let mut out = [F::default(); LANES];
+    for lane in 0..LANES {
+        out[lane] = values[lane].load();
     }
+    out
 }
 
 #[inline(always)]
-fn difference<F: Real>(a: [F; LANES], b: [F; LANES]) -> [F; LANES] {
-    std::array::from_fn(|lane| a[lane] - b[lane])
+fn padded<T: Storage, F: Real>(values: &[T], at: usize) -> [F; LANES] {
+    let mut out = [F::default(); LANES];
+    for (out, value) in out.iter_mut().zip(&values[at..]) {
+        *out = value.load();
+    }
+    out
+}
+
+#[inline(always)]
+fn differences<F: Real>(mean: [F; LANES], next: [F; LANES], old: [F; LANES], reference: [F; LANES]) -> Moments<F> {
+    let zeros = [F::default(); LANES];
+    let mut out = Moments { innovation: zeros, drift: zeros, ref_drift: zeros };
+    for lane in 0..LANES {
+        out.innovation[lane] = next[lane] - mean[lane];
+        out.drift[lane] = mean[lane] - old[lane];
+        out.ref_drift[lane] = mean[lane] - reference[lane];
+    }
+    out
 }

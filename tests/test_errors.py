@@ -227,11 +227,20 @@ def test_other_device(fused):
     says(str(caught.value), ("meta",))
 
 
-@pytest.mark.parametrize("name", ["advantages", "std", "old_log_prob", "weights"])
-def test_sparse_or_quantised_rows_do_not_crash(fused, name):
-    """Tensors without plain strided memory behind them."""
+@pytest.mark.parametrize("name", ["prev_sample_mean", "old_prev_sample_mean", "prev_sample", "std"])
+def test_freed_memory_is_not_read(fused, name):
+    """FSDP frees storages under living tensors; the address is then null."""
     arguments = draw(ROWS, LATENTS[2:])
-    arguments[name] = torch.ones(ROWS).to_sparse()
+    arguments[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"\b{name}\b.*\bmemory\b"):
+        fused(**arguments)
+
+
+@pytest.mark.parametrize("name", ["prev_sample", "advantages", "std", "old_log_prob", "weights"])
+def test_sparse_tensors_do_not_crash(fused, name):
+    """Tensors without strided memory behind them."""
+    arguments = draw(ROWS, LATENTS[2:])
+    arguments[name] = torch.ones(LATENTS if name == "prev_sample" else ROWS).to_sparse()
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         fused(**arguments)
 
@@ -272,6 +281,8 @@ STEP_LOSS = {
         ("sample", "(4, 3, 12)", "(4, 3, 6, 2)", "model_output"),
     ),
     "no sample": ({"sample": None}, TypeError, ("sample", "NoneType", "torch.Tensor")),
+    "no prev_sample": ({"prev_sample": None}, TypeError, ("prev_sample", "NoneType", "torch.Tensor")),
+    "no model output": ({"model_output": None}, TypeError, ("model_output", "NoneType", "torch.Tensor")),
     "rows not first": ({"advantages": torch.ones(3)}, ValueError, ("model_output", "(4, 3, 6, 2)", "(3,)")),
     "sigma per step": ({"sigma": torch.full((3,), 0.8)}, ValueError, ("sigma", "(3,)", "(4, 3)")),
     "sigma as a list": ({"sigma": [0.8]}, TypeError, ("sigma", "list", "number")),
@@ -320,6 +331,7 @@ SDE_STEP = {
     "negative row_dims": ({"row_dims": -1}, ValueError, ("row_dims", "-1", "0 to 4")),
     "row_dims as a bool": ({"row_dims": True}, ValueError, ("row_dims", "True")),
     "sample of another shape": ({"sample": latents((4, 3))}, ValueError, ("sample", "(4, 3)", "(4, 3, 6, 2)")),
+    "no sample": ({"sample": None}, TypeError, ("sample", "NoneType", "torch.Tensor")),
     "noise of another shape": ({"noise": latents((4, 3))}, ValueError, ("noise", "(4, 3)", "(4, 3, 6, 2)")),
     "sigma per step, rows per sample": ({"sigma": torch.full((3,), 0.8)}, ValueError, ("sigma", "(3,)", "(4,)")),
     "model output as a list": ({"model_output": [0.0]}, TypeError, ("model_output", "list")),

@@ -2,8 +2,8 @@
 
 Two roads lead to the same two native functions. Plain tensors in eager mode take `_Eager`, an autograd function that
 calls them directly; everything else (`torch.compile`, `torch.export`, fake tensors, subclasses, dispatch modes) goes
-through the registered operators, whose fakes never touch memory. Measured per forward and backward on 32 elements: 16 us
-against 26 us through the dispatcher, beside 11 us for `x - mu` alone.
+through the registered operators, whose fakes never touch memory. An operator call alone costs 10 us more than the
+direct one, forward and backward together, beside 11 us for `x - mu` and its backward.
 
 `_args.check_loss` has made latents and row vectors contiguous.
 """
@@ -57,7 +57,7 @@ def _read_by_backward(latents: Latents, objective: str) -> Latents:
     )
 
 
-# ---- the native calls -------------------------------------------------------------------------------------------------
+# ---- the native calls ----------------------------------------------------------------------------------------------
 
 
 def _array(tensor: Tensor | None) -> tuple[int, str] | None:
@@ -158,7 +158,7 @@ def _eager_backward(ctx, grad_loss, _grad_numbers):
 _differentiable_once = once_differentiable(_eager_backward)
 
 
-# ---- the registered operators -----------------------------------------------------------------------------------------
+# ---- the registered operators --------------------------------------------------------------------------------------
 
 _LATENTS = ", ".join(f"Tensor? {name}" for name in Latents._fields)
 _VECTORS = "Tensor advantages, " + ", ".join(f"Tensor? {name}" for name in Vectors._fields[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,7 +56,8 @@ def group_advantages(
     alone = (members == 1)[index, None]
     result = torch.where(alone, torch.zeros_like(centred), centred)
     if std == "global":
-        result = result / (table.std() + eps)
+        spread = table.std() if table.numel() > 1 else table.new_full((), math.nan)
+        result = result / (spread + eps)
     elif std == "group":
         variance = per_group((centred**2).sum(1)) / (members * columns - 1)
         divisor = torch.where(members == 1, torch.ones_like(variance), variance.sqrt())

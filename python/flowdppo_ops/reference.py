@@ -29,7 +29,7 @@ __all__ = ["SdeStep", "group_advantages", "loss", "sde_step", "step_loss", "tran
 RowVector = float | Tensor
 
 
-# ---- transition: sampler and schedule -> mu = a x + b v, std ---------------------------------------------------------
+# ---- transition: sampler and schedule -> mu = a x + b v, std -------------------------------------------------------
 
 
 def transition(
@@ -60,7 +60,7 @@ def transition(
     return a, b, q * torch.sqrt(-dt)
 
 
-# ---- row statistics ---------------------------------------------------------------------------------------------------
+# ---- row statistics ------------------------------------------------------------------------------------------------
 
 
 class _Statistics(NamedTuple):
@@ -107,7 +107,7 @@ def _log_prob(q: Tensor, std: Tensor, density: str, scale: float, normalizer: bo
     return log_prob
 
 
-# ---- objective: a row's numbers -> loss, keep, metrics ----------------------------------------------------------------
+# ---- objective: a row's numbers -> loss, keep, metrics -------------------------------------------------------------
 
 
 def _objective(
@@ -238,7 +238,7 @@ def _metrics(
     }
 
 
-# ---- the public functions ---------------------------------------------------------------------------------------------
+# ---- the public functions ------------------------------------------------------------------------------------------
 
 
 def loss(

@@ -5,11 +5,11 @@
 //! lanes, blocks and chunks, always in the same order: the bits depend on neither thread count nor schedule.
 
 use super::pool::for_each;
-use super::simd::{BLOCK, Kernel, LANES, Real, dispatch, narrow};
+use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, narrow};
 use crate::objective::{Field, Problem, Row, Sums};
 use crate::plan::{CHUNK, Plan, Stretch};
-use crate::tensor::ViewMut;
-use crate::transition::{Block, Scratch, Source};
+use crate::tensor::{Element, ViewMut};
+use crate::transition::{Block, Moments, Scratch, Source};
 
 /// Sums over every row's latents.
 pub fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, threads: usize) -> Vec<Sums> {
@@ -46,24 +46,43 @@ impl<F: Real, S: Source<F>> Kernel for SumKernel<'_, F, S> {
         let mut total = Sums::default();
         for offset in (0..len).step_by(BLOCK) {
             let block = source.block(first + offset, BLOCK.min(len - offset), scratch);
-            let zeros = [F::default(); LANES];
-            let (mut q, mut d, mut cross, mut f) = (zeros, zeros, zeros, zeros);
-            for at in (0..block.elements()).step_by(LANES) {
-                let moments = block.moments(at);
-                let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
-                for lane in 0..LANES {
-                    q[lane] = u[lane].mul_add::<FMA>(u[lane], q[lane]);
-                    d[lane] = e[lane].mul_add::<FMA>(e[lane], d[lane]);
-                    cross[lane] = e[lane].mul_add::<FMA>(u[lane], cross[lane]);
-                    f[lane] = r[lane].mul_add::<FMA>(r[lane], f[lane]);
-                }
+            let mut sums = LaneSums::default();
+            // The tail stands apart: a call inside the loop would push the sums out of their registers, every time.
+            let full = block.elements() / LANES * LANES;
+            for at in (0..full).step_by(LANES) {
+                sums.add::<FMA>(block.moments(at));
             }
-            total.q += sum(q);
-            total.d += sum(d);
-            total.cross += sum(cross);
-            total.f += sum(f);
+            if full < block.elements() {
+                sums.add::<FMA>(block.tail(full));
+            }
+            total.q += sum(sums.q);
+            total.d += sum(sums.d);
+            total.cross += sum(sums.cross);
+            total.f += sum(sums.f);
         }
         total
+    }
+}
+
+/// Running sums of one block.
+#[derive(Default)]
+struct LaneSums<F> {
+    q: [F; LANES],
+    d: [F; LANES],
+    cross: [F; LANES],
+    f: [F; LANES],
+}
+
+impl<F: Real> LaneSums<F> {
+    #[inline(always)]
+    fn add<const FMA: bool>(&mut self, moments: Moments<F>) {
+        let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
+        for lane in 0..LANES {
+            self.q[lane] = u[lane].mul_add::<FMA>(u[lane], self.q[lane]);
+            self.d[lane] = e[lane].mul_add::<FMA>(e[lane], self.d[lane]);
+            self.cross[lane] = e[lane].mul_add::<FMA>(u[lane], self.cross[lane]);
+            self.f[lane] = r[lane].mul_add::<FMA>(r[lane], self.f[lane]);
+        }
     }
 }
 
@@ -104,39 +123,42 @@ pub struct Coefficients {
 
 /// `gradient = innovation (x' - mu) + drift (mu - mu°) + reference (mu - mu_ref)`, row by row.
 ///
-/// A row whose coefficients are all 0 is written without being read. `only` drops the terms of a row whose
-/// coefficient is 0 from a source, so that an infinity there cannot become 0 * inf.
+/// A row whose coefficients are all 0 is written without being read, and a term whose coefficient is 0 is dropped from
+/// the source, so that an infinity there cannot become 0 * inf.
 pub fn gradient<F: Real, S: Source<F>>(
+    source: &S,
     coefficients: &(impl Fn(usize) -> Coefficients + Sync),
-    only: &(impl Fn(Coefficients) -> S + Sync),
     plan: Plan,
     out: &ViewMut<'_>,
     threads: usize,
 ) {
-    for_each(plan.tasks(), threads, <(Scratch<F>, Output<F>)>::default, |(scratch, output), task| {
+    for_each(plan.tasks(), threads, <(Scratch<F>, Output<S::Gradient>)>::default, |(scratch, output), task| {
         for stretch in plan.stretches(task) {
-            let coefficients = coefficients(stretch.row);
-            let source = only(coefficients);
-            dispatch(GradientKernel { source: &source, stretch, coefficients, scratch, output, out });
+            let c = coefficients(stretch.row);
+            let source = source.only(c.innovation != 0.0, c.drift != 0.0, c.reference != 0.0);
+            dispatch(GradientKernel { source: &source, stretch, coefficients: c, scratch, output, out });
         }
     });
 }
 
 /// One block of gradient before it is converted to the dtype of the mean.
-struct Output<F>(Box<[F]>);
+struct Output<T>(Box<[T]>);
 
-impl<F: Real> Default for Output<F> {
+impl<T: Storage> Default for Output<T> {
     fn default() -> Self {
-        Output(vec![F::default(); BLOCK].into_boxed_slice())
+        Output(vec![T::default(); BLOCK].into_boxed_slice())
     }
 }
 
-struct GradientKernel<'a, F, S> {
+struct GradientKernel<'a, F, S: Source<F>>
+where
+    F: Real,
+{
     source: &'a S,
     stretch: Stretch,
     coefficients: Coefficients,
     scratch: &'a mut Scratch<F>,
-    output: &'a mut Output<F>,
+    output: &'a mut Output<S::Gradient>,
     out: &'a ViewMut<'a>,
 }
 
@@ -147,37 +169,43 @@ impl<F: Real, S: Source<F>> Kernel for GradientKernel<'_, F, S> {
     fn run<const FMA: bool>(self) {
         let Coefficients { innovation, drift, reference } = self.coefficients;
         let blocked = innovation == 0.0 && drift == 0.0 && reference == 0.0;
-        let (a, b, c) = (F::from_f64(innovation), F::from_f64(drift), F::from_f64(reference));
+        let factors = [F::from_f64(innovation), F::from_f64(drift), F::from_f64(reference)];
+        let direct = self.out.dtype() == S::Gradient::DTYPE;
         let Stretch { first, len, .. } = self.stretch;
         for offset in (0..len).step_by(BLOCK) {
             let (first, len) = (first + offset, BLOCK.min(len - offset));
-            let direct = self.out.dtype() == F::DTYPE;
-            let target = if direct {
+            let target: &mut [S::Gradient] = if direct {
                 // SAFETY: stretches do not overlap, and every task runs once.
-                unsafe { self.out.part_mut::<F>(first, len) }
+                unsafe { self.out.part_mut(first, len) }
             } else {
                 &mut self.output.0[..len]
             };
             if blocked {
-                target.fill(F::default());
+                target.fill(S::Gradient::default());
             } else {
                 let block = self.source.block(first, len, self.scratch);
-                for (index, target) in target.chunks_mut(LANES).enumerate() {
-                    let moments = block.moments(index * LANES);
-                    let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
-                    let values: [F; LANES] =
-                        std::array::from_fn(|lane| a.mul_add::<FMA>(u[lane], b.mul_add::<FMA>(e[lane], c * r[lane])));
-                    match <&mut [F; LANES]>::try_from(&mut *target) {
-                        Ok(full) => *full = values,
-                        Err(_) => target.copy_from_slice(&values[..target.len()]),
-                    }
+                let full = len / LANES * LANES;
+                for at in (0..full).step_by(LANES) {
+                    combine::<F, _, FMA>(factors, block.moments(at), &mut target[at..at + LANES]);
+                }
+                if full < len {
+                    combine::<F, _, FMA>(factors, block.tail(full), &mut target[full..]);
                 }
             }
             if !direct {
+                let values = &self.output.0[..len];
                 // SAFETY: as above.
-                unsafe { narrow(&self.output.0[..len], self.out, first) };
+                unsafe { narrow(values, self.out, first) };
             }
         }
+    }
+}
+
+#[inline(always)]
+fn combine<F: Real, T: Storage, const FMA: bool>([a, b, c]: [F; 3], moments: Moments<F>, target: &mut [T]) {
+    let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
+    for (lane, target) in target.iter_mut().enumerate() {
+        *target = T::store(a.mul_add::<FMA>(u[lane], b.mul_add::<FMA>(e[lane], c * r[lane])));
     }
 }
 

@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::objective::{BATCH_LEN, FIELDS, Field, Objective, POLICY_DIVISOR, Problem, Reduction};
 use crate::plan::Plan;
 use crate::tensor::{Rows, View, ViewMut};
-use crate::transition::Means;
+use crate::transition::{Means, with_source};
 
 /// The latents of a call, `[rows, numel]` each; absent where nothing reads them.
 #[derive(Clone, Copy, Debug)]
@@ -70,7 +70,7 @@ fn means<'a>(latents: &Latents<'a>) -> Option<Means<'a>> {
 fn run_forward<F: Real>(problem: &Problem<'_>, latents: &Latents<'_>, outputs: &mut Outputs<'_>, threads: usize) {
     let plan = Plan::new(problem.rows, problem.numel);
     let sums = match means(latents) {
-        Some(source) => row_sums::<F, _>(&source, plan, threads),
+        Some(means) => with_source!(means, source => row_sums::<F, _>(&source, plan, threads)),
         None => Vec::new(),
     };
     row_objective::<F>(problem, &sums, &outputs.numbers, threads);
@@ -130,19 +130,14 @@ fn run_backward<F: Real>(call: Backward<'_>, latents: &Latents<'_>, threads: usi
     if let Some(mut out) = call.grad_log_prob {
         log_prob_gradient::<F>((0..call.rows).map(|row| scaled(Field::CoefLogProb, row, divisor)), &mut out);
     }
-    if let (Some(out), Some(source)) = (call.grad_mean, means(latents)) {
+    if let (Some(out), Some(means)) = (call.grad_mean, means(latents)) {
         let coefficients = |row| Coefficients {
             innovation: scaled(Field::CoefInnovation, row, divisor),
             drift: scaled(Field::CoefDrift, row, divisor),
             reference: scaled(Field::CoefRef, row, 1.0),
         };
-        let only = |c: Coefficients| Means {
-            prev_sample: source.prev_sample.filter(|_| c.innovation != 0.0),
-            old_prev_sample_mean: source.old_prev_sample_mean.filter(|_| c.drift != 0.0),
-            ref_prev_sample_mean: source.ref_prev_sample_mean.filter(|_| c.reference != 0.0),
-            ..source
-        };
-        gradient::<F, _>(&coefficients, &only, Plan::new(call.rows, call.numel), &out, threads);
+        let plan = Plan::new(call.rows, call.numel);
+        with_source!(means, source => gradient::<F, _>(&source, &coefficients, plan, &out, threads));
     }
 }
 

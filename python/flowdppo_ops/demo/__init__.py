@@ -27,11 +27,11 @@ EXTRAS = ("torch", "sklearn", "matplotlib", "tqdm")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    summary = "fine-tune a small digit generator with Flow-DPPO, Flow-GRPO and GRPO-Guard"
+    summary = "Fine-tune a small digit generator with Flow-DPPO, Flow-GRPO and GRPO-Guard"
     parser = commands.add_parser(
         "demo",
         help=summary,
-        description=f"{summary.capitalize()}. Writes a table, curves and plots. A minute or two on a CPU.",
+        description=f"{summary}. Writes a table, curves and plots. A minute or two on a CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -22,7 +22,7 @@ from .model import Velocity, pretrain
 from .rollout import Schedule, path_kl, rollout, select, uniform_schedule
 from .score import Judge, symmetry
 from .timing import seconds_per_call
-from .train import Settings, finetune
+from .train import Run, Settings, finetune
 
 STEPS = 10
 NOISE_LEVEL = 0.7
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> None:
             for seed in seeds[name]:
                 bar.set_description(f"{name}, seed {seed}")
 
-                def progress(run):
-                    bar.set_postfix(reward=f"{run.reward[-1]:.3g}", kl=f"{run.kl[-1]:.3g}", refresh=False)
+                def progress(so_far: Run) -> None:
+                    bar.set_postfix(reward=f"{so_far.reward[-1]:.3g}", kl=f"{so_far.kl[-1]:.3g}", refresh=False)
                     bar.update()
 
                 tuned = finetune(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -81,7 +82,7 @@ def _caption(results: dict[str, Any]) -> list[str]:
         "and flowdppo_ops.reference.loss. Each replays the calls recorded in the first, middle and last",
         "iteration of the first seed (median of 5 rounds), scaled to all calls of that run.",
         f"Trained with the {results['loss']} loss on {results['device']}, CPU threads: {results['threads']}.",
-        "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+        *textwrap.wrap("Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".", 100),
         *(f"  {name}: {entry['objective']}" for name, entry in entries.items()),
     ]
 
@@ -155,10 +156,10 @@ def _limits(results: dict[str, Any], key: str) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _plot_samples(path: Path, samples: dict[str, Tensor], per_class: int = 4) -> None:
+def _plot_samples(path: Path, samples: dict[str, Tensor], per_class: int = 2) -> None:
     """One row of tiles per policy; the same noise in the same place."""
     figure, grid = plt.subplots(
-        len(samples), 2, figsize=(9, 1.05 + 1.75 * len(samples)), layout="constrained", squeeze=False
+        len(samples), 2, figsize=(9, 0.9 + 1.8 * len(samples)), layout="constrained", squeeze=False
     )
     for row, (name, images) in zip(grid, samples.items(), strict=True):
         for axes, classes, group in zip(row, (TRAINED, HELD_OUT), ("fine-tuned", "held-out"), strict=True):

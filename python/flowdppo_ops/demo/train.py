@@ -14,7 +14,7 @@ from ..advantages import group_advantages
 from ..objectives import Objective
 from ..result import PolicyLoss
 from .model import Velocity
-from .rollout import Rollout, Schedule, path_kl, replayed_means, rollout, select
+from .rollout import Schedule, path_kl, replayed_means, rollout, select
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def finetune(
         for _ in range(settings.epochs):
             order = torch.randperm(len(prompts), generator=generator).to(device)
             for rows in order.chunk(settings.minibatches):
-                old: Rollout = select(batch, rows)
+                old = select(batch, rows)
                 mean = replayed_means(policy, old, schedule)
                 arguments = {
                     "old_prev_sample_mean": old.means,

@@ -1,0 +1,41 @@
+# Two commands do everything: `make demo` and `make test`. Both create .venv, install torch and the rest, and build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find src python kernels -type f -name '*.*' ! -name '*.so' ! -name '*.pyc' 2>/dev/null) $(wildcard build.rs)
+export CARGO_TERM_COLOR := never
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m flowdppo_ops demo
+
+test: lint
+	cargo test --locked --quiet
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.test
+	cargo fmt --check
+	cargo clippy --locked --quiet --all-targets -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@files=$$(git ls-files 'kernels/*' 'tests/*.cpp' 'tests/*.h' 2>/dev/null); [ -z "$$files" ] || $(BIN)/clang-format --dry-run --Werror $$files
+
+bench: $(VENV)/.test
+	$(BIN)/python benches/bench_policy_loss.py
+
+# A stamp per set of extras; the package is rebuilt when a source changes. Cargo's target folder keeps that short.
+$(VENV)/.demo: $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install --quiet '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install --quiet '.[demo,test]'
+	touch $@ $(VENV)/.demo
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+clean:
+	rm -rf $(VENV) target dist demo-out
