@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import FULL, QUICK, Effort, Row, WrongAnswer, environment, measure, percentiles, write_json
+from harness import (
+    FULL,
+    QUICK,
+    Effort,
+    Row,
+    WrongAnswer,
+    environment,
+    keep_freed_memory,
+    measure,
+    percentiles,
+    write_json,
+)
 from torch import Tensor
 
 import flowdppo_ops
@@ -251,10 +262,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     parser.add_argument("--quick", action="store_true", help="few repeats: to see that it works, not for numbers")
+    parser.add_argument("--libc-malloc", action="store_true", help="leave malloc as it is: adds luck with page faults")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
-    facts = environment()
+    kept = not args.libc_malloc and keep_freed_memory()
+    facts = environment("malloc=kept" if kept else "malloc=default")
     print(
         f"{facts['device']}, {args.threads} threads, torch {facts['torch']}, "
         f"flowdppo_ops {facts['flowdppo_ops']} at {facts['commit']}  {facts['environment']}".rstrip()

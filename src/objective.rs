@@ -170,10 +170,11 @@ impl Problem<'_> {
 
     /// One row, before any reduction over rows.
     pub fn row(&self, row: usize, sums: Sums, guard: GuardScale) -> Row {
-        // "mean": per-element numbers; "sum": joint ones, where the normaliser counts once per element.
-        let (weight, elements) =
-            if self.latent_sum { (1.0, self.numel as f64) } else { (1.0 / self.numel.max(1) as f64, 1.0) };
-        let (q, d, cross) = (sums.q * weight, sums.d * weight, sums.cross * weight);
+        // "mean": per-element numbers; "sum": joint ones, where the normaliser counts once per element. Divided, not
+        // multiplied with 1 / numel: at 49 elements that misses a KL equal to its threshold by an ulp.
+        let (divisor, elements) =
+            if self.latent_sum { (1.0, self.numel as f64) } else { (self.numel.max(1) as f64, 1.0) };
+        let (q, d, cross) = (sums.q / divisor, sums.d / divisor, sums.cross / divisor);
         let std = self.read(self.std, row);
         let variance = std * std;
         let cps = self.density == Density::Cps;
@@ -230,10 +231,10 @@ impl Problem<'_> {
 
         // d loss / d exponent is the loss itself (it is minus A exp(exponent)), and 0 when blocked.
         let slope = if blocked { 0.0 } else { open_loss * scale };
-        let innovation = slope * weight * if cps { 2.0 } else { 1.0 / variance };
+        let innovation = slope * if cps { 2.0 } else { 1.0 / variance } / divisor;
         let drift = match self.objective {
-            Objective::GrpoGuard { per_row_scale: true, .. } => slope * weight / variance,
-            Objective::GrpoGuard { .. } => slope * weight / (guard.c * guard.c),
+            Objective::GrpoGuard { per_row_scale: true, .. } => slope / (variance * divisor),
+            Objective::GrpoGuard { .. } => slope / (guard.c * guard.c * divisor),
             _ => 0.0,
         };
         let ref_std = self.read(self.ref_std, row);
@@ -242,7 +243,7 @@ impl Problem<'_> {
             Reduction::Sum | Reduction::None => 1.0,
         };
         let (ref_kl, reference) = if self.has_ref {
-            let per_element = weight / (ref_std * ref_std);
+            let per_element = 1.0 / (ref_std * ref_std * divisor);
             (0.5 * sums.f * per_element, self.ref_kl_weight * per_element / over_rows)
         } else {
             (0.0, 0.0)

@@ -53,6 +53,7 @@ def test_quick_run_writes_a_row_per_provider_and_pass(bench, tmp_path, capsys):
         assert row["flowdppo_ops"] == flowdppo_ops.__version__
         assert row["cores_elsewhere"] is None or row["cores_elsewhere"] >= 0
         assert row["device"]
+        assert row["environment"].startswith("malloc=")
         assert row["commit"]
         assert datetime.fromisoformat(row["date"].replace("Z", "+00:00")).tzinfo is not None
 

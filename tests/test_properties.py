@@ -102,6 +102,5 @@ def test_wild_values_never_crash(loss, call, places):
     for name, value in mine["metrics"].items():
         if "frac" in name:
             assert 0 <= value <= 1, name
-    # float32, not float64: the product below is the rounding of a division.
     bad = sum(not math.isfinite(value) for value in mine["ratio"].flatten().tolist())
-    assert mine["metrics"]["nonfinite_fraction"] >= bad / mine["ratio"].numel() - 1e-6
+    assert mine["metrics"]["nonfinite_fraction"] >= bad / mine["ratio"].numel() - 1e-6  # a float32 share

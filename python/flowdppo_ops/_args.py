@@ -27,6 +27,7 @@ class Family(NamedTuple):
     name: str
     dtypes: dict[Any, str]
     float64: Any
+    layout: Any  # the dense one, None where there is no other
     contiguous: Callable[[Any], Any]
     broadcast: Callable[[Any, tuple[int, ...]], Any]
     has_devices: bool
@@ -38,6 +39,8 @@ def check_array(where: str, family: Family, name: str, value: Any) -> None:
     if value.dtype not in family.dtypes:
         wanted = ", ".join(family.dtypes.values())
         raise TypeError(f"{where}: {name} has dtype {value.dtype}, wanted one of {wanted}")
+    if family.layout is not None and value.layout != family.layout:
+        raise TypeError(f"{where}: {name} has layout {value.layout}, wanted {family.layout}")
 
 
 def check_same_device(where: str, family: Family, name: str, value: Any, like_name: str, like: Any) -> None:
@@ -51,6 +54,8 @@ def check_shape(where: str, name: str, value: Any, shape: tuple[int, ...], of: s
 
 
 def check_number(where: str, name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted a number")
     return float(value)
@@ -89,19 +94,19 @@ def check_row_vector(
     check_array(where, family, name, value)
     check_same_device(where, family, name, value, like_name, like)
     shape = tuple(value.shape)
-    if not shape or shape == row_shape:
-        return family.contiguous(value)
     rank = len(row_shape)
     leading, trailing = shape[:rank], shape[rank:]
     rank_fits = not trailing or latent_rank is None or len(shape) == latent_rank
+    if not shape or (leading == row_shape and rank_fits and trailing.count(1) == len(trailing)):
+        return family.contiguous(value)
     fits = len(leading) == rank and all(have in (1, want) for have, want in zip(leading, row_shape, strict=True))
-    if not (fits and rank_fits and all(n == 1 for n in trailing)):
+    if not (fits and rank_fits and trailing.count(1) == len(trailing)):
         latent = "" if latent_rank is None else f", or rank {latent_rank} with trailing ones"
         raise ValueError(
             f"{where}: {name} has shape {shape}, wanted a number or a shape that broadcasts to the rows {row_shape} "
             f"dimension by dimension (rank {rank}{latent})"
         )
-    if leading != row_shape and any(n != 1 for n in leading):
+    if leading.count(1) != rank:
         value = family.broadcast(value.reshape(leading), row_shape)
     return family.contiguous(value)
 
@@ -126,8 +131,8 @@ def check_rows(where: str, family: Family, advantages: Any) -> tuple[int, ...]:
     return row_shape
 
 
-def check_latents(where: str, family: Family, row_shape: tuple[int, ...], **latents: Any) -> None:
-    """All given ones are arrays of the first one's shape, on its device; rows first, and at least one element each."""
+def check_latents(where: str, family: Family, row_shape: tuple[int, ...], latents: dict[str, Any]) -> None:
+    """All are arrays of the first one's shape, on its device; rows first, and at least one element each."""
     (leader, like), *others = latents.items()
     check_array(where, family, leader, like)
     shape = like.shape
@@ -138,10 +143,9 @@ def check_latents(where: str, family: Family, row_shape: tuple[int, ...], **late
     if 0 in shape:
         raise ValueError(f"{where}: {leader} has shape {tuple(shape)}, wanted at least one latent element per row")
     for name, value in others:
-        if value is not None:
-            check_array(where, family, name, value)
-            check_shape(where, name, value, shape, leader)
-            check_same_device(where, family, name, value, leader, like)
+        check_array(where, family, name, value)
+        check_shape(where, name, value, shape, leader)
+        check_same_device(where, family, name, value, leader, like)
 
 
 def require(where: str, name: str, value: Any, why: str) -> None:
@@ -260,37 +264,41 @@ def check_loss(
     ref = ref_prev_sample_mean if has_ref else None
     if replay or old is not None or ref is not None:
         mean = prev_sample_mean
-        check_latents(
-            where,
-            family,
-            row_shape,
-            prev_sample_mean=mean,
-            prev_sample=prev_sample,
-            old_prev_sample_mean=old,
-            ref_prev_sample_mean=ref,
-        )
+        given = {"prev_sample_mean": mean}
+        if replay:
+            given["prev_sample"] = prev_sample
+        if old is not None:
+            given["old_prev_sample_mean"] = old
+        if ref is not None:
+            given["ref_prev_sample_mean"] = ref
+        check_latents(where, family, row_shape, given)
         check_same_device(where, family, "advantages", advantages, "prev_sample_mean", mean)
         latent_rank = mean.ndim
     else:  # log-probs alone
         mean, latent_rank = None, getattr(prev_sample_mean, "ndim", None)
-    latents = Latents(*(None if t is None else family.contiguous(t) for t in (mean, prev_sample, old, ref)))
-
-    def rows(name: str, value: Any) -> Any:
-        return check_full_row_vector(where, family, name, value, advantages)
-
-    def vector(name: str, value: Any) -> Any:
-        return check_row_vector(where, family, name, value, "advantages", advantages, row_shape, latent_rank)
-
+    contiguous = family.contiguous
+    latents = Latents(
+        None if mean is None else contiguous(mean),
+        None if prev_sample is None else contiguous(prev_sample),
+        None if old is None else contiguous(old),
+        None if ref is None else contiguous(ref),
+    )
+    like = ("advantages", advantages, row_shape, latent_rank)
     vectors = Vectors(
-        family.contiguous(advantages),
-        rows("log_prob", log_prob),
-        rows("old_log_prob", old_log_prob),
-        vector("weights", weights),
-        vector("std", std),
-        vector("sqrt_dt", sqrt_dt),
-        vector("ref_std", ref_std),
+        contiguous(advantages),
+        None if log_prob is None else check_full_row_vector(where, family, "log_prob", log_prob, advantages),
+        None
+        if old_log_prob is None
+        else check_full_row_vector(where, family, "old_log_prob", old_log_prob, advantages),
+        None if weights is None else check_row_vector(where, family, "weights", weights, *like),
+        None if std is None else check_row_vector(where, family, "std", std, *like),
+        None if sqrt_dt is None else check_row_vector(where, family, "sqrt_dt", sqrt_dt, *like),
+        None if ref_std is None else check_row_vector(where, family, "ref_std", ref_std, *like),
     )
     settings = Settings(*objective._native, density, latent_reduction, reduction, ref_kl_weight)
     float64 = family.float64
-    double = any(t is not None and t.dtype == float64 for t in (*latents, log_prob, old_log_prob))
+    double = False
+    for array in (mean, prev_sample, old, ref, log_prob, old_log_prob):
+        if array is not None and array.dtype == float64:
+            double = True
     return LossCall(row_shape, latents, vectors, settings, double)

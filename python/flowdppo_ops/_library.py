@@ -28,11 +28,12 @@ def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
         like = vectors.advantages
         tensors = [like.new_full((), v, dtype=torch.float64) if isinstance(v, float) else v for v in vectors]
         return torch.ops.flowdppo_ops.policy_loss(*latents, *tensors, *call.settings)
+    results = _forward(latents, vectors, call.settings, call.double)
     mean, log_prob = latents.prev_sample_mean, vectors.log_prob
     differentiable = (mean is not None and mean.requires_grad) or (log_prob is not None and log_prob.requires_grad)
     if differentiable and torch.is_grad_enabled():
-        return _Eager.apply(mean, log_prob, call)
-    return _forward(latents, vectors, call.settings, call.double)
+        return _Eager.apply(mean, log_prob, call, results), results[1]
+    return results
 
 
 def _is_plain(latents: Latents, vectors: Vectors) -> bool:
@@ -103,11 +104,12 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `prev_sample_mean`, in its dtype, and of `log_prob`, flat and in the arithmetic dtype."""
     rows = (numbers.numel() - _native.BATCH_LEN) // _native.FIELDS
+    grad_loss = grad_loss.contiguous()  # held by its name until Rust has read it: autograd hands down expanded scalars
     grad_mean = torch.empty_like(latents.prev_sample_mean) if wants_mean else None
     grad_log_prob = numbers.new_empty(rows) if wants_log_prob else None
     _native.policy_loss_backward(
         tuple([_array(t) for t in latents]),
-        _vector(grad_loss.contiguous()),
+        _vector(grad_loss),
         numbers.data_ptr(),
         rows,
         _latent_elements(latents, rows),
@@ -119,40 +121,34 @@ def _backward(
     return grad_mean, grad_log_prob
 
 
-def _save(ctx, latents: Latents, log_prob: Tensor | None, objective: str, numbers: Tensor) -> None:
-    ctx.save_for_backward(numbers, *_read_by_backward(latents, objective))
-    ctx.log_prob_like = None if log_prob is None else (log_prob.shape, log_prob.dtype)
-    ctx.mark_non_differentiable(numbers)
-    ctx.set_materialize_grads(False)
-
-
 def _as_log_prob(ctx, grad_log_prob: Tensor) -> Tensor:
     shape, dtype = ctx.log_prob_like
     return grad_log_prob.view(shape).to(dtype)
 
 
 class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mean, log_prob, call):
-        loss, numbers = _forward(call.latents, call.vectors, call.settings, call.double)
-        _save(ctx, call.latents, log_prob, call.settings.objective, numbers)
-        return loss, numbers
+    """Ties the loss, already computed, to its two inputs. The numbers stay outside: a second output costs 2 us."""
 
     @staticmethod
-    def backward(ctx, grad_loss, grad_numbers):
+    def forward(ctx, mean, log_prob, call, results):
+        loss, numbers = results
+        ctx.save_for_backward(numbers, *_read_by_backward(call.latents, call.settings.objective))
+        ctx.log_prob_like = None if log_prob is None else (log_prob.shape, log_prob.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
         # `once_differentiable` costs 2 us, and only matters while a graph of the backward is built.
-        backward = _differentiable_once if torch.is_grad_enabled() else _eager_backward
-        return backward(ctx, grad_loss, grad_numbers)
+        return (_differentiable_once if torch.is_grad_enabled() else _eager_backward)(ctx, grad_loss)
 
 
-def _eager_backward(ctx, grad_loss, _grad_numbers):
-    if grad_loss is None:
-        return None, None, None
+def _eager_backward(ctx, grad_loss):
     numbers, *saved = ctx.saved_tensors
     latents = Latents(*saved)
-    wants_mean = ctx.needs_input_grad[0] and latents.prev_sample_mean is not None
-    grad_mean, grad_log_prob = _backward(grad_loss, numbers, latents, wants_mean, ctx.needs_input_grad[1])
-    return grad_mean, None if grad_log_prob is None else _as_log_prob(ctx, grad_log_prob), None
+    needs_mean, needs_log_prob, _, _ = ctx.needs_input_grad
+    wants_mean = needs_mean and latents.prev_sample_mean is not None
+    grad_mean, grad_log_prob = _backward(grad_loss, numbers, latents, wants_mean, needs_log_prob)
+    return grad_mean, None if grad_log_prob is None else _as_log_prob(ctx, grad_log_prob), None, None
 
 
 _differentiable_once = once_differentiable(_eager_backward)
@@ -179,6 +175,11 @@ torch.library.define(
 )
 
 
+def _contiguous(values: tuple) -> list:
+    """Anybody may call an operator, with any strides; the direct road has seen to it before."""
+    return [FAMILY.contiguous(v) if isinstance(v, Tensor) else v for v in values]
+
+
 def _split(args: tuple) -> tuple[Latents, Vectors, Settings, bool]:
     a, b = len(Latents._fields), len(Latents._fields) + len(Vectors._fields)
     latents, vectors = Latents(*args[:a]), Vectors(*args[a:b])
@@ -189,7 +190,8 @@ def _split(args: tuple) -> tuple[Latents, Vectors, Settings, bool]:
 
 @torch.library.impl("flowdppo_ops::policy_loss", "cpu")
 def _policy_loss_cpu(*args):
-    return _forward(*_split(args))
+    latents, vectors, settings, double = _split(args)
+    return _forward(Latents(*_contiguous(latents)), Vectors(*_contiguous(vectors)), settings, double)
 
 
 @torch.library.register_fake("flowdppo_ops::policy_loss")
@@ -200,7 +202,7 @@ def _policy_loss_fake(*args):
 
 @torch.library.impl("flowdppo_ops::policy_loss_backward", "cpu")
 def _policy_loss_backward_cpu(grad_loss, numbers, *args):
-    grads = _backward(grad_loss, numbers, Latents(*args[:-2]), *args[-2:])
+    grads = _backward(grad_loss, numbers.contiguous(), Latents(*_contiguous(args[:-2])), *args[-2:])
     return tuple(numbers.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -216,7 +218,11 @@ def _policy_loss_backward_fake(grad_loss, numbers, *args):
 
 def _setup_context(ctx, inputs, output):
     latents, vectors, settings, _ = _split(inputs)
-    _save(ctx, latents, vectors.log_prob, settings.objective, output[1])
+    log_prob, numbers = vectors.log_prob, output[1]
+    ctx.save_for_backward(numbers, *_read_by_backward(latents, settings.objective))
+    ctx.log_prob_like = None if log_prob is None else (log_prob.shape, log_prob.dtype)
+    ctx.mark_non_differentiable(numbers)
+    ctx.set_materialize_grads(False)
 
 
 def _registered_backward(ctx, grad_loss, _grad_numbers):

@@ -6,6 +6,14 @@ import torch
 
 from ._args import Family
 
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    # A lazily negated view (`z.conj().imag`) is contiguous, and its memory has the other sign.
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.resolve_neg().contiguous()
+
+
 FAMILY = Family(
     type=torch.Tensor,
     name="torch.Tensor",
@@ -16,7 +24,8 @@ FAMILY = Family(
         torch.float64: "float64",
     },
     float64=torch.float64,
-    contiguous=torch.Tensor.contiguous,
+    layout=torch.strided,
+    contiguous=_contiguous,
     broadcast=torch.Tensor.expand,
     has_devices=True,
 )

@@ -17,6 +17,7 @@ _FAMILY = _args.Family(
     name="numpy.ndarray",
     dtypes={np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", np.dtype(np.float64): "float64"},
     float64=np.dtype(np.float64),
+    layout=None,
     contiguous=lambda array: np.require(array, requirements=("C", "A")),
     broadcast=np.broadcast_to,
     has_devices=False,

@@ -373,12 +373,13 @@ def step_loss(
     if len(given) > 1 or (not given and (old_log_prob is None or not isinstance(objective, FlowGRPO))):
         came = " and ".join(given) or "none"
         raise ValueError(f"{where}: got {came} for the old policy, wanted exactly one of {', '.join(olds)}")
+    ref_kl_weight = _args.check_number(where, "ref_kl_weight", ref_kl_weight)
     row_shape = _args.check_rows(where, FAMILY, advantages)
     latents = {"model_output": model_output, "sample": sample, "prev_sample": prev_sample, **given}
     if ref_kl_weight:
         _args.require(where, "ref_prev_sample_mean", ref_prev_sample_mean, "ref_kl_weight is not 0")
         latents["ref_prev_sample_mean"] = ref_prev_sample_mean
-    _args.check_latents(where, FAMILY, row_shape, **latents)
+    _args.check_latents(where, FAMILY, row_shape, latents)
     _args.check_same_device(where, FAMILY, "advantages", advantages, "model_output", model_output)
     _args.check_full_row_vector(where, FAMILY, "old_log_prob", old_log_prob, advantages)
     dtype = _step_dtype(*latents.values())
@@ -501,7 +502,7 @@ def sde_step(
         raise ValueError(f"{where}: model_output has shape {tuple(model_output.shape)}, wanted at least one row")
     latents = {"model_output": model_output, "sample": sample}
     latents |= {k: v for k, v in {"prev_sample": prev_sample, "noise": noise}.items() if v is not None}
-    _args.check_latents(where, FAMILY, row_shape, **latents)
+    _args.check_latents(where, FAMILY, row_shape, latents)
     dtype = _step_dtype(model_output, sample)
     rows = _row_reader(where, "model_output", model_output, row_shape, dtype)
     a, b, std = transition(

@@ -42,9 +42,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--pretrain-steps", type=_positive, default=2000, metavar="N", help="flow-matching updates")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     parser.add_argument("--loss", choices=("fused", "reference"), default="fused", help="which loss trains")
-    parser.add_argument(
-        "--threads", type=_positive, default=1, metavar="N", help="CPU threads; with tensors this small one is as good"
-    )
+    # One thread: on two cores that others were using as well, two threads took 4 to 9 times as long.
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads")
     parser.add_argument("--out", default="demo-out", metavar="DIR", help="folder for the results")
     parser.set_defaults(run=lambda args: _run(parser, args))
 

@@ -45,7 +45,7 @@ def _row(name: str, scores: list[dict], curves: list[dict] | None, seconds: dict
         return _spread([score[key] * factor for score in scores])
 
     masked = "-" if curves is None else _spread([100 * mean(curve["masked"]) for curve in curves])
-    fused, eager = (f"{seconds[which]:.2f}" if which in seconds else "-" for which in ("fused", "reference"))
+    fused, eager = (f"{seconds[which]:.3f}" if which in seconds else "-" for which in ("fused", "reference"))
     return (
         name,
         column("reward"),

@@ -29,7 +29,7 @@ class Judge:
     `frechet`: Frechet distance (as in FID) between the images of the held-out prompts and the real digits of those
     classes, each taken as a Gaussian in the space of the first 16 principal components of the real digits (85 % of
     the variance); squared pixel units, 0 is equal. This is the forgetting figure: it moves when the held-out digits
-    lose variety or change style, long before they become illegible (their legibility stays at 100 %). Pixel space,
+    lose variety or change style, long before they become illegible (their legibility stays near 100 %). Pixel space,
     because no second network has to be trusted at this size; 16 components, because a covariance of 64 dimensions
     from 500 images is mostly noise. With a finite sample it is above 0 for a perfect model too, so read it beside the
     pretrained model's own.

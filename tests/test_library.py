@@ -1,0 +1,339 @@
+"""The operator inside PyTorch: compile, opcheck, gradcheck, autocast, checkpointing, fake tensors, threads, forks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import flowdppo_ops
+from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, _args, _library
+from flowdppo_ops._torch import FAMILY
+
+# Wide enough that rows fall on both sides of every mask and clip.
+OBJECTIVES = {
+    "flow_dppo": FlowDPPO(1e-4),
+    "flow_grpo": FlowGRPO((1e-3, 2e-3), adv_clip_max=1.0),
+    "grpo_guard": GRPOGuard(1e-3),
+}
+SOURCES = ("prev_sample", "log_prob")
+
+
+def inputs(source: str, dtype=torch.float32, rows=8, numel=37) -> tuple[dict, dict]:
+    """`(differentiable, constant)` keyword arguments of `loss`."""
+    torch.manual_seed(5)
+    mean = torch.randn(rows, numel, dtype=dtype)
+    old = mean + 0.01 * torch.linspace(-1, 1, rows, dtype=dtype)[:, None] * torch.randn(rows, numel, dtype=dtype)
+    constant = {
+        "old_prev_sample_mean": old,
+        "advantages": torch.randn(rows, dtype=dtype),
+        "std": torch.linspace(0.3, 0.6, rows, dtype=dtype),
+        "sqrt_dt": 0.3,
+        "weights": torch.rand(rows, 1, dtype=dtype),
+        "ref_prev_sample_mean": mean + 0.02,
+        "ref_kl_weight": 0.04,
+    }
+    if source == "prev_sample":
+        return {"prev_sample_mean": mean}, {**constant, "prev_sample": mean + 0.5 * torch.randn_like(mean)}
+    log_prob = torch.randn(rows, dtype=dtype)
+    nudge = 0.004 * torch.linspace(-1, 1, rows, dtype=dtype)
+    return {"prev_sample_mean": mean, "log_prob": log_prob}, {**constant, "old_log_prob": log_prob + nudge}
+
+
+def run(differentiable: dict, constant: dict, objective) -> tuple:
+    """Loss, rows and gradients of one call, gradients in the order of `differentiable`."""
+    leaves = {name: value.detach().requires_grad_() for name, value in differentiable.items()}
+    result = flowdppo_ops.loss(**leaves, **constant, objective=objective)
+    grads = torch.autograd.grad(result.loss, list(leaves.values()))
+    return result.loss.detach(), result.ratio, result.kl, result.keep, *grads
+
+
+def assert_equal(mine: tuple, wanted: tuple) -> None:
+    for index, (a, b) in enumerate(zip(mine, wanted, strict=True)):
+        assert torch.equal(a, b), f"output {index}: {a} is not {b}"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_inputs_reach_both_sides_of_every_branch(source, objective):
+    keep = run(*inputs(source), objective)[3]
+    assert keep.any(), "every row is blocked"
+    assert not keep.all(), "no row is blocked"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_compiled_equals_eager(objective, source, backend, dynamic):
+    torch._dynamo.reset()
+    differentiable, constant = inputs(source)
+
+    def call(*leaves):
+        result = flowdppo_ops.loss(**dict(zip(differentiable, leaves, strict=True)), **constant, objective=objective)
+        return result.loss, result.ratio, result.kl, result.keep
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
+    leaves = [value.detach().requires_grad_() for value in differentiable.values()]
+    loss, *rows = compiled(*leaves)
+    assert not any(row.requires_grad for row in rows)
+    grads = torch.autograd.grad(loss, leaves)
+    assert_equal((loss.detach(), *rows, *grads), run(differentiable, constant, objective))
+
+
+def test_compiled_function_may_return_the_whole_result():
+    torch._dynamo.reset()
+    differentiable, constant = inputs("prev_sample")
+    compiled = torch.compile(flowdppo_ops.loss, fullgraph=True, backend="aot_eager")
+    result, eager = compiled(**differentiable, **constant), flowdppo_ops.loss(**differentiable, **constant)
+    assert torch.equal(result.loss, eager.loss)
+    assert result.metrics() == eager.metrics()
+
+
+def test_exported_program_equals_eager():
+    differentiable, constant = inputs("prev_sample")
+
+    class Loss(torch.nn.Module):
+        def forward(self, mean):
+            return flowdppo_ops.loss(mean, **constant).loss
+
+    mean = differentiable["prev_sample_mean"]
+    program = torch.export.export(Loss(), (mean,))
+    assert torch.equal(program.module()(mean), Loss()(mean))
+
+
+def checked(differentiable: dict, constant: dict, objective, reduction="mean") -> _args.LossCall:
+    missing = dict.fromkeys(("prev_sample", "log_prob", "old_log_prob", "ref_std", "process_group"))
+    options = {"density": "gaussian", "latent_reduction": "mean", "reduction": reduction, "objective": objective}
+    return _args.check_loss("test", FAMILY, **{**missing, **differentiable, **constant, **options})
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_opcheck(objective, source, reduction):
+    differentiable, constant = inputs(source)
+    call = checked({k: v.requires_grad_() for k, v in differentiable.items()}, constant, objective, reduction)
+    vectors = [torch.tensor(v) if isinstance(v, float) else v for v in call.vectors]
+    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*call.latents, *vectors, *call.settings))
+
+    loss, numbers = _library.policy_loss(call)
+    latents = [None if t is None else t.detach() for t in call.latents]
+    wants_log_prob = source == "log_prob"
+    args = (torch.ones_like(loss), numbers, *latents, True, wants_log_prob)
+    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss_backward.default, args)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "kept_mean"])
+@pytest.mark.parametrize("density", ["gaussian", "cps"])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_gradcheck(objective, source, density, reduction):
+    differentiable, constant = inputs(source, torch.float64, rows=5, numel=3)
+
+    def call(*leaves):
+        arguments = dict(zip(differentiable, leaves, strict=True))
+        return flowdppo_ops.loss(
+            **arguments, **constant, objective=objective, density=density, reduction=reduction
+        ).loss
+
+    leaves = [value.requires_grad_() for value in differentiable.values()]
+    assert torch.autograd.gradcheck(call, leaves, eps=1e-7, atol=1e-6)
+
+
+def test_second_derivative_is_refused():
+    differentiable, constant = inputs("prev_sample")
+    mean = differentiable["prev_sample_mean"].requires_grad_()
+    (grad,) = torch.autograd.grad(flowdppo_ops.loss(mean, **constant).loss, mean, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_input_changed_in_place_before_the_backward_is_noticed():
+    differentiable, constant = inputs("prev_sample")
+    mean = differentiable["prev_sample_mean"].requires_grad_()
+    loss = flowdppo_ops.loss(mean, **constant).loss
+    constant["prev_sample"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_only_the_loss_is_differentiable():
+    differentiable, constant = inputs("prev_sample")
+    result = flowdppo_ops.loss(differentiable["prev_sample_mean"].requires_grad_(), **constant)
+    assert result.loss.requires_grad
+    for name in ("log_prob", "log_ratio", "ratio", "kl", "keep"):
+        assert not getattr(result, name).requires_grad, name
+
+
+def test_autocast_leaves_the_result_alone():
+    differentiable, constant = inputs("prev_sample")
+    wanted = run(differentiable, constant, FlowDPPO())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(run(differentiable, constant, FlowDPPO()), wanted)
+
+
+def test_means_from_an_autocast_model():
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(16, 16), torch.randn(4, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean = model(x)
+        assert mean.dtype == torch.bfloat16
+        result = flowdppo_ops.loss(mean, mean.detach(), torch.randn(4), std=0.5, prev_sample=torch.randn(4, 16))
+    assert result.loss.dtype == torch.float32
+    assert torch.equal(result.ratio, torch.ones(4))
+    result.loss.backward()
+    assert model.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant):
+    differentiable, constant = inputs("prev_sample")
+    mean = differentiable["prev_sample_mean"].requires_grad_()
+    (wanted,) = torch.autograd.grad(flowdppo_ops.loss(mean * 2, **constant).loss, mean)
+    loss = checkpoint(lambda m: flowdppo_ops.loss(m * 2, **constant).loss, mean, use_reentrant=use_reentrant)
+    loss.backward()
+    assert torch.equal(mean.grad, wanted)
+
+
+def test_inference_mode_and_no_grad():
+    differentiable, constant = inputs("prev_sample")
+    wanted = flowdppo_ops.loss(**differentiable, **constant).loss
+    mean = differentiable["prev_sample_mean"].requires_grad_()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            loss = flowdppo_ops.loss(mean, **constant).loss
+        assert torch.equal(loss, wanted)
+        assert not loss.requires_grad
+
+
+def test_fake_tensors_never_reach_native_code(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("native code was called")
+
+    monkeypatch.setattr(_library._native, "policy_loss_forward", refuse)
+    monkeypatch.setattr(_library._native, "policy_loss_backward", refuse)
+    differentiable, constant = inputs("prev_sample", torch.bfloat16)
+    with FakeTensorMode() as mode:
+        fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in constant.items()}
+        mean = mode.from_tensor(differentiable["prev_sample_mean"]).requires_grad_()
+        result = flowdppo_ops.loss(mean, **fake)
+        result.loss.backward()
+        assert (result.loss.dtype, result.loss.shape, result.keep.shape) == (torch.float32, (), (8,))
+        assert (mean.grad.dtype, mean.grad.shape) == (torch.bfloat16, mean.shape)
+
+
+def test_native_code_refuses_memory_that_is_not_there():
+    native = _library._native
+    numbers = torch.empty(4 * native.FIELDS + native.BATCH_LEN)
+    settings = FlowDPPO()._native
+    with pytest.raises(ValueError, match=r"prev_sample_mean has 32 elements and no memory"):
+        native.policy_loss_forward(
+            ((0, "float32"), None, None, None),
+            ((numbers.data_ptr(), "float32", 1), None, None, None, None, None, None),
+            4,
+            8,
+            False,
+            settings,
+            "gaussian",
+            "mean",
+            "mean",
+            0.0,
+            (numbers.data_ptr(), numbers.data_ptr()),
+            1,
+        )
+
+
+def test_dispatch_modes_see_the_operators():
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    differentiable, constant = inputs("prev_sample")
+    wanted = run(differentiable, constant, FlowDPPO())
+    with Log():
+        assert_equal(run(differentiable, constant, FlowDPPO()), wanted)
+    assert "flowdppo_ops.policy_loss.default" in seen
+    assert "flowdppo_ops.policy_loss_backward.default" in seen
+
+
+def test_saved_tensor_hooks_see_what_is_kept():
+    differentiable, constant = inputs("prev_sample")
+    mean, packed = differentiable["prev_sample_mean"].requires_grad_(), []
+
+    def pack(tensor):
+        packed.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        flowdppo_ops.loss(mean, **{**constant, "ref_kl_weight": 0.0}).loss.backward()
+    # FlowDPPO's backward reads the mean and the sample; the old mean is free to go.
+    assert packed.count(mean.shape) == 2
+
+
+def test_concurrent_threads_agree():
+    differentiable, constant = inputs("prev_sample", rows=4, numel=50_001)
+    wanted = run(differentiable, constant, FlowDPPO())
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            mine = run(differentiable, constant, FlowDPPO())
+            if not all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True)):
+                wrong.append(mine)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_interpreter_runs_on_during_a_long_call():
+    # ~10 ms of native work a call. Held, the GIL would let the other thread in only between calls.
+    differentiable, constant = inputs("prev_sample", rows=2, numel=4_000_000)
+    stop, ticks = threading.Event(), [0]
+
+    def tick():
+        while not stop.is_set():
+            ticks[0] += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        before = ticks[0]
+        flowdppo_ops.loss(**differentiable, **constant)
+        during = ticks[0] - before
+    finally:
+        stop.set()
+        thread.join()
+    # Each re-acquisition of a held GIL would give the loop one 5 ms slice at most twice; released, it runs throughout.
+    assert during > 0
+
+
+def _loss_in_child(queue, differentiable, constant):
+    queue.put(float(flowdppo_ops.loss(**differentiable, **constant).loss))
+
+
+def test_a_forked_child_has_its_own_threads():
+    differentiable, constant = inputs("prev_sample", rows=4, numel=100_000)
+    wanted = float(flowdppo_ops.loss(**differentiable, **constant).loss)  # the parent's pool exists now
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_loss_in_child, args=(queue, differentiable, constant))
+    child.start()
+    child.join(60)
+    try:
+        assert child.exitcode == 0, "the child waits for threads that it does not have"
+        assert queue.get() == wanted
+    finally:
+        child.kill()
