@@ -28,10 +28,12 @@ def inputs(source: str, dtype=torch.float32, rows=8, numel=37) -> tuple[dict, di
     """`(differentiable, constant)` keyword arguments of `loss`."""
     torch.manual_seed(5)
     mean = torch.randn(rows, numel, dtype=dtype)
-    old = mean + 0.01 * torch.linspace(-1, 1, rows, dtype=dtype)[:, None] * torch.randn(rows, numel, dtype=dtype)
+    noise = 0.5 * torch.randn(rows, numel, dtype=dtype)
+    # The drift goes with the noise in the first half (ratio > 1) and against it in the second (ratio < 1).
+    drift = 0.02 * torch.linspace(1, -1, rows, dtype=dtype)[:, None] * noise
     constant = {
-        "old_prev_sample_mean": old,
-        "advantages": torch.randn(rows, dtype=dtype),
+        "old_prev_sample_mean": mean - drift,
+        "advantages": (torch.rand(rows, dtype=dtype) + 0.5) * torch.tensor([1, -1]).repeat(rows)[:rows],
         "std": torch.linspace(0.3, 0.6, rows, dtype=dtype),
         "sqrt_dt": 0.3,
         "weights": torch.rand(rows, 1, dtype=dtype),
@@ -39,7 +41,7 @@ def inputs(source: str, dtype=torch.float32, rows=8, numel=37) -> tuple[dict, di
         "ref_kl_weight": 0.04,
     }
     if source == "prev_sample":
-        return {"prev_sample_mean": mean}, {**constant, "prev_sample": mean + 0.5 * torch.randn_like(mean)}
+        return {"prev_sample_mean": mean}, {**constant, "prev_sample": mean + noise}
     log_prob = torch.randn(rows, dtype=dtype)
     nudge = 0.004 * torch.linspace(-1, 1, rows, dtype=dtype)
     return {"prev_sample_mean": mean, "log_prob": log_prob}, {**constant, "old_log_prob": log_prob + nudge}
@@ -150,6 +152,7 @@ def test_second_derivative_is_refused():
     differentiable, constant = inputs("prev_sample")
     mean = differentiable["prev_sample_mean"].requires_grad_()
     (grad,) = torch.autograd.grad(flowdppo_ops.loss(mean, **constant).loss, mean, create_graph=True)
+    assert grad.requires_grad, "a penalty on this gradient would silently be a constant"
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 
@@ -337,3 +340,23 @@ def test_a_forked_child_has_its_own_threads():
         assert queue.get() == wanted
     finally:
         child.kill()
+
+
+def test_lazily_negated_views_have_their_own_sign():
+    differentiable, constant = inputs("prev_sample")
+    sample = constant["prev_sample"]
+    negated = torch.complex(torch.zeros_like(sample), -sample).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(negated, sample)
+    wanted = flowdppo_ops.loss(**differentiable, **constant).loss
+    assert torch.equal(flowdppo_ops.loss(**differentiable, **{**constant, "prev_sample": negated}).loss, wanted)
+
+
+def test_the_operator_takes_any_strides():
+    differentiable, constant = inputs("prev_sample")
+    call = checked(differentiable, {**constant, "sqrt_dt": torch.tensor(0.3)}, FlowDPPO())
+    strided = [None if t is None else t.t().contiguous().t() for t in call.latents]
+    assert not strided[0].is_contiguous()
+    wanted = torch.ops.flowdppo_ops.policy_loss(*call.latents, *call.vectors, *call.settings)
+    mine = torch.ops.flowdppo_ops.policy_loss(*strided, *call.vectors, *call.settings)
+    assert torch.equal(mine[0], wanted[0])

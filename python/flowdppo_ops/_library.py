@@ -18,7 +18,6 @@ from . import _native
 from ._args import Latents, LossCall, Settings, Vectors, differentiates_mean
 from ._torch import FAMILY
 
-_PLAIN = (Tensor, torch.nn.Parameter, float, type(None))
 
 
 def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
@@ -39,12 +38,15 @@ def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
 def _is_plain(latents: Latents, vectors: Vectors) -> bool:
     """Whether the direct road is open: real memory, and nobody watching the dispatcher.
 
-    `FakeTensor.data_ptr()` is 0 and its device says cpu; subclasses and modes must see the operator.
+    `FakeTensor.data_ptr()` is 0 and its device says cpu; subclasses and modes must see the operator. A lazily negated
+    view (`z.conj().imag`) is contiguous, and its memory has the other sign: the dispatcher resolves it.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     for value in latents + vectors:
-        if type(value) not in _PLAIN:
+        if value is None or type(value) is float:
+            continue
+        if type(value) not in (Tensor, torch.nn.Parameter) or value.is_neg():
             return False
     return not torch._C._are_functorch_transforms_active()
 
@@ -138,8 +140,10 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        # `once_differentiable` costs 2 us, and only matters while a graph of the backward is built.
-        return (_differentiable_once if torch.is_grad_enabled() else _eager_backward)(ctx, grad_loss)
+        if not torch.is_grad_enabled():
+            return _eager_backward(ctx, grad_loss)
+        # A graph of the backward is being built: differentiating it must fail, also where `grad_loss` is a constant.
+        return _differentiable_once(ctx, grad_loss if grad_loss.requires_grad else grad_loss.detach().requires_grad_())
 
 
 def _eager_backward(ctx, grad_loss):

@@ -7,13 +7,6 @@ import torch
 from ._args import Family
 
 
-def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    # A lazily negated view (`z.conj().imag`) is contiguous, and its memory has the other sign.
-    if tensor.is_contiguous() and not tensor.is_neg():
-        return tensor
-    return tensor.resolve_neg().contiguous()
-
-
 FAMILY = Family(
     type=torch.Tensor,
     name="torch.Tensor",
@@ -25,7 +18,7 @@ FAMILY = Family(
     },
     float64=torch.float64,
     layout=torch.strided,
-    contiguous=_contiguous,
+    contiguous=torch.Tensor.contiguous,
     broadcast=torch.Tensor.expand,
     has_devices=True,
 )
