@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
+import time
 
 import pytest
 import torch
@@ -157,23 +157,6 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_input_changed_in_place_before_the_backward_is_noticed():
-    differentiable, constant = inputs("prev_sample")
-    mean = differentiable["prev_sample_mean"].requires_grad_()
-    loss = flowdppo_ops.loss(mean, **constant).loss
-    constant["prev_sample"].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_only_the_loss_is_differentiable():
-    differentiable, constant = inputs("prev_sample")
-    result = flowdppo_ops.loss(differentiable["prev_sample_mean"].requires_grad_(), **constant)
-    assert result.loss.requires_grad
-    for name in ("log_prob", "log_ratio", "ratio", "kl", "keep"):
-        assert not getattr(result, name).requires_grad, name
-
-
 def test_autocast_leaves_the_result_alone():
     differentiable, constant = inputs("prev_sample")
     wanted = run(differentiable, constant, FlowDPPO())
@@ -282,64 +265,25 @@ def test_saved_tensor_hooks_see_what_is_kept():
     assert packed.count(mean.shape) == 2
 
 
-def test_concurrent_threads_agree():
-    differentiable, constant = inputs("prev_sample", rows=4, numel=50_001)
-    wanted = run(differentiable, constant, FlowDPPO())
-    wrong = []
-
-    def work():
-        for _ in range(20):
-            mine = run(differentiable, constant, FlowDPPO())
-            if not all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True)):
-                wrong.append(mine)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
 def test_the_interpreter_runs_on_during_a_long_call():
-    # ~10 ms of native work a call. Held, the GIL would let the other thread in only between calls.
-    differentiable, constant = inputs("prev_sample", rows=2, numel=4_000_000)
-    stop, ticks = threading.Event(), [0]
+    rows = 1_000_000  # ~0.1 s of native work
+    log_prob, advantages = torch.randn(rows), torch.randn(rows)
+    times = {}
 
-    def tick():
-        while not stop.is_set():
-            ticks[0] += 1
+    def call():
+        start = time.perf_counter()
+        flowdppo_ops.loss(None, None, advantages, log_prob=log_prob, old_log_prob=log_prob, objective=FlowGRPO())
+        times["call"] = time.perf_counter() - start
 
-    thread = threading.Thread(target=tick)
+    thread = threading.Thread(target=call)
     thread.start()
-    try:
-        before = ticks[0]
-        flowdppo_ops.loss(**differentiable, **constant)
-        during = ticks[0] - before
-    finally:
-        stop.set()
-        thread.join()
-    # Each re-acquisition of a held GIL would give the loop one 5 ms slice at most twice; released, it runs throughout.
-    assert during > 0
-
-
-def _loss_in_child(queue, differentiable, constant):
-    queue.put(float(flowdppo_ops.loss(**differentiable, **constant).loss))
-
-
-def test_a_forked_child_has_its_own_threads():
-    differentiable, constant = inputs("prev_sample", rows=4, numel=100_000)
-    wanted = float(flowdppo_ops.loss(**differentiable, **constant).loss)  # the parent's pool exists now
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_loss_in_child, args=(queue, differentiable, constant))
-    child.start()
-    child.join(60)
-    try:
-        assert child.exitcode == 0, "the child waits for threads that it does not have"
-        assert queue.get() == wanted
-    finally:
-        child.kill()
+    gap, last = 0.0, time.perf_counter()
+    while thread.is_alive():
+        now = time.perf_counter()
+        gap, last = max(gap, now - last), now
+    thread.join()
+    # With the GIL held, this loop would stand still for all of the call.
+    assert gap < times["call"] / 2
 
 
 def test_lazily_negated_views_have_their_own_sign():

@@ -19,7 +19,6 @@ from ._args import Latents, LossCall, Settings, Vectors, differentiates_mean
 from ._torch import FAMILY
 
 
-
 def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
     """`(loss, numbers)`; differentiable in `prev_sample_mean` and `log_prob` through `loss` alone."""
     latents, vectors = call.latents, call.vectors

@@ -6,7 +6,6 @@ import torch
 
 from ._args import Family
 
-
 FAMILY = Family(
     type=torch.Tensor,
     name="torch.Tensor",
