@@ -10,7 +10,6 @@
 
 use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
@@ -35,10 +34,7 @@ pub fn for_each<S>(tasks: usize, threads: usize, state: impl Fn() -> S + Sync, t
         }
     };
     let helpers = threads.min(tasks).saturating_sub(1);
-    match if helpers > 0 { team() } else { None } {
-        Some(team) => team.run(helpers, &work),
-        None => work(),
-    }
+    if helpers > 0 { team().run(helpers, &work) } else { work() }
 }
 
 type Work<'a> = &'a (dyn Fn() + Sync);
@@ -49,7 +45,6 @@ const INSIDE: u64 = OPEN - 1;
 const CALL: u64 = 1 << 32;
 
 struct Team {
-    process: u32,
     gate: AtomicU64,
     /// The open call's work, and how many helpers may take part. Written before the gate opens, read behind it.
     work: AtomicPtr<Work<'static>>,
@@ -160,38 +155,31 @@ impl Team {
     }
 }
 
-/// This process's team. A forked child has the parent's memory but none of its threads: it gets a team of its own. None
-/// where no thread can be started; the caller then works alone.
-fn team() -> Option<&'static Team> {
-    static CURRENT: AtomicPtr<Team> = AtomicPtr::new(ptr::null_mut());
-    let current = CURRENT.load(Ordering::Acquire);
-    // SAFETY: either null or leaked below, hence valid forever; everything in it is shared safely.
-    if let Some(team) = unsafe { current.as_ref() }
-        && team.process == process::id()
-    {
-        return Some(team);
-    }
-    let helpers = thread::available_parallelism().map_or(1, usize::from) - 1;
-    let fresh: &'static Team = Box::leak(Box::new(Team {
-        process: process::id(),
+/// The process's one team, started by the first call that wants it.
+///
+/// A forked child has the parent's memory but none of its threads. It works alone: nobody enters its gate, and a team
+/// that was busy while its process forked stays locked.
+fn team() -> &'static Team {
+    static TEAM: OnceLock<Team> = OnceLock::new();
+    static STARTED: OnceLock<()> = OnceLock::new();
+    let helpers = || thread::available_parallelism().map_or(1, usize::from) - 1;
+    let team = TEAM.get_or_init(|| Team {
         gate: AtomicU64::new(0),
         work: AtomicPtr::new(ptr::null_mut()),
         helpers: AtomicUsize::new(0),
         panicked: AtomicBool::new(false),
         busy: Mutex::new(()),
-        members: (0..helpers).map(|_| Member::default()).collect(),
-    }));
-    let shared = ptr::from_ref(fresh).cast_mut();
-    if CURRENT.compare_exchange(current, shared, Ordering::AcqRel, Ordering::Acquire).is_err() {
-        // Another thread of this process was first; this team has no threads yet, and a few words are lost.
-        return team();
-    }
-    for (index, member) in fresh.members.iter().enumerate() {
-        let name = format!("flowdppo-{index}");
-        let Ok(handle) = thread::Builder::new().name(name).spawn(move || fresh.serve(index)) else { break };
-        let _ = member.thread.set(handle.thread().clone());
-    }
-    Some(fresh)
+        members: (0..helpers()).map(|_| Member::default()).collect(),
+    });
+    STARTED.get_or_init(|| {
+        for (index, member) in team.members.iter().enumerate() {
+            let name = format!("flowdppo-{index}");
+            // Where no thread can be started the caller does the work of all.
+            let Ok(handle) = thread::Builder::new().name(name).spawn(move || team.serve(index)) else { break };
+            let _ = member.thread.set(handle.thread().clone());
+        }
+    });
+    team
 }
 
 #[cfg(test)]
