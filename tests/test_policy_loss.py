@@ -217,7 +217,10 @@ def test_clip_range_zero_keeps_the_on_policy_ratio(loss):
     """A ratio of exactly 1 lies on both limits, and a limit is inside."""
     arguments = draw(objective=FlowGRPO(clip_range=0.0))
     arguments["prev_sample_mean"] = arguments["old_prev_sample_mean"]
-    assert loss(**arguments).keep.all()
+    result = loss(**arguments)
+    assert result.keep.all()
+    metrics = result.metrics()
+    assert [metrics[name] for name in ("clip_fraction", "clipfrac_gt_one", "clipfrac_lt_one")] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("nan_kl", ["mask", "keep"])
@@ -257,6 +260,27 @@ def test_blocked_infinite_ratio(loss, dtype):
     assert (mine["grad prev_sample_mean"][1] == 0).all()
     assert torch.equal(mine["grad prev_sample_mean"], calm["grad prev_sample_mean"])
     assert torch.equal(mine["loss"], calm["loss"])
+
+
+def test_blocked_row_with_an_infinite_latent_keeps_its_penalty(fused):
+    """What a blocked row no longer needs is not read: no 0 * inf beside the reference term."""
+    mean = torch.randn(1, 40, requires_grad=True)
+    ref_mean, prev_sample = torch.randn(1, 40), torch.randn(1, 40)
+    prev_sample[0, 7] = float("inf")
+    result = fused(
+        mean,
+        torch.randn(1, 40),
+        -torch.ones(1),
+        std=0.5,
+        prev_sample=prev_sample,
+        old_log_prob=torch.zeros(1),
+        ref_prev_sample_mean=ref_mean,
+        ref_kl_weight=0.5,
+    )
+    result.loss.backward()
+    assert (result.ratio.item(), result.keep.item()) == (0.0, False)
+    wanted = 0.5 * (mean.detach() - ref_mean) / (0.5**2 * 40)
+    assert (mean.grad - wanted).abs().max() <= 2e-7 * wanted.abs().max()
 
 
 def test_clipped_infinite_ratio(loss):
