@@ -18,6 +18,8 @@ from . import _native
 from ._args import Latents, LossCall, Settings, Vectors, differentiates_mean
 from ._torch import FAMILY
 
+_DTYPE_NAMES = FAMILY.dtypes
+
 
 def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
     """`(loss, numbers)`; differentiable in `prev_sample_mean` and `log_prob` through `loss` alone."""
@@ -63,13 +65,13 @@ def _read_by_backward(latents: Latents, objective: str) -> Latents:
 
 
 def _array(tensor: Tensor | None) -> tuple[int, str] | None:
-    return None if tensor is None else (tensor.data_ptr(), FAMILY.dtypes[tensor.dtype])
+    return None if tensor is None else (tensor.data_ptr(), _DTYPE_NAMES[tensor.dtype])
 
 
 def _vector(value: float | Tensor | None) -> float | tuple[int, str, int] | None:
     if value is None or isinstance(value, float):
         return value
-    return value.data_ptr(), FAMILY.dtypes[value.dtype], 0 if value.numel() == 1 else 1
+    return value.data_ptr(), _DTYPE_NAMES[value.dtype], 0 if value.numel() == 1 else 1
 
 
 def _latent_elements(latents: Latents, rows: int) -> int:

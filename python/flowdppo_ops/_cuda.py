@@ -1,0 +1,46 @@
+"""What a call on a GPU needs beside its arrays: device and stream, and memory that the blocks of the forward share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+Target = tuple[int, int]
+
+# (device, stream) -> int32 counters, all 0 whenever no forward runs on that stream: kernels leave them so.
+_tickets: dict[Target, Tensor] = {}
+
+
+def target(tensor: Tensor) -> Target | None:
+    """The device's number and the stream that is current there; None for a tensor in the host's memory."""
+    if not tensor.is_cuda:
+        return None
+    device = tensor.device
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def workspace(
+    like: Tensor, target: Target, rows: int, numel: int, needs_batch_means: bool, may_keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Partial sums (float32, uninitialised) and `rows + 1` tickets (zero), from PyTorch's allocator.
+
+    Both are given back while the kernel may still be running: the allocator hands them out again to the same stream
+    only, where whatever comes next runs after it. For the same reason the calls of a stream can share their tickets,
+    which saves filling new ones with zeros: a launch of 2 us beside kernels of 10 us.
+
+    Two calls must not take the kept tickets. One that is captured into a CUDA graph: the graph may be replayed on any
+    stream, beside calls that use them; it gets its own, from the graph's memory, and a fill that is replayed with it.
+    And one inside `torch.compile` (`may_keep=False`): its CUDA-graph trees warm up in the graph's memory pool, and
+    refuse tensors that stay behind there.
+    """
+    partials, is_capturing = _native.policy_loss_workspace_cuda(target, rows, numel, needs_batch_means)
+    keep = may_keep and not is_capturing
+    tickets = _tickets.get(target) if keep else None
+    if tickets is None or tickets.numel() <= rows:
+        # Kept ones grow by powers of two: no new ones for every batch size.
+        tickets = like.new_zeros(max(1024, 1 << rows.bit_length()) if keep else rows + 1, dtype=torch.int32)
+        if keep:
+            _tickets[target] = tickets
+    return like.new_empty(partials, dtype=torch.float32), tickets
