@@ -112,6 +112,13 @@ class Row:
     environment: str
     date: str
     cores_elsewhere: float | None  # processors busy with anything but this process while it was measured
+    timing: str = "call"  # see `devices.Mode`; "cold start" and "first call": in a process of its own
+    cache: str = "warm"
+    launches: int | None = None  # this and the rest: `devices.Costs` of one call
+    sync_warnings: int | None = None
+    stream_syncs: int | None = None
+    dtoh_copies: int | None = None
+    peak_bytes: int | None = None
 
     @property
     def gb_per_s(self) -> float:
@@ -120,7 +127,7 @@ class Row:
 
 def percentiles(samples: list[float]) -> dict[str, float]:
     """The 20th, 50th and 80th percentile to a nanosecond, under the names of `Row`."""
-    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    tenths = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples * 9
     return {f"p{10 * tenth}_us": round(tenths[tenth - 1], 3) for tenth in (2, 5, 8)}
 
 
@@ -166,6 +173,17 @@ def write_json(rows: list[Row], path: Path) -> None:
     """A JSON list, one row per line; `pass_` is written as `pass`."""
     lines = (json.dumps({name.rstrip("_"): value for name, value in asdict(row).items()}) for row in rows)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def read_json(path: Path) -> list[Row]:
+    """What `write_json` wrote; rows from before there were devices lack the fields that have defaults."""
+    return [
+        Row(
+            **{("pass_" if name == "pass" else name): value for name, value in row.items()}
+            | {"shape": tuple(row["shape"])}
+        )
+        for row in json.loads(path.read_text())
+    ]
 
 
 def _cpu_model() -> str:

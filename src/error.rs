@@ -3,6 +3,9 @@
 use pyo3::PyErr;
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 
+/// What a caller can still do where there is no way to run a kernel.
+const REFERENCE: &str = "flowdppo_ops.reference runs on any device (FLOWDPPO_OPS_BACKEND=reference sends calls there)";
+
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum Error {
     #[error("{name} has {len} elements and no memory: a fake, meta or released tensor cannot be read")]
@@ -17,6 +20,26 @@ pub enum Error {
     Missing { name: &'static str },
     #[error("{name} has dtype {came}, wanted {wanted}")]
     Dtype { name: &'static str, came: &'static str, wanted: &'static str },
+    #[error(
+        "{name} has dtype float64, wanted float32, bfloat16 or float16 on a GPU: float64 is computed on the CPU alone"
+    )]
+    Float64OnGpu { name: &'static str },
+    #[error("no NVIDIA driver (libcuda.so.1) on this machine; {REFERENCE}")]
+    NoDriver,
+    #[error("cuda:{ordinal} is a device number beyond what is supported; {REFERENCE}")]
+    NoDevice { ordinal: usize },
+    #[error(
+        "no kernel image for cuda:{ordinal} of compute capability {}.{} in this build; {REFERENCE}",
+        capability / 10,
+        capability % 10
+    )]
+    NoImage { ordinal: usize, capability: u32 },
+    #[error("{call} failed with {error}; {REFERENCE}")]
+    Driver { call: &'static str, error: String },
+    #[error("{rows} rows of {numel} elements are more than a grid has blocks for; {REFERENCE}")]
+    Grid { rows: usize, numel: usize },
+    #[error("{name} has {came} elements, wanted {wanted}")]
+    Workspace { name: &'static str, came: usize, wanted: usize },
     #[error("internal error, please report it: {0}")]
     Panic(String),
 }
@@ -25,8 +48,13 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
         let message = format!("flowdppo_ops: {error}");
         match error {
-            Error::Dtype { .. } => PyTypeError::new_err(message),
-            Error::Panic(_) => PyRuntimeError::new_err(message),
+            Error::Dtype { .. } | Error::Float64OnGpu { .. } => PyTypeError::new_err(message),
+            Error::NoDriver
+            | Error::NoDevice { .. }
+            | Error::NoImage { .. }
+            | Error::Driver { .. }
+            | Error::Grid { .. }
+            | Error::Panic(_) => PyRuntimeError::new_err(message),
             _ => PyValueError::new_err(message),
         }
     }

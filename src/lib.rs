@@ -1,11 +1,13 @@
 //! Fused policy losses for flow-matching RL; the native half of the Python package `flowdppo_ops`.
 //!
-//! Calls go one way: `python` (boundary) -> `ops` (check, plan, dispatch) -> `cpu` (backend). Two ideas that every
-//! backend shares have a file each: `transition` (how means come out of memory) and `objective` (what a row becomes).
+//! Calls go one way: `python` (boundary) -> `ops` (check, plan, dispatch) -> `cpu` or `cuda` (backend). Two ideas that
+//! every backend shares have a file each: `transition` (how means come out of memory) and `objective` (what a row
+//! becomes).
 
 use pyo3::prelude::*;
 
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod objective;
 pub mod ops;
@@ -20,6 +22,12 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("METRICS", objective::METRICS.to_vec())?;
     module.add("FIELDS", objective::FIELDS)?;
     module.add("BATCH_LEN", objective::BATCH_LEN)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss_gradient_ahead, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(python::policy_loss_backward, module)?)
+    module.add_function(wrap_pyfunction!(python::policy_loss_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss_workspace_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss_forward_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss_backward_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::cuda_images, module)?)?;
+    module.add_function(wrap_pyfunction!(python::cuda_entry_points, module)?)
 }

@@ -6,7 +6,7 @@
 
 use std::f64::consts::TAU;
 
-use crate::tensor::Rows;
+use crate::tensor::{Host, Rows};
 
 /// Names of the metrics, in the order in which every backend writes them.
 pub const METRICS: [&str; 18] = [
@@ -110,9 +110,15 @@ pub struct Sums {
     pub f: f64,
 }
 
+impl Sums {
+    pub fn plus(self, other: &Sums) -> Sums {
+        Sums { q: self.q + other.q, d: self.d + other.d, cross: self.cross + other.cross, f: self.f + other.f }
+    }
+}
+
 /// The row vectors of a call and its settings: everything but the latents.
 #[derive(Clone, Copy, Debug)]
-pub struct Problem<'a> {
+pub struct Problem<'a, Space = Host> {
     pub rows: usize,
     pub numel: usize,
     pub objective: Objective,
@@ -125,13 +131,13 @@ pub struct Problem<'a> {
     /// An old mean was read, and there is a std to measure the drift with.
     pub has_kl: bool,
     pub has_ref: bool,
-    pub advantages: Rows<'a>,
-    pub log_prob: Option<Rows<'a>>,
-    pub old_log_prob: Option<Rows<'a>>,
-    pub weights: Option<Rows<'a>>,
-    pub std: Option<Rows<'a>>,
-    pub sqrt_dt: Option<Rows<'a>>,
-    pub ref_std: Option<Rows<'a>>,
+    pub advantages: Rows<'a, Space>,
+    pub log_prob: Option<Rows<'a, Space>>,
+    pub old_log_prob: Option<Rows<'a, Space>>,
+    pub weights: Option<Rows<'a, Space>>,
+    pub std: Option<Rows<'a, Space>>,
+    pub sqrt_dt: Option<Rows<'a, Space>>,
+    pub ref_std: Option<Rows<'a, Space>>,
 }
 
 /// What one row becomes, by `Field`.
@@ -144,6 +150,22 @@ pub struct GuardScale {
     c: f64,
     /// 1 / mean(sqrt_dt)^2
     outer: f64,
+}
+
+impl<Space> Problem<'_, Space> {
+    /// Whether a row's numbers depend on all rows: GRPO-Guard's scale.
+    pub fn needs_batch_means(&self) -> bool {
+        matches!(self.objective, Objective::GrpoGuard { per_row_scale: false, .. })
+    }
+
+    /// What the policy's part of the gradient is divided by, where that does not depend on the rows' outcome.
+    pub fn divisor(&self) -> Option<f64> {
+        match self.reduction {
+            Reduction::Mean => Some(self.rows as f64),
+            Reduction::Sum | Reduction::None => Some(1.0),
+            Reduction::KeptMean => None,
+        }
+    }
 }
 
 impl Problem<'_> {
@@ -159,7 +181,7 @@ impl Problem<'_> {
     }
 
     pub fn guard_scale(&self) -> GuardScale {
-        if !matches!(self.objective, Objective::GrpoGuard { per_row_scale: false, .. }) {
+        if !self.needs_batch_means() {
             return GuardScale { c: 1.0, outer: 1.0 };
         }
         let mean = |value: &dyn Fn(usize) -> f64| (0..self.rows).map(value).sum::<f64>() / self.rows as f64;
@@ -331,11 +353,8 @@ impl Problem<'_> {
 
         let kept_only = self.reduction == Reduction::KeptMean;
         let policy: f64 = (0..self.rows).filter(|&row| !kept_only || keep(row)).map(|row| at(Field::Loss, row)).sum();
-        let divisor = match self.reduction {
-            Reduction::Mean => rows,
-            Reduction::KeptMean => ((0..self.rows).filter(|&row| keep(row)).count() as f64).max(1.0),
-            Reduction::Sum | Reduction::None => 1.0,
-        };
+        let kept = || ((0..self.rows).filter(|&row| keep(row)).count() as f64).max(1.0);
+        let divisor = self.divisor().unwrap_or_else(kept);
         let penalty = match self.reduction {
             _ if !self.has_ref => 0.0,
             Reduction::Sum => self.ref_kl_weight * ref_kl * rows,

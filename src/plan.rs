@@ -1,5 +1,9 @@
 //! How a `[rows, numel]` problem is cut into tasks: plain numbers from plain numbers, no memory and no threads.
 
+use std::ops::Range;
+
+use crate::error::Error;
+
 /// Elements of one task. Large enough to hide the cost of handing it out (128 KiB of float32 takes ~10 us), small
 /// enough that two rows of video latents keep every core busy. Results depend on it, so it is a constant: the same
 /// chunks, and with them the same bits, for any number of threads.
@@ -41,6 +45,29 @@ impl Plan {
         if self.chunks_per_row > 1 { self.partials() } else { self.rows.div_ceil(self.rows_per_task) }
     }
 
+    /// Rows that a task takes which does all of a row.
+    pub fn row_tasks(&self) -> usize {
+        self.rows.div_ceil(self.rows_per_task)
+    }
+
+    /// The rows of one such task.
+    pub fn rows_of(&self, task: usize) -> Range<usize> {
+        let first = task * self.rows_per_task;
+        first..self.rows.min(first + self.rows_per_task)
+    }
+
+    /// The stretches of one row.
+    pub fn stretches_of(&self, row: usize) -> impl Iterator<Item = Stretch> + use<> {
+        let plan = *self;
+        (row * plan.chunks_per_row..(row + 1) * plan.chunks_per_row).map(move |partial| plan.stretch(partial))
+    }
+
+    fn stretch(&self, partial: usize) -> Stretch {
+        let (row, chunk) = (partial / self.chunks_per_row, partial % self.chunks_per_row);
+        let start = chunk * CHUNK;
+        Stretch { row, partial, first: row * self.numel + start, len: (self.numel - start).min(CHUNK) }
+    }
+
     /// The stretches of one task, in memory order.
     pub fn stretches(&self, task: usize) -> impl Iterator<Item = Stretch> + use<> {
         let plan = *self;
@@ -50,11 +77,69 @@ impl Plan {
             let first = task * plan.rows_per_task;
             (first, plan.rows_per_task.min(plan.rows - first))
         };
-        (first..first + count).map(move |partial| {
-            let (row, chunk) = (partial / plan.chunks_per_row, partial % plan.chunks_per_row);
-            let start = chunk * CHUNK;
-            Stretch { row, partial, first: row * plan.numel + start, len: (plan.numel - start).min(CHUNK) }
-        })
+        (first..first + count).map(move |partial| plan.stretch(partial))
+    }
+}
+
+/// Whether the forward should form the gradient as well, row by row, while a row is still in the cache: one pass over
+/// memory instead of two. Tasks are whole rows then, so there must be enough of them for the threads to share evenly.
+/// `row_bytes`: of what the gradient reads of a row.
+pub fn gradient_ahead(rows: usize, row_bytes: usize, threads: usize) -> bool {
+    let threads = threads.max(1);
+    row_bytes <= MAX_ROW_BYTES && (rows.is_multiple_of(threads) || rows >= 8 * threads)
+}
+
+/// Beyond, a row has left the caches before its gradient's turn.
+const MAX_ROW_BYTES: usize = 4 << 20;
+
+/// A grid of CUDA blocks over a `[rows, numel]` problem, as `kernels/policy_loss.cuh` describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GridPlan {
+    /// Blocks that share a row; 0 when every warp of a block takes a row of its own.
+    pub splits: u32,
+    pub blocks: u32,
+}
+
+impl GridPlan {
+    /// Threads of a block, `kThreads`; and its warps.
+    pub const THREADS: u32 = 256;
+    const WARPS: usize = Self::THREADS as usize / 32;
+    /// Longest row that one warp takes, `kShortRow`.
+    const SHORT_ROW: usize = 512;
+    /// Blocks that a multiprocessor works off in a launch. 2 or 3 run at a time; several times that lets the first that
+    /// finish take over from the last, so that the half-empty end of the launch is short. Not yet tuned on a GPU.
+    const BLOCKS_PER_MULTIPROCESSOR: usize = 16;
+    /// Shortest part of a row: 16 elements a thread, 8 KiB of bfloat16. Below, what a block does once (its sums, its
+    /// ticket) costs more than its share of the row.
+    const MIN_PART: usize = 4096;
+
+    pub fn new(rows: usize, numel: usize, multiprocessors: u32) -> Result<GridPlan, Error> {
+        if numel <= Self::SHORT_ROW {
+            return Self::checked(rows, numel, 0, rows.div_ceil(Self::WARPS));
+        }
+        let wanted = (multiprocessors as usize * Self::BLOCKS_PER_MULTIPROCESSOR).div_ceil(rows.max(1));
+        let splits = wanted.min(numel.div_ceil(Self::MIN_PART)).max(1);
+        Self::checked(rows, numel, splits, rows.saturating_mul(splits))
+    }
+
+    /// One thread a row: a backward that only has the gradient of the log-probs to write.
+    pub fn of_rows(rows: usize) -> Result<GridPlan, Error> {
+        Self::checked(rows, 0, 0, rows.div_ceil(Self::THREADS as usize))
+    }
+
+    /// The first dimension of a grid has at most 2^31 - 1 blocks.
+    fn checked(rows: usize, numel: usize, splits: usize, blocks: usize) -> Result<GridPlan, Error> {
+        match (u32::try_from(splits), i32::try_from(blocks)) {
+            (Ok(splits), Ok(blocks)) => Ok(GridPlan { splits, blocks: blocks.cast_unsigned() }),
+            _ => Err(Error::Grid { rows, numel }),
+        }
+    }
+
+    /// Length of a forward's `[rows, max(splits, 1), 4]` partial sums; 0 where each row is one part that is finished
+    /// where it was summed.
+    pub fn partials(&self, rows: usize, needs_batch_means: bool) -> usize {
+        let needed = self.splits > 1 || needs_batch_means;
+        if needed { rows * self.splits.max(1) as usize * 4 } else { 0 }
     }
 }
 
@@ -98,5 +183,45 @@ mod tests {
         let plan = Plan::new(3, 1 << 33);
         let last = plan.stretches(plan.tasks() - 1).last().unwrap();
         assert_eq!(last.first + last.len, 3usize << 33);
+    }
+
+    const H200: u32 = 132;
+
+    #[test]
+    fn a_grid_fills_the_chip_several_times_but_not_with_crumbs() {
+        for rows in [1, 2, 16, 100, 3000] {
+            for numel in [513, 4096, 4097, 65_536, 2_419_200, 1 << 33] {
+                let plan = GridPlan::new(rows, numel, H200).unwrap();
+                assert_eq!(plan.blocks as usize, rows * plan.splits as usize);
+                let part = numel / plan.splits as usize;
+                assert!(plan.splits == 1 || part >= GridPlan::MIN_PART / 2, "{rows} x {numel}: {plan:?}");
+                let fills = plan.blocks >= 4 * H200;
+                assert!(fills || part <= GridPlan::MIN_PART, "{rows} x {numel}: {plan:?} leaves multiprocessors idle");
+            }
+        }
+    }
+
+    #[test]
+    fn a_warp_takes_a_short_row() {
+        assert_eq!(GridPlan::new(1_000_000, 512, H200), Ok(GridPlan { splits: 0, blocks: 125_000 }));
+        assert_eq!(GridPlan::new(9, 0, H200), Ok(GridPlan { splits: 0, blocks: 2 }));
+        assert_eq!(GridPlan::new(1_000_000, 513, H200), Ok(GridPlan { splits: 1, blocks: 1_000_000 }));
+        assert_eq!(GridPlan::of_rows(257), Ok(GridPlan { splits: 0, blocks: 2 }));
+    }
+
+    #[test]
+    fn only_what_waits_for_others_needs_partial_sums() {
+        let split = GridPlan::new(2, 1 << 20, H200).unwrap();
+        assert_eq!(split.partials(2, false), 2 * split.splits as usize * 4);
+        let whole = GridPlan::new(9, 64, H200).unwrap();
+        assert_eq!((whole.partials(9, false), whole.partials(9, true)), (0, 36));
+    }
+
+    #[test]
+    fn a_grid_too_large_is_refused() {
+        let rows = 1 << 31;
+        assert_eq!(GridPlan::new(rows, 600, H200), Err(Error::Grid { rows, numel: 600 }));
+        assert!(GridPlan::new(rows, 600, 1).is_err());
+        assert!(GridPlan::new(rows - 1, 600, H200).is_ok());
     }
 }

@@ -7,11 +7,18 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use pyo3::prelude::*;
-use pyo3::types::{PyString, PyTuple};
+use pyo3::types::{PyBytes, PyString, PyTuple};
 
+use crate::cuda;
+use crate::cuda::image::{IMAGES, Image};
+use crate::cuda::launch::Target;
+use crate::cuda::policy_loss::Workspace;
 use crate::error::Error;
 use crate::objective::{Clip, Density, FIELDS, Mask, Objective, Problem, Reduction, numbers_len};
-use crate::ops::policy_loss::{Backward, Latents, Outputs, backward, forward, loss_len};
+use crate::ops::policy_loss::{
+    Backward, Latents, Outputs, backward, backward_on_gpu, forward, forward_on_gpu, loss_len,
+};
+use crate::plan::gradient_ahead;
 use crate::tensor::{Dtype, Rows, View, ViewMut};
 
 impl<'py> FromPyObject<'_, 'py> for Dtype {
@@ -65,7 +72,7 @@ fn numbers_elements(rows: usize) -> Result<usize, Error> {
 
 /// # Safety
 /// Every array has `rows * numel` elements, unwritten and alive for `'a`.
-unsafe fn latents<'a>(arrays: LatentArrays, rows: usize, numel: usize) -> Result<Latents<'a>, Error> {
+unsafe fn latents<'a, Space>(arrays: LatentArrays, rows: usize, numel: usize) -> Result<Latents<'a, Space>, Error> {
     let len = elements("prev_sample_mean", rows, numel)?;
     let view = |name, array: Option<Array>| {
         // SAFETY: passed on from the caller.
@@ -81,7 +88,7 @@ unsafe fn latents<'a>(arrays: LatentArrays, rows: usize, numel: usize) -> Result
 
 /// # Safety
 /// An array has `rows` elements (one with stride 0), unwritten and alive for `'a`.
-unsafe fn vector<'a>(name: &'static str, vector: Vector, rows: usize) -> Result<Rows<'a>, Error> {
+unsafe fn vector<'a, Space>(name: &'static str, vector: Vector, rows: usize) -> Result<Rows<'a, Space>, Error> {
     Ok(match vector {
         Vector::Number(value) => Rows::Number(value),
         Vector::Array((address, dtype, stride)) => {
@@ -121,7 +128,7 @@ fn objective(
 }
 
 /// A panic is a bug of ours; as an `Exception` it reaches `except Exception`, which pyo3's own does not.
-fn guarded(work: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
     let text = |panic: Box<dyn Any + Send>| match panic.downcast_ref::<&str>() {
         Some(text) => (*text).to_owned(),
         None => panic.downcast_ref::<String>().cloned().unwrap_or_default(),
@@ -129,37 +136,27 @@ fn guarded(work: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Panic(text(panic))))
 }
 
-/// Forward of `policy_loss` on CPU memory; `outputs` are the addresses of the loss and the numbers.
-#[pyfunction]
+/// density, latent_reduction, reduction, ref_kl_weight
+type Options<'a> = (&'a str, &'a str, &'a str, f64);
+
+/// # Safety
+/// As `latents` and `vector`, for arrays in the memory of `Space`.
 #[allow(clippy::too_many_arguments)]
-pub fn policy_loss_forward(
-    py: Python<'_>,
+unsafe fn problem<'a, Space: Copy>(
     arrays: LatentArrays,
     vectors: Vectors,
     rows: usize,
     numel: usize,
     double: bool,
     objective_tuple: ObjectiveTuple<'_>,
-    density: &str,
-    latent_reduction: &str,
-    reduction: &str,
-    ref_kl_weight: f64,
-    outputs: (usize, usize),
-    threads: usize,
-) -> PyResult<()> {
-    // SAFETY: the module's contract, see the top of this file.
+    (density, latent_reduction, reduction, ref_kl_weight): Options<'_>,
+) -> Result<(Latents<'a, Space>, Problem<'a, Space>), Error> {
+    // SAFETY: passed on from the caller.
     let latents = unsafe { latents(arrays, rows, numel) }?;
     let optional = |name, given: Option<Vector>| {
         // SAFETY: as above.
         given.map(|given| unsafe { vector(name, given, rows) }).transpose()
     };
-    let reduction = option("reduction", reduction, "mean, sum, none, kept_mean", |reduction| match reduction {
-        "mean" => Some(Reduction::Mean),
-        "sum" => Some(Reduction::Sum),
-        "none" => Some(Reduction::None),
-        "kept_mean" => Some(Reduction::KeptMean),
-        _ => None,
-    })?;
     let std = optional("std", vectors.4)?;
     let problem = Problem {
         rows,
@@ -175,7 +172,13 @@ pub fn policy_loss_forward(
             "sum" => Some(true),
             _ => None,
         })?,
-        reduction,
+        reduction: option("reduction", reduction, "mean, sum, none, kept_mean", |reduction| match reduction {
+            "mean" => Some(Reduction::Mean),
+            "sum" => Some(Reduction::Sum),
+            "none" => Some(Reduction::None),
+            "kept_mean" => Some(Reduction::KeptMean),
+            _ => None,
+        })?,
         ref_kl_weight,
         double,
         has_kl: latents.old_prev_sample_mean.is_some() && std.is_some(),
@@ -189,16 +192,90 @@ pub fn policy_loss_forward(
         sqrt_dt: optional("sqrt_dt", vectors.5)?,
         ref_std: optional("ref_std", vectors.6)?.or(std),
     };
-    let dtype = if double { Dtype::F64 } else { Dtype::F32 };
+    Ok((latents, problem))
+}
+
+/// `addresses` of the loss and the numbers.
+///
+/// # Safety
+/// Both are freshly allocated in the memory of `Space`, so that nobody else refers to them, and as long as `problem`
+/// asks.
+unsafe fn outputs<'a, Space>(
+    problem: &Problem<'_, Space>,
+    addresses: (usize, usize),
+) -> Result<Outputs<'a, Space>, Error> {
+    let dtype = if problem.double { Dtype::F64 } else { Dtype::F32 };
     let output = |name, address, len| {
-        // SAFETY: as above; outputs are freshly allocated, so nobody else refers to them.
+        // SAFETY: passed on from the caller.
         unsafe { ViewMut::new(name, address, dtype, len) }
     };
-    let mut outputs = Outputs {
-        loss: output("loss", outputs.0, loss_len(reduction, rows))?,
-        numbers: output("numbers", outputs.1, numbers_elements(rows)?)?,
+    Ok(Outputs {
+        loss: output("loss", addresses.0, loss_len(problem.reduction, problem.rows))?,
+        numbers: output("numbers", addresses.1, numbers_elements(problem.rows)?)?,
+    })
+}
+
+/// # Safety
+/// As `latents` and `vector`, for arrays in the memory of `Space`; `numbers` is what the forward left there, and the
+/// gradients are freshly allocated.
+#[allow(clippy::too_many_arguments)]
+unsafe fn gradients<'a, Space>(
+    arrays: LatentArrays,
+    grad_loss: Vector,
+    numbers: usize,
+    rows: usize,
+    numel: usize,
+    double: bool,
+    grad_mean: Option<Array>,
+    grad_log_prob: Option<Array>,
+) -> Result<(Latents<'a, Space>, Backward<'a, Space>), Error> {
+    let dtype = if double { Dtype::F64 } else { Dtype::F32 };
+    let mean_len = elements("grad_mean", rows, numel)?;
+    let output = |name, array: Option<Array>, len| {
+        // SAFETY: passed on from the caller.
+        array.map(|(address, dtype)| unsafe { ViewMut::new(name, address, dtype, len) }).transpose()
     };
-    Ok(py.detach(|| guarded(|| forward(&problem, &latents, &mut outputs, threads)))?)
+    // SAFETY: as above.
+    let (latents, grad_loss, numbers) = unsafe {
+        let numbers = View::new("numbers", numbers, dtype, numbers_elements(rows)?)?;
+        (latents(arrays, rows, numel)?, vector("grad_loss", grad_loss, rows)?, numbers)
+    };
+    let grad_mean = output("grad_mean", grad_mean, mean_len)?;
+    let grad_log_prob = output("grad_log_prob", grad_log_prob, rows)?;
+    Ok((latents, Backward { rows, numel, double, grad_loss, numbers, grad_mean, grad_log_prob }))
+}
+
+/// Whether a forward on the CPU does well to form the gradient of the mean too, see `plan::gradient_ahead`.
+#[pyfunction]
+pub fn policy_loss_gradient_ahead(rows: usize, row_bytes: usize, threads: usize) -> bool {
+    gradient_ahead(rows, row_bytes, threads)
+}
+
+/// Forward of `policy_loss` on CPU memory; `out` are the addresses of the loss and the numbers.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn policy_loss_forward(
+    py: Python<'_>,
+    arrays: LatentArrays,
+    vectors: Vectors,
+    rows: usize,
+    numel: usize,
+    double: bool,
+    objective: ObjectiveTuple<'_>,
+    options: Options<'_>,
+    out: (usize, usize),
+    gradient_ahead: Option<Array>,
+    threads: usize,
+) -> PyResult<()> {
+    let len = elements("gradient_ahead", rows, numel)?;
+    // SAFETY: the module's contract, see the top of this file.
+    let (latents, problem, mut outputs, gradient) = unsafe {
+        let (latents, problem) = problem(arrays, vectors, rows, numel, double, objective, options)?;
+        let gradient = |(address, dtype)| ViewMut::new("gradient_ahead", address, dtype, len);
+        let (outputs, gradient) = (outputs(&problem, out)?, gradient_ahead.map(gradient).transpose()?);
+        (latents, problem, outputs, gradient)
+    };
+    Ok(py.detach(|| guarded(|| forward(&problem, &latents, &mut outputs, gradient.as_ref(), threads)))?)
 }
 
 /// Backward of `policy_loss` on CPU memory, from the forward's numbers.
@@ -216,24 +293,90 @@ pub fn policy_loss_backward(
     grad_log_prob: Option<Array>,
     threads: usize,
 ) -> PyResult<()> {
-    let dtype = if double { Dtype::F64 } else { Dtype::F32 };
-    // SAFETY: the module's contract, see the top of this file; the gradients are freshly allocated.
-    let (latents, call) = unsafe {
-        let latents = latents(arrays, rows, numel)?;
-        let mean_len = elements("grad_mean", rows, numel)?;
-        let output = |name, array: Option<Array>, len| {
-            array.map(|(address, dtype)| ViewMut::new(name, address, dtype, len)).transpose()
-        };
-        let call = Backward {
-            rows,
-            numel,
-            double,
-            grad_loss: vector("grad_loss", grad_loss, rows)?,
-            numbers: View::new("numbers", numbers, dtype, numbers_elements(rows)?)?,
-            grad_mean: output("grad_mean", grad_mean, mean_len)?,
-            grad_log_prob: output("grad_log_prob", grad_log_prob, rows)?,
-        };
-        (latents, call)
-    };
+    // SAFETY: the module's contract, see the top of this file.
+    let (latents, call) =
+        unsafe { gradients(arrays, grad_loss, numbers, rows, numel, double, grad_mean, grad_log_prob) }?;
     Ok(py.detach(|| guarded(|| backward(call, &latents, threads)))?)
+}
+
+// ---- the same on a GPU: addresses of its memory; `target` is PyTorch's device number and the current stream there ----
+
+/// What a forward needs beside its outputs: the length of the float32 partial sums, and whether the stream is being
+/// captured into a CUDA graph. Loads the kernels when a device is first used.
+#[pyfunction]
+pub fn policy_loss_workspace_cuda(
+    py: Python<'_>,
+    target: (usize, usize),
+    rows: usize,
+    numel: usize,
+    needs_batch_means: bool,
+) -> PyResult<(usize, bool)> {
+    let target = Target { device: target.0, stream: target.1 };
+    let partials = || cuda::policy_loss::partials(target.device, rows, numel, needs_batch_means);
+    let find = || Ok((partials()?, target.is_capturing()?));
+    Ok(py.detach(|| guarded(find))?)
+}
+
+/// As `policy_loss_forward`, on a GPU. `partials` and `tickets`: address and elements; the tickets are 0.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn policy_loss_forward_cuda(
+    py: Python<'_>,
+    target: (usize, usize),
+    arrays: LatentArrays,
+    vectors: Vectors,
+    rows: usize,
+    numel: usize,
+    objective: ObjectiveTuple<'_>,
+    options: Options<'_>,
+    out: (usize, usize),
+    partials: (usize, usize),
+    tickets: (usize, usize),
+) -> PyResult<()> {
+    let target = Target { device: target.0, stream: target.1 };
+    // SAFETY: the module's contract, see the top of this file.
+    let (latents, problem, outputs, workspace) = unsafe {
+        let (latents, problem) = problem(arrays, vectors, rows, numel, false, objective, options)?;
+        let outputs = outputs(&problem, out)?;
+        let workspace = Workspace {
+            partials: ViewMut::new("partials", partials.0, Dtype::F32, partials.1)?,
+            tickets: ViewMut::new("tickets", tickets.0, Dtype::F32, tickets.1)?,
+        };
+        (latents, problem, outputs, workspace)
+    };
+    Ok(py.detach(|| guarded(|| forward_on_gpu(target, &problem, &latents, &outputs, &workspace)))?)
+}
+
+/// As `policy_loss_backward`, on a GPU.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn policy_loss_backward_cuda(
+    py: Python<'_>,
+    target: (usize, usize),
+    arrays: LatentArrays,
+    grad_loss: Vector,
+    numbers: usize,
+    rows: usize,
+    numel: usize,
+    grad_mean: Option<Array>,
+    grad_log_prob: Option<Array>,
+) -> PyResult<()> {
+    let target = Target { device: target.0, stream: target.1 };
+    // SAFETY: the module's contract, see the top of this file.
+    let (latents, call) =
+        unsafe { gradients(arrays, grad_loss, numbers, rows, numel, false, grad_mean, grad_log_prob) }?;
+    Ok(py.detach(|| guarded(|| backward_on_gpu(target, &call, &latents)))?)
+}
+
+/// The embedded kernels, for static checks: unit, compute capability, is PTX, bytes.
+#[pyfunction]
+pub fn cuda_images(py: Python<'_>) -> Vec<(&'static str, u32, bool, Bound<'_, PyBytes>)> {
+    let row = |image: &Image| (image.unit, image.capability, image.is_ptx, PyBytes::new(py, image.bytes));
+    IMAGES.iter().map(row).collect()
+}
+
+/// The kernels that the launcher calls by name, and the bytes of the one argument it gives them.
+#[pyfunction]
+pub fn cuda_entry_points() -> Vec<(String, usize)> {
+    cuda::policy_loss::entry_points().into()
 }

@@ -1,7 +1,8 @@
 //! Views of the caller's arrays, validated once at the boundary and immutable after.
 //!
 //! Python owns the memory and holds the arrays for the whole call; nothing here allocates or frees. A view carries a
-//! dtype, an address and a length, so that the rest of the crate handles no raw pointer.
+//! dtype, an address and a length, so that the rest of the crate handles no raw pointer. In which memory the address
+//! lies is part of the type: the host cannot read a view of a GPU's memory, since that view has no function for it.
 
 use std::marker::PhantomData;
 use std::slice;
@@ -80,22 +81,30 @@ unsafe impl Element for F16 {
     const DTYPE: Dtype = Dtype::F16;
 }
 
+/// Memory that this process reads and writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Host;
+
+/// Memory of a GPU: only kernels read and write it.
+#[derive(Clone, Copy, Debug)]
+pub struct Gpu;
+
 /// `len` contiguous elements of `dtype`, readable for `'a`.
 #[derive(Clone, Copy, Debug)]
-pub struct View<'a> {
+pub struct View<'a, Space = Host> {
     address: usize,
     dtype: Dtype,
     len: usize,
-    memory: PhantomData<&'a [u8]>,
+    memory: PhantomData<(&'a [u8], Space)>,
 }
 
 /// As `View`, writable and not aliased.
 #[derive(Debug)]
-pub struct ViewMut<'a> {
+pub struct ViewMut<'a, Space = Host> {
     address: usize,
     dtype: Dtype,
     len: usize,
-    memory: PhantomData<&'a mut [u8]>,
+    memory: PhantomData<(&'a mut [u8], Space)>,
 }
 
 fn check(name: &'static str, address: usize, dtype: Dtype, len: usize) -> Result<(), Error> {
@@ -108,19 +117,21 @@ fn check(name: &'static str, address: usize, dtype: Dtype, len: usize) -> Result
     Ok(())
 }
 
-impl<'a> View<'a> {
+impl<Space> View<'_, Space> {
     /// # Safety
-    /// The caller holds an array with at least `len` contiguous elements of `dtype` at `address`, and nobody writes to
-    /// it during `'a`.
+    /// The caller holds an array with at least `len` contiguous elements of `dtype` at `address`, in the memory that
+    /// `Space` says, and nobody writes to it during `'a`. On a GPU time is that of the stream which the work goes to.
     pub unsafe fn new(name: &'static str, address: usize, dtype: Dtype, len: usize) -> Result<Self, Error> {
         check(name, address, dtype, len)?;
         Ok(View { address, dtype, len, memory: PhantomData })
     }
 
-    pub fn dtype(self) -> Dtype {
+    pub fn dtype(&self) -> Dtype {
         self.dtype
     }
+}
 
+impl<'a> View<'a> {
     /// Elements `first .. first + len`; panics on a range outside the view or a type of another dtype.
     pub fn slice<T: Element>(self, first: usize, len: usize) -> &'a [T] {
         assert!(T::DTYPE == self.dtype && first <= self.len && len <= self.len - first);
@@ -143,7 +154,14 @@ impl<'a> View<'a> {
     }
 }
 
-impl<'a> ViewMut<'a> {
+impl View<'_, Gpu> {
+    /// What a kernel is given.
+    pub fn address(&self) -> usize {
+        self.address
+    }
+}
+
+impl<Space> ViewMut<'_, Space> {
     /// # Safety
     /// As `View::new`, and the caller holds the only access to these elements during `'a`.
     pub unsafe fn new(name: &'static str, address: usize, dtype: Dtype, len: usize) -> Result<Self, Error> {
@@ -154,7 +172,20 @@ impl<'a> ViewMut<'a> {
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
+}
 
+impl ViewMut<'_, Gpu> {
+    pub fn elements(&self) -> usize {
+        self.len
+    }
+
+    /// What a kernel is given.
+    pub fn address(&self) -> usize {
+        self.address
+    }
+}
+
+impl ViewMut<'_> {
     pub fn slice_mut<T: Element>(&mut self) -> &mut [T] {
         // SAFETY: the whole view borrowed mutably is the only part in use.
         unsafe { self.part_mut(0, self.len) }
@@ -178,9 +209,9 @@ impl<'a> ViewMut<'a> {
 
 /// A row vector: one number for all rows, or an array that holds one element per row or one for all.
 #[derive(Clone, Copy, Debug)]
-pub enum Rows<'a> {
+pub enum Rows<'a, Space = Host> {
     Number(f64),
-    Array { view: View<'a>, stride: usize },
+    Array { view: View<'a, Space>, stride: usize },
 }
 
 impl Rows<'_> {
@@ -200,7 +231,8 @@ mod tests {
     #[test]
     fn null_and_misaligned_memory_is_refused() {
         // SAFETY: both are refused before anything is read.
-        let (null, odd) = unsafe { (View::new("x", 0, Dtype::F32, 3), View::new("x", 6, Dtype::F32, 3)) };
+        let (null, odd) =
+            unsafe { (View::<Host>::new("x", 0, Dtype::F32, 3), View::<Host>::new("x", 6, Dtype::F32, 3)) };
         assert_eq!(null.unwrap_err(), Error::NoMemory { name: "x", len: 3 });
         assert_eq!(odd.unwrap_err(), Error::Misaligned { name: "x", address: 6, size: 4 });
     }

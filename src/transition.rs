@@ -46,6 +46,8 @@ pub trait Source<F: Real>: Sync {
         F: 'a;
     /// What gradients are written as; converted afterwards where the gradient has another dtype.
     type Gradient: Storage;
+    /// Whether `ref_drift` is more than zeros.
+    fn has_reference(&self) -> bool;
     /// The same without the differences that are not asked for: they become 0.
     fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self;
     /// Elements `first .. first + len`, counted over all rows; inside one row, and no more than `BLOCK`.
@@ -118,6 +120,10 @@ impl<F: Real> Source<F> for Means<'_> {
         F: 'a;
     type Gradient = F;
 
+    fn has_reference(&self) -> bool {
+        self.ref_prev_sample_mean.is_some()
+    }
+
     fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self {
         Means {
             prev_sample_mean: self.prev_sample_mean,
@@ -151,6 +157,10 @@ impl<F: Real, T: Storage> Source<F> for MeansOf<'_, T> {
         Self: 'a,
         F: 'a;
     type Gradient = T;
+
+    fn has_reference(&self) -> bool {
+        self.0.ref_prev_sample_mean.is_some()
+    }
 
     fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self {
         MeansOf(Source::<F>::only(&self.0, innovation, drift, ref_drift), PhantomData)

@@ -226,11 +226,9 @@ def test_native_code_refuses_memory_that_is_not_there():
             8,
             False,
             settings,
-            "gaussian",
-            "mean",
-            "mean",
-            0.0,
+            ("gaussian", "mean", "mean", 0.0),
             (numbers.data_ptr(), numbers.data_ptr()),
+            None,
             1,
         )
 
@@ -304,3 +302,34 @@ def test_the_operator_takes_any_strides():
     wanted = torch.ops.flowdppo_ops.policy_loss(*call.latents, *call.vectors, *call.settings)
     mine = torch.ops.flowdppo_ops.policy_loss(*strided, *call.vectors, *call.settings)
     assert torch.equal(mine[0], wanted[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 2.0**-7, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_formed_ahead_is_the_backward_s(dtype, scale, monkeypatch):
+    """The forward may form the gradient too; with any factor from upstream it is what a second pass would give."""
+    torch.set_num_threads(2)
+    differentiable, constant = inputs("prev_sample", dtype)
+    mean = differentiable["prev_sample_mean"].requires_grad_()
+    grads = []
+    for ahead in (True, False):
+        monkeypatch.setattr(_library._native, "policy_loss_gradient_ahead", lambda *args, ahead=ahead: ahead)
+        result = flowdppo_ops.loss(mean, **{**constant, "ref_kl_weight": 0.0}, objective=OBJECTIVES["flow_dppo"])
+        grads += torch.autograd.grad(result.loss * scale, mean)
+    assert (grads[0][~result.keep] == 0).all()
+    assert not result.keep.all()
+    if dtype == torch.float32 and scale == 3:  # three roundings of half an ulp against two
+        assert ((grads[0] - grads[1]).abs() <= 2.5 * 2.0**-23 * grads[1].abs()).all()
+    else:
+        assert torch.equal(*grads)
+
+
+def test_gradient_formed_ahead_is_handed_out_once():
+    differentiable, constant = inputs("prev_sample")
+    mean = differentiable["prev_sample_mean"].requires_grad_()
+    loss = flowdppo_ops.loss(mean, **constant).loss
+    (first,) = torch.autograd.grad(loss, mean, retain_graph=True)
+    wanted = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, mean)
+    assert torch.equal(second, wanted)

@@ -1,20 +1,23 @@
 """The operator `policy_loss` in PyTorch: schema, fake, autograd, and a short way past all three.
 
-Two roads lead to the same two native functions. Plain tensors in eager mode take `_Eager`, an autograd function that
-calls them directly; everything else (`torch.compile`, `torch.export`, fake tensors, subclasses, dispatch modes) goes
-through the registered operators, whose fakes never touch memory. An operator call alone costs 10 us more than the
-direct one, forward and backward together, beside 11 us for `x - mu` and its backward.
+Two roads lead to the same native functions, a forward and a backward for each device type. Plain tensors in eager mode
+take `_Eager`, an autograd function that calls them directly; everything else (`torch.compile`, `torch.export`, fake
+tensors, subclasses, dispatch modes) goes through the registered operators, whose fakes never touch memory. An operator
+call alone costs 10 us more than the direct one, forward and backward together, beside 11 us for `x - mu` and its
+backward.
 
 `_args.check_loss` has made latents and row vectors contiguous.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _native
+from . import _cuda, _native
 from ._args import Latents, LossCall, Settings, Vectors, differentiates_mean
 from ._torch import FAMILY
 
@@ -28,12 +31,13 @@ def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
         like = vectors.advantages
         tensors = [like.new_full((), v, dtype=torch.float64) if isinstance(v, float) else v for v in vectors]
         return torch.ops.flowdppo_ops.policy_loss(*latents, *tensors, *call.settings)
-    results = _forward(latents, vectors, call.settings, call.double)
     mean, log_prob = latents.prev_sample_mean, vectors.log_prob
     differentiable = (mean is not None and mean.requires_grad) or (log_prob is not None and log_prob.requires_grad)
-    if differentiable and torch.is_grad_enabled():
-        return _Eager.apply(mean, log_prob, call, results), results[1]
-    return results
+    if not differentiable or not torch.is_grad_enabled():
+        return _forward(latents, vectors, call.settings, call.double)
+    ahead = _empty_gradient_ahead(call)
+    loss, numbers = _forward(latents, vectors, call.settings, call.double, ahead)
+    return _Eager.apply(mean, log_prob, call, (loss, numbers, ahead)), numbers
 
 
 def _is_plain(latents: Latents, vectors: Vectors) -> bool:
@@ -79,20 +83,52 @@ def _latent_elements(latents: Latents, rows: int) -> int:
     return 0 if mean is None else mean.numel() // rows
 
 
-def _forward(latents: Latents, vectors: Vectors, settings: Settings, double: bool) -> tuple[Tensor, Tensor]:
-    loss, numbers = _empty_outputs(vectors.advantages, double, settings.reduction)
-    rows = vectors.advantages.numel()
-    _native.policy_loss_forward(
-        tuple([_array(t) for t in latents]),
-        tuple([_vector(v) for v in vectors]),
-        rows,
-        _latent_elements(latents, rows),
-        double,
-        settings[:8],
-        *settings[8:],
-        (loss.data_ptr(), numbers.data_ptr()),
-        torch.get_num_threads(),
-    )
+def _forward(
+    latents: Latents,
+    vectors: Vectors,
+    settings: Settings,
+    double: bool,
+    ahead: Tensor | None = None,
+    *,
+    operator: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`ahead`: where the gradient of the mean goes, if it is wanted already. `operator`: called through the
+    dispatcher, where no tensor may outlive the call."""
+    advantages = vectors.advantages
+    loss, numbers = _empty_outputs(advantages, double, settings.reduction)
+    rows = advantages.numel()
+    numel = _latent_elements(latents, rows)
+    arrays, rows_arrays = tuple([_array(t) for t in latents]), tuple([_vector(v) for v in vectors])
+    out = loss.data_ptr(), numbers.data_ptr()
+    target = _cuda.target(advantages)
+    if target is None:
+        _native.policy_loss_forward(
+            arrays,
+            rows_arrays,
+            rows,
+            numel,
+            double,
+            settings[:8],
+            settings[8:],
+            out,
+            _array(ahead),
+            torch.get_num_threads(),
+        )
+    else:
+        needs_batch_means = settings.objective == "grpo_guard" and not settings.per_row_scale
+        partials, tickets = _cuda.workspace(advantages, target, rows, numel, needs_batch_means, not operator)
+        _native.policy_loss_forward_cuda(
+            target,
+            arrays,
+            rows_arrays,
+            rows,
+            numel,
+            settings[:8],
+            settings[8:],
+            out,
+            (partials.data_ptr(), partials.numel()),
+            (tickets.data_ptr(), tickets.numel()),
+        )
     return loss, numbers
 
 
@@ -100,6 +136,27 @@ def _empty_outputs(advantages: Tensor, double: bool, reduction: str) -> tuple[Te
     dtype = torch.float64 if double else torch.float32
     loss = advantages.new_empty(advantages.shape if reduction == "none" else (), dtype=dtype)
     return loss, advantages.new_empty(advantages.numel() * _native.FIELDS + _native.BATCH_LEN, dtype=dtype)
+
+
+def _empty_gradient_ahead(call: LossCall) -> Tensor | None:
+    """Memory for the gradient of the mean, where the forward does well to form it along with the loss.
+
+    On the CPU alone, where the gradient of a whole batch is a second pass over memory that the caches could save; with
+    the batch's divisor known beforehand and one `grad_loss` for all rows.
+    """
+    mean = call.latents.prev_sample_mean
+    if (
+        mean is None
+        or call.latents.prev_sample is None
+        or not mean.requires_grad
+        or call.settings.reduction not in ("mean", "sum")
+        or _cuda.target(mean) is not None
+    ):
+        return None
+    rows = call.vectors.advantages.numel()
+    row_bytes = mean.nbytes // rows * 2
+    ahead = _native.policy_loss_gradient_ahead(rows, row_bytes, torch.get_num_threads())
+    return torch.empty_like(mean) if ahead else None
 
 
 def _backward(
@@ -110,17 +167,16 @@ def _backward(
     grad_loss = grad_loss.contiguous()  # held by its name until Rust has read it: autograd hands down expanded scalars
     grad_mean = torch.empty_like(latents.prev_sample_mean) if wants_mean else None
     grad_log_prob = numbers.new_empty(rows) if wants_log_prob else None
-    _native.policy_loss_backward(
-        tuple([_array(t) for t in latents]),
-        _vector(grad_loss),
-        numbers.data_ptr(),
-        rows,
-        _latent_elements(latents, rows),
-        numbers.dtype == torch.float64,
-        _array(grad_mean),
-        _array(grad_log_prob),
-        torch.get_num_threads(),
-    )
+    arrays, numel = tuple([_array(t) for t in latents]), _latent_elements(latents, rows)
+    out = _array(grad_mean), _array(grad_log_prob)
+    target = _cuda.target(numbers)
+    if target is None:
+        double = numbers.dtype == torch.float64
+        _native.policy_loss_backward(
+            arrays, _vector(grad_loss), numbers.data_ptr(), rows, numel, double, *out, torch.get_num_threads()
+        )
+    else:
+        _native.policy_loss_backward_cuda(target, arrays, _vector(grad_loss), numbers.data_ptr(), rows, numel, *out)
     return grad_mean, grad_log_prob
 
 
@@ -134,7 +190,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean, log_prob, call, results):
-        loss, numbers = results
+        loss, numbers, ctx.gradient_ahead = results
         ctx.save_for_backward(numbers, *_read_by_backward(call.latents, call.settings.objective))
         ctx.log_prob_like = None if log_prob is None else (log_prob.shape, log_prob.dtype)
         return loss
@@ -149,6 +205,14 @@ class _Eager(torch.autograd.Function):
 
 def _eager_backward(ctx, grad_loss):
     numbers, *saved = ctx.saved_tensors
+    # Handed out once: whoever gets it may write to it.
+    ahead, ctx.gradient_ahead = ctx.gradient_ahead, None
+    if ahead is not None:
+        scale = grad_loss.item()
+        if scale == 1:
+            return ahead, None, None, None
+        if ahead.dtype.itemsize >= 4 and math.isfinite(scale):  # half precision would be rounded twice
+            return ahead.mul_(scale), None, None, None
     latents = Latents(*saved)
     needs_mean, needs_log_prob, _, _ = ctx.needs_input_grad
     wants_mean = needs_mean and latents.prev_sample_mean is not None
@@ -193,10 +257,10 @@ def _split(args: tuple) -> tuple[Latents, Vectors, Settings, bool]:
     return latents, vectors, Settings(*args[b:]), double
 
 
-@torch.library.impl("flowdppo_ops::policy_loss", "cpu")
-def _policy_loss_cpu(*args):
+@torch.library.impl("flowdppo_ops::policy_loss", ("cpu", "cuda"))
+def _policy_loss(*args):
     latents, vectors, settings, double = _split(args)
-    return _forward(Latents(*_contiguous(latents)), Vectors(*_contiguous(vectors)), settings, double)
+    return _forward(Latents(*_contiguous(latents)), Vectors(*_contiguous(vectors)), settings, double, operator=True)
 
 
 @torch.library.register_fake("flowdppo_ops::policy_loss")
@@ -205,8 +269,8 @@ def _policy_loss_fake(*args):
     return _empty_outputs(vectors.advantages, double, settings.reduction)
 
 
-@torch.library.impl("flowdppo_ops::policy_loss_backward", "cpu")
-def _policy_loss_backward_cpu(grad_loss, numbers, *args):
+@torch.library.impl("flowdppo_ops::policy_loss_backward", ("cpu", "cuda"))
+def _policy_loss_backward(grad_loss, numbers, *args):
     grads = _backward(grad_loss, numbers.contiguous(), Latents(*_contiguous(args[:-2])), *args[-2:])
     return tuple(numbers.new_empty(0) if grad is None else grad for grad in grads)
 

@@ -101,8 +101,9 @@ def loss(
         numel,
         call.double,
         settings[:8],
-        *settings[8:],
+        settings[8:],
         (_address(value), _address(numbers)),
+        None,
         threads,
     )
     # The same two questions as in the operator's autograd: who has a gradient.

@@ -110,10 +110,10 @@ def loss(
         reduction=reduction,
         process_group=process_group,
     )
-    if advantages.device.type != "cpu":
+    if advantages.device.type not in ("cpu", "cuda"):
         raise RuntimeError(
-            f"{_WHERE}: no backend for device {advantages.device}, wanted cpu; flowdppo_ops.reference.loss runs on any "
-            "device (FLOWDPPO_OPS_BACKEND=reference sends every call there)"
+            f"{_WHERE}: no backend for device {advantages.device}, wanted cpu or cuda; flowdppo_ops.reference.loss "
+            "runs on any device (FLOWDPPO_OPS_BACKEND=reference sends every call there)"
         )
     if _environment("FLOWDPPO_OPS_CHECK") == "1":
         check_values(_WHERE, call)

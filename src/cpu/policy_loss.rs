@@ -18,7 +18,7 @@ pub fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, threads: usize) -
         let partials = Disjoint::new(&mut partials);
         for_each(plan.tasks(), threads, Scratch::<F>::default, |scratch, task| {
             for stretch in plan.stretches(task) {
-                let sums = dispatch(SumKernel { source, stretch, scratch });
+                let sums = stretch_sums(source, stretch, scratch);
                 // SAFETY: every stretch has its own partial, and every task runs once.
                 unsafe { partials.write(stretch.partial, sums) };
             }
@@ -27,17 +27,25 @@ pub fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, threads: usize) -
     if plan.chunks_per_row == 1 {
         return partials;
     }
-    let add = |a: Sums, b: &Sums| Sums { q: a.q + b.q, d: a.d + b.d, cross: a.cross + b.cross, f: a.f + b.f };
-    partials.chunks(plan.chunks_per_row).map(|chunks| chunks.iter().fold(Sums::default(), add)).collect()
+    partials.chunks(plan.chunks_per_row).map(|chunks| chunks.iter().fold(Sums::default(), Sums::plus)).collect()
 }
 
-struct SumKernel<'a, F, S> {
+fn stretch_sums<F: Real, S: Source<F>>(source: &S, stretch: Stretch, scratch: &mut Scratch<F>) -> Sums {
+    if source.has_reference() {
+        dispatch(SumKernel::<_, _, true> { source, stretch, scratch })
+    } else {
+        dispatch(SumKernel::<_, _, false> { source, stretch, scratch })
+    }
+}
+
+/// Arithmetic, not memory, is what a row costs that lies in the cache: without `REF` a quarter of it is left out.
+struct SumKernel<'a, F, S, const REF: bool> {
     source: &'a S,
     stretch: Stretch,
     scratch: &'a mut Scratch<F>,
 }
 
-impl<F: Real, S: Source<F>> Kernel for SumKernel<'_, F, S> {
+impl<F: Real, S: Source<F>, const REF: bool> Kernel for SumKernel<'_, F, S, REF> {
     type Output = Sums;
 
     #[inline(always)]
@@ -51,10 +59,10 @@ impl<F: Real, S: Source<F>> Kernel for SumKernel<'_, F, S> {
             // The tail stands apart: a call inside the loop would push the sums out of their registers, every time.
             let full = block.elements() / LANES * LANES;
             for at in (0..full).step_by(LANES) {
-                sums = sums.plus::<FMA>(block.moments(at));
+                sums = sums.plus::<FMA, REF>(block.moments(at));
             }
             if full < block.elements() {
-                sums = sums.plus::<FMA>(block.tail(full));
+                sums = sums.plus::<FMA, REF>(block.tail(full));
             }
             for lane in 0..LANES {
                 total.q[lane] += sums.q[lane].to_f64();
@@ -84,13 +92,15 @@ struct LaneSums<F> {
 impl<F: Real> LaneSums<F> {
     /// By value: through a reference every sum would be stored to memory in every round.
     #[inline(always)]
-    fn plus<const FMA: bool>(mut self, moments: Moments<F>) -> Self {
+    fn plus<const FMA: bool, const REF: bool>(mut self, moments: Moments<F>) -> Self {
         let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
         for lane in 0..LANES {
             self.q[lane] = u[lane].mul_add::<FMA>(u[lane], self.q[lane]);
             self.d[lane] = e[lane].mul_add::<FMA>(e[lane], self.d[lane]);
             self.cross[lane] = e[lane].mul_add::<FMA>(u[lane], self.cross[lane]);
-            self.f[lane] = r[lane].mul_add::<FMA>(r[lane], self.f[lane]);
+            if REF {
+                self.f[lane] = r[lane].mul_add::<FMA>(r[lane], self.f[lane]);
+            }
         }
         self
     }
@@ -108,14 +118,51 @@ pub fn row_objective<F: Real>(problem: &Problem<'_>, sums: &[Sums], rows: &ViewM
         |(), task| {
             for row in task * per_task..problem.rows.min((task + 1) * per_task) {
                 let sums = sums.get(row).copied().unwrap_or_default();
-                let numbers: Row = problem.row(row, sums, guard);
-                for (field, number) in numbers.into_iter().enumerate() {
-                    // SAFETY: tasks own disjoint rows.
-                    unsafe { rows.part_mut::<F>(field * problem.rows + row, 1)[0] = F::from_f64(number) };
-                }
+                // SAFETY: tasks own disjoint rows.
+                unsafe { write_row::<F>(problem.row(row, sums, guard), problem.rows, row, rows) };
             }
         },
     );
+}
+
+/// # Safety
+/// Nobody else writes this row.
+unsafe fn write_row<F: Real>(numbers: Row, rows: usize, row: usize, out: &ViewMut<'_>) {
+    for (field, number) in numbers.into_iter().enumerate() {
+        // SAFETY: passed on from the caller; the fields of a row are apart from those of all others.
+        unsafe { out.part_mut::<F>(field * rows + row, 1)[0] = F::from_f64(number) };
+    }
+}
+
+/// `row_sums`, `row_objective` and `gradient` (for a `grad_loss` of 1) row by row, and with the same bits: a row's mean
+/// and sample come from the cache when the gradient reads them. `divisor` is that of the batch, known beforehand.
+pub fn rows_with_gradient<F: Real, S: Source<F>>(
+    problem: &Problem<'_>,
+    source: &S,
+    plan: Plan,
+    divisor: f64,
+    numbers: &ViewMut<'_>,
+    out: &ViewMut<'_>,
+    threads: usize,
+) {
+    let guard = problem.guard_scale();
+    for_each(plan.row_tasks(), threads, <(Scratch<F>, Output<S::Gradient>)>::default, |(scratch, output), task| {
+        for row in plan.rows_of(task) {
+            let sums = plan
+                .stretches_of(row)
+                .fold(Sums::default(), |total, stretch| total.plus(&stretch_sums(source, stretch, scratch)));
+            let row_numbers = problem.row(row, sums, guard);
+            // SAFETY: tasks own disjoint rows.
+            unsafe { write_row::<F>(row_numbers, problem.rows, row, numbers) };
+            let stored = |field: Field| F::from_f64(row_numbers[field as usize]).to_f64();
+            let coefficients = Coefficients {
+                innovation: stored(Field::CoefInnovation) / divisor,
+                drift: stored(Field::CoefDrift) / divisor,
+                reference: stored(Field::CoefRef),
+            };
+            row_gradient(source, plan.stretches_of(row), coefficients, scratch, output, out);
+        }
+    });
 }
 
 /// What the backward multiplies the differences of one row with.
@@ -139,11 +186,30 @@ pub fn gradient<F: Real, S: Source<F>>(
 ) {
     for_each(plan.tasks(), threads, <(Scratch<F>, Output<S::Gradient>)>::default, |(scratch, output), task| {
         for stretch in plan.stretches(task) {
-            let c = coefficients(stretch.row);
-            let source = source.only(c.innovation != 0.0, c.drift != 0.0, c.reference != 0.0);
-            dispatch(GradientKernel { source: &source, stretch, coefficients: c, scratch, output, out });
+            row_gradient(source, [stretch], coefficients(stretch.row), scratch, output, out);
         }
     });
+}
+
+/// Of stretches of one row.
+fn row_gradient<F: Real, S: Source<F>>(
+    source: &S,
+    stretches: impl IntoIterator<Item = Stretch>,
+    coefficients: Coefficients,
+    scratch: &mut Scratch<F>,
+    output: &mut Output<S::Gradient>,
+    out: &ViewMut<'_>,
+) {
+    let Coefficients { innovation, drift, reference } = coefficients;
+    let source = &source.only(innovation != 0.0, drift != 0.0, reference != 0.0);
+    for stretch in stretches {
+        let (scratch, output) = (&mut *scratch, &mut *output);
+        if drift == 0.0 && reference == 0.0 {
+            dispatch(GradientKernel::<_, _, false> { source, stretch, coefficients, scratch, output, out });
+        } else {
+            dispatch(GradientKernel::<_, _, true> { source, stretch, coefficients, scratch, output, out });
+        }
+    }
 }
 
 /// One block of gradient before it is converted to the dtype of the mean.
@@ -155,10 +221,8 @@ impl<T: Storage> Default for Output<T> {
     }
 }
 
-struct GradientKernel<'a, F, S: Source<F>>
-where
-    F: Real,
-{
+/// Without `ALL`, the innovation's term alone: what FlowDPPO and FlowGRPO have, and half the arithmetic.
+struct GradientKernel<'a, F: Real, S: Source<F>, const ALL: bool> {
     source: &'a S,
     stretch: Stretch,
     coefficients: Coefficients,
@@ -167,7 +231,7 @@ where
     out: &'a ViewMut<'a>,
 }
 
-impl<F: Real, S: Source<F>> Kernel for GradientKernel<'_, F, S> {
+impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S, ALL> {
     type Output = ();
 
     #[inline(always)]
@@ -191,10 +255,10 @@ impl<F: Real, S: Source<F>> Kernel for GradientKernel<'_, F, S> {
                 let block = self.source.block(first, len, self.scratch);
                 let full = len / LANES * LANES;
                 for at in (0..full).step_by(LANES) {
-                    combine::<F, _, FMA>(factors, block.moments(at), &mut target[at..at + LANES]);
+                    combine::<F, _, FMA, ALL>(factors, block.moments(at), &mut target[at..at + LANES]);
                 }
                 if full < len {
-                    combine::<F, _, FMA>(factors, block.tail(full), &mut target[full..]);
+                    combine::<F, _, FMA, ALL>(factors, block.tail(full), &mut target[full..]);
                 }
             }
             if !direct {
@@ -207,10 +271,16 @@ impl<F: Real, S: Source<F>> Kernel for GradientKernel<'_, F, S> {
 }
 
 #[inline(always)]
-fn combine<F: Real, T: Storage, const FMA: bool>([a, b, c]: [F; 3], moments: Moments<F>, target: &mut [T]) {
+fn combine<F: Real, T: Storage, const FMA: bool, const ALL: bool>(
+    [a, b, c]: [F; 3],
+    moments: Moments<F>,
+    target: &mut [T],
+) {
     let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
     for (lane, target) in target.iter_mut().enumerate() {
-        *target = T::store(a.mul_add::<FMA>(u[lane], b.mul_add::<FMA>(e[lane], c * r[lane])));
+        let gradient =
+            if ALL { a.mul_add::<FMA>(u[lane], b.mul_add::<FMA>(e[lane], c * r[lane])) } else { a * u[lane] };
+        *target = T::store(gradient);
     }
 }
 

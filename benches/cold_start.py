@@ -1,0 +1,50 @@
+"""A provider's first call in a fresh process, with every compiler's cache empty.
+
+    python benches/cold_start.py triton 16x65536 fp32 cuda      # the process that `cold_start` starts: one JSON object
+
+The clock starts before torch is imported; the interpreter's own start is left out. `ready` is when the inputs are on
+the device, `finished` when the first loss and gradient are. Triton tunes and torch.compile compiles in between. Making
+the inputs has loaded some of PyTorch's elementwise kernels: that favours eager.
+"""
+
+from __future__ import annotations
+
+import time
+
+START = time.perf_counter()
+
+import json  # noqa: E402
+import os  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+
+CACHE_FOLDERS = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+
+
+def cold_start(provider: str, shape: tuple[int, ...], dtype: str, device: str) -> dict[str, float]:
+    """Seconds from the first import, in a process of its own: `{"ready": ..., "finished": ...}`."""
+    command = [sys.executable, __file__, provider, "x".join(map(str, shape)), dtype, device]
+    with tempfile.TemporaryDirectory() as empty:
+        folders = {name: os.path.join(empty, name.lower()) for name in CACHE_FOLDERS}
+        done = subprocess.run(command, env=os.environ | folders, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"cold start of {provider} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(provider: str, shape: str, dtype: str, device: str) -> None:
+    from bench_policy_loss import DTYPES, MACHINES, forward_backward, make_inputs, providers
+
+    machine = MACHINES[device]()
+    with machine.session():
+        i = make_inputs(tuple(int(n) for n in shape.split("x")), DTYPES[dtype], machine.device)
+        machine.synchronize()
+        ready = time.perf_counter() - START
+        forward_backward(providers([provider])[0], i)
+        machine.synchronize()
+    print(json.dumps({"ready": ready, "finished": time.perf_counter() - START}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

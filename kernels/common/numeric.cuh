@@ -1,0 +1,36 @@
+// Dtypes, and single elements in and out of memory. Arithmetic between the two is float32.
+#pragma once
+
+#include "compat.cuh"
+
+// Twin of tensor::Dtype; the numbers cross the launch. kAny, for template arguments alone: known only at run time.
+enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kAny = -1 };
+
+__device__ __forceinline__ constexpr int dtype_size(int dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+
+// bfloat16 is the upper half of a float32.
+__device__ __forceinline__ float low_bfloat_to_float(unsigned word) { return __uint_as_float(word << 16); }
+__device__ __forceinline__ float high_bfloat_to_float(unsigned word) { return __uint_as_float(word & 0xffff0000u); }
+
+// Of an input, which nobody writes while the kernel runs.
+__device__ __forceinline__ float load_element(const void* data, int dtype, long long at) {
+  if (dtype == kFloat32) return __ldg(static_cast<const float*>(data) + at);
+  const unsigned bits = __ldg(static_cast<const unsigned short*>(data) + at);
+  return dtype == kBfloat16 ? low_bfloat_to_float(bits) : low_half_to_float(bits);
+}
+
+__device__ __forceinline__ void store_element(void* data, int dtype, long long at, float value) {
+  if (dtype == kFloat32) {
+    static_cast<float*>(data)[at] = value;
+  } else {
+    const unsigned bits = dtype == kBfloat16 ? floats_to_bfloats(value, 0.f) : floats_to_halves(value, 0.f);
+    static_cast<unsigned short*>(data)[at] = static_cast<unsigned short>(bits);
+  }
+}
+
+// As torch.max: NaN wins.
+__device__ __forceinline__ float nan_max(float a, float b) { return a != a || a > b ? a : b; }
+
+__device__ __forceinline__ bool is_finite(double value) { return value - value == 0.0; }

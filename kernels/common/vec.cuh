@@ -1,0 +1,85 @@
+// kCount neighbouring elements of one tensor as they lie in memory, moved 16 bytes at a time.
+//
+// A `Pack` holds the raw words, so that a thread can issue the loads of several packs before it converts the first:
+// what is in flight is what hides the ~600 ns to memory. Addresses are multiples of 16 bytes; callers check.
+#pragma once
+
+#include "common/numeric.cuh"
+
+enum class Cache {
+  kKeep,    // read-only path, ordinary life in the L2: the backward reads it again
+  kStream,  // evict first: nobody reads it again
+};
+
+template <Cache kCache>
+__device__ __forceinline__ uint4 load16(const uint4* address) {
+  return kCache == Cache::kStream ? __ldcs(address) : __ldg(address);
+}
+
+template <int kDtype, int kCount>
+struct Pack {
+  static_assert(kCount % 8 == 0 || (kCount == 4 && kDtype == kFloat32), "a pack is whole 16-byte vectors");
+  static constexpr int kVectors = kCount * (kDtype == kAny ? 4 : dtype_size(kDtype)) / 16;
+  uint4 raw[kVectors];
+
+  // `dtype` is kDtype unless that is kAny; a branch on it is the same for all threads of the grid.
+  template <Cache kCache>
+  __device__ __forceinline__ void load(const void* data, int dtype) {
+    const uint4* vectors = static_cast<const uint4*>(data);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      if (kDtype != kAny || i < kVectors / 2 || dtype == kFloat32) raw[i] = load16<kCache>(vectors + i);
+  }
+
+  __device__ __forceinline__ void store(void* data, int dtype) const {
+    uint4* vectors = static_cast<uint4*>(data);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      if (kDtype != kAny || i < kVectors / 2 || dtype == kFloat32) vectors[i] = raw[i];
+  }
+
+  // All elements at once: one branch on a run-time dtype for the pack, not one for each element.
+  __device__ __forceinline__ void get(float (&values)[kCount], int dtype) const {
+    if (dtype == kFloat32) {
+      if constexpr (kDtype == kFloat32 || kDtype == kAny) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) values[i] = __uint_as_float(word(i));
+      }
+    } else if (dtype == kBfloat16) {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) {
+        values[2 * i] = low_bfloat_to_float(word(i));
+        values[2 * i + 1] = high_bfloat_to_float(word(i));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) {
+        values[2 * i] = low_half_to_float(word(i));
+        values[2 * i + 1] = high_half_to_float(word(i));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void set(const float (&values)[kCount], int dtype) {
+    if (dtype == kFloat32) {
+      if constexpr (kDtype == kFloat32 || kDtype == kAny) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) word(i) = __float_as_uint(values[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) {
+        const float low = values[2 * i], high = values[2 * i + 1];
+        word(i) = dtype == kBfloat16 ? floats_to_bfloats(low, high) : floats_to_halves(low, high);
+      }
+    }
+  }
+
+ private:
+  // `i` is a constant after unrolling: registers have no run-time index.
+  __device__ __forceinline__ unsigned& word(int i) {
+    uint4& vector = raw[i / 4];
+    return i % 4 == 0 ? vector.x : i % 4 == 1 ? vector.y : i % 4 == 2 ? vector.z : vector.w;
+  }
+  __device__ __forceinline__ unsigned word(int i) const { return const_cast<Pack*>(this)->word(i); }
+};

@@ -1,0 +1,365 @@
+// policy_loss: the kernels behind `loss`. Shapes, dtypes and the launch are in policy_loss.cuh, the sources in
+// transition.cuh, the formulas of a row in objective.cuh.
+//
+// Forward. Per row q = sum (x' - mu)^2, d = sum (mu - mu_old)^2, cross = sum (x' - mu)(mu - mu_old) and
+// f = sum (mu - mu_ref)^2, in one pass: float32 per thread, a fixed tree over the block, float64 over the splits of a
+// row. The block that finishes a row last turns the sums into the row's numbers; the one that finishes the last row
+// forms the loss and the metrics. Hence one launch, no float atomics, and the same bits in whatever order blocks run.
+//   warp w of a block: vectors 64 w .. 64 w + 63 of the block's part, a lane two of them, 32 apart; then 2 kThreads
+//   further on; at last the tail, a thread an element. (Where dtypes differ: 32 vectors, a lane one.)
+//
+// Backward. grad_mu = innovation (x' - mu) + drift (mu - mu_old) + reference (mu - mu_ref), streaming; same mapping.
+// Reads what has a coefficient: mu and x' alone for FlowDPPO and FlowGRPO; of a blocked row nothing.
+#include "common/reduce.cuh"
+#include "objective.cuh"
+#include "policy_loss.cuh"
+#include "transition.cuh"
+
+// ---- which part of which row ---------------------------------------------------------------------------------------
+
+// A contiguous part of one row, and the threads that work on it together: a block, or one warp.
+struct Part {
+  long long row;
+  long long first, count;  // elements of the row
+  int split;
+  int thread, threads;
+};
+
+// Splits begin at multiples of this many elements, so that all of them are aligned if their row is.
+constexpr long long kSplitUnit = 64;
+
+__device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
+  Part part;
+  const int thread = threadIdx.x;
+  if (splits == 0) {
+    // Past the last row in the last block: no elements.
+    part.row = static_cast<long long>(blockIdx.x) * kWarps + thread / kWarpSize;
+    part.split = 0;
+    part.first = 0;
+    part.count = part.row < rows ? numel : 0;
+    part.thread = thread % kWarpSize;
+    part.threads = kWarpSize;
+  } else {
+    part.row = blockIdx.x / splits;
+    part.split = static_cast<int>(blockIdx.x % splits);
+    const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
+    part.first = part.split * stretch;
+    // A late split may be empty, since stretches are rounded up.
+    const long long left = numel - part.first;
+    part.count = left < 0 ? 0 : left < stretch ? left : stretch;
+    part.thread = thread;
+    part.threads = kThreads;
+  }
+  return part;
+}
+
+// Elements that are handled with 32-bit indices, and added up in one go: 256 per thread of a block. Longer chains of
+// float32 additions would lose digits.
+constexpr int kRun = 65536;
+
+// Vector steps whose loads are issued together: 6 loads of 16 bytes where all dtypes are one, 4 to 6 for a mix (the
+// reference mean not counted).
+template <class Source>
+constexpr int kUnroll = sizeof(typename Source::Raw) > 4 * 16 ? 1 : 2;
+
+// First vector of a thread. A warp takes kSteps times 32 neighbours, so that the steps of a thread are a constant
+// distance apart, and one address register per tensor serves all of them.
+template <int kSteps>
+__device__ __forceinline__ int first_vector(const Part& part) {
+  return part.thread / kWarpSize * (kSteps * kWarpSize) + part.thread % kWarpSize;
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+// The four sums of `RowSums` while elements are added up.
+enum Sum : int { kQ, kD, kCross, kF, kSums };
+
+__device__ __forceinline__ void add(float (&sums)[kSums], Moments moments) {
+  sums[kQ] = fmaf(moments.innovation, moments.innovation, sums[kQ]);
+  sums[kD] = fmaf(moments.drift, moments.drift, sums[kD]);
+  sums[kCross] = fmaf(moments.drift, moments.innovation, sums[kCross]);
+  sums[kF] = fmaf(moments.ref_drift, moments.ref_drift, sums[kF]);
+}
+
+// This thread's share of the sums over `part`; `source` starts at its first element.
+template <class Source>
+__device__ __forceinline__ void thread_sums(Source source, const Part& part, float (&total)[kSums]) {
+  constexpr int kSteps = kUnroll<Source>;
+  const bool vectorised = source.aligned();
+#pragma unroll 1
+  for (long long first = 0; first < part.count; first += kRun) {
+    const int count = static_cast<int>(part.count - first < kRun ? part.count - first : kRun);
+    const int vectors = vectorised ? count / Source::kVector : 0;
+    float sums[kSteps][kSums] = {};  // chains that do not wait for each other
+
+    int vector = first_vector<kSteps>(part);
+#pragma unroll 1
+    for (; vector + (kSteps - 1) * kWarpSize < vectors; vector += kSteps * part.threads) {
+      typename Source::Raw raw[kSteps];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) raw[step] = source.load(vector + step * kWarpSize);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        Moments moments[Source::kVector];
+        source.moments(raw[step], moments);
+#pragma unroll
+        for (int j = 0; j < Source::kVector; ++j) add(sums[step], moments[j]);
+      }
+    }
+#pragma unroll 1
+    for (; kSteps > 1 && vector < vectors; vector += kWarpSize) {
+      Moments moments[Source::kVector];
+      source.moments(source.load(vector), moments);
+#pragma unroll
+      for (int j = 0; j < Source::kVector; ++j) add(sums[0], moments[j]);
+    }
+    // Tail, and all of a row at an odd address.
+#pragma unroll 1
+    for (int at = vectors * Source::kVector + part.thread; at < count; at += part.threads)
+      add(sums[0], source.element(at));
+
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) total[i] += sums[step][i];
+    }
+    source.advance(kRun);
+  }
+}
+
+// Counts this block in; true in all threads of the block that came last of `count`, which may then read what the others
+// wrote before they were counted. The ticket is 0 again after the last one.
+__device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned count) {
+  SHARED(unsigned, s_last, 1);
+  __syncthreads();  // the whole block has written
+  if (threadIdx.x == 0) {
+    __threadfence();  // for the block: its writes come before the count
+    s_last[0] = atomicInc(ticket, count - 1) == count - 1;
+    __threadfence();  // the count comes before what the last block reads
+  }
+  __syncthreads();
+  return s_last[0];
+}
+
+// Over the splits of a row, in float64: a thread of the first warp takes every 32nd, then a tree. Valid in that warp.
+__device__ __forceinline__ RowSums sum_of_splits(const float4* partials, int splits) {
+  double sums[kSums] = {};
+  if (threadIdx.x < kWarpSize) {
+#pragma unroll 1
+    for (int split = threadIdx.x; split < splits; split += kWarpSize) {
+      const float4 partial = __ldcg(partials + split);
+      sums[kQ] += partial.x;
+      sums[kD] += partial.y;
+      sums[kCross] += partial.z;
+      sums[kF] += partial.w;
+    }
+    warp_reduce(sums);
+  }
+  return {sums[kQ], sums[kD], sums[kCross], sums[kF]};
+}
+
+__device__ __forceinline__ void write_row(const PolicyLossForward& p, long long row, RowSums sums, GuardScale guard) {
+  row_numbers(p.problem, row, sums, guard, p.numbers);
+  if (p.problem.reduction == kReduceNone) p.loss[row] = row_loss(p.problem, p.numbers, row);
+}
+
+// The sums of a row that waits for the batch's means: in the first partial of the row, which nobody needs any more.
+__device__ __forceinline__ float4* waiting_sums(const PolicyLossForward& p, long long row) {
+  return reinterpret_cast<float4*>(p.partials) + row * (p.splits > 1 ? p.splits : 1);
+}
+
+// By the one thread that has a row's sums.
+__device__ __forceinline__ void finish_row(const PolicyLossForward& p, long long row, RowSums sums) {
+  if (needs_batch_means(p.problem)) {
+    *waiting_sums(p, row) = make_float4(static_cast<float>(sums.q), static_cast<float>(sums.d),
+                                        static_cast<float>(sums.cross), static_cast<float>(sums.f));
+  } else {
+    write_row(p, row, sums, {1.0, 1.0});
+  }
+}
+
+// By the last block: GRPO-Guard's rows, one thread each, and the batch.
+__device__ __noinline__ void finish_batch(const PolicyLossForward& p, double* s_numbers) {
+  const Problem& problem = p.problem;
+  if (needs_batch_means(problem)) {
+    const GuardScale guard = guard_scale(problem, s_numbers);
+#pragma unroll 1
+    for (long long row = threadIdx.x; row < problem.rows; row += kThreads) {
+      const float4 sums = __ldcg(waiting_sums(p, row));
+      write_row(p, row, {sums.x, sums.y, sums.z, sums.w}, guard);
+    }
+  }
+  batch_numbers(problem, p.numbers, p.loss, s_numbers);
+}
+
+template <int kMean, int kAnchor>
+__device__ __forceinline__ void forward(const PolicyLossForward& p) {
+  using Source = Means<kMean, kAnchor, Cache::kKeep>;
+  SHARED(double, s_numbers, kSharedNumbers);
+  const Problem& problem = p.problem;
+  const Part part = part_of_thread(problem.rows, problem.numel, p.splits);
+
+  float sums[kSums] = {};
+  if (p.mean.data && part.count > 0) {
+    const long long first = part.row * problem.numel + part.first;
+    const Source source = {{p.mean, first}, {p.next, first}, {p.old, first}, {p.ref, first}};
+    thread_sums(source, part, sums);
+  }
+
+  bool owner;  // of the row: the one thread that finishes it
+  if (p.splits == 0) {
+    warp_reduce(sums);
+    owner = part.thread == 0 && part.row < problem.rows;
+  } else {
+    block_reduce(sums, reinterpret_cast<float*>(s_numbers));
+    owner = threadIdx.x == 0;
+  }
+  RowSums row_sums = {sums[kQ], sums[kD], sums[kCross], sums[kF]};
+
+  if (p.splits > 1) {
+    float4* partials = reinterpret_cast<float4*>(p.partials) + part.row * p.splits;
+    if (threadIdx.x == 0) partials[part.split] = make_float4(sums[kQ], sums[kD], sums[kCross], sums[kF]);
+    if (!comes_last(p.tickets + part.row, p.splits)) return;
+    row_sums = sum_of_splits(partials, p.splits);
+  }
+  if (owner) finish_row(p, part.row, row_sums);
+
+  // With a warp per row the blocks are counted, else the rows: a million rows would queue for one address.
+  const long long count = p.splits == 0 ? static_cast<long long>(gridDim.x) : problem.rows;
+  if (comes_last(p.tickets + problem.rows, static_cast<unsigned>(count))) finish_batch(p, s_numbers);
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+// What the differences of one row are multiplied with; the terms whose coefficient is 0 are not read.
+struct Coefficients {
+  float innovation, drift, reference;
+};
+
+// A coefficient of 0 stays 0, whatever it is multiplied with.
+__device__ __forceinline__ float scaled(double grad_loss, float stored, double divisor) {
+  return stored == 0.f ? 0.f : static_cast<float>(grad_loss * stored / divisor);
+}
+
+__device__ __forceinline__ void write_grad_log_prob(const PolicyLossBackward& p, long long row) {
+  const float stored = p.numbers[kCoefLogProb * p.rows + row], divisor = p.numbers[kFields * p.rows + kPolicyDivisor];
+  p.grad_log_prob[row] = scaled(read_row(p.grad_loss, row), stored, divisor);
+}
+
+__device__ __forceinline__ Coefficients coefficients(const PolicyLossBackward& p, long long row) {
+  // All loads first: waiting for one after the other would cost a block 1 us before it streams.
+  const float innovation = p.numbers[kCoefInnovation * p.rows + row];
+  const float drift = p.numbers[kCoefDrift * p.rows + row];
+  const float reference = p.numbers[kCoefRef * p.rows + row];
+  const float divisor = p.numbers[kFields * p.rows + kPolicyDivisor];
+  const double grad_loss = read_row(p.grad_loss, row);
+  return {scaled(grad_loss, innovation, divisor), scaled(grad_loss, drift, divisor), scaled(grad_loss, reference, 1.0)};
+}
+
+__device__ __forceinline__ float gradient(Coefficients c, Moments moments) {
+  return fmaf(c.innovation, moments.innovation, fmaf(c.drift, moments.drift, c.reference * moments.ref_drift));
+}
+
+template <int kVector, int kMean>
+__device__ __forceinline__ void store_vector(char* out, int dtype, int vector, const float (&values)[kVector]) {
+  Pack<kMean, kVector> pack;
+  pack.set(values, dtype);
+  pack.store(out + static_cast<long long>(vector) * (kVector * dtype_size(dtype)), dtype);
+}
+
+template <class Source, int kMean>
+__device__ __forceinline__ void write_gradient(const Source& source, const typename Source::Raw& raw, Coefficients c,
+                                               char* out, int dtype, int vector) {
+  Moments moments[Source::kVector];
+  source.moments(raw, moments);
+  float values[Source::kVector];
+#pragma unroll
+  for (int j = 0; j < Source::kVector; ++j) values[j] = gradient(c, moments[j]);
+  store_vector<Source::kVector, kMean>(out, dtype, vector, values);
+}
+
+template <class Source, int kMean>
+__device__ __forceinline__ void stream_gradient(Source source, const Part& part, Coefficients c, char* out, int dtype) {
+  constexpr int kSteps = kUnroll<Source>, kVector = Source::kVector;
+  const bool nothing = c.innovation == 0.f && c.drift == 0.f && c.reference == 0.f;
+  const bool vectorised = source.aligned() && reinterpret_cast<size_t>(out) % 16 == 0;
+#pragma unroll 1
+  for (long long first = 0; first < part.count; first += kRun) {
+    const int count = static_cast<int>(part.count - first < kRun ? part.count - first : kRun);
+    const int vectors = vectorised ? count / kVector : 0;
+    int vector = first_vector<kSteps>(part);
+    if (nothing) {
+      const float zeros[kVector] = {};
+#pragma unroll 1
+      for (vector = part.thread; vector < vectors; vector += part.threads)
+        store_vector<kVector, kMean>(out, dtype, vector, zeros);
+    }
+#pragma unroll 1
+    for (; vector + (kSteps - 1) * kWarpSize < vectors; vector += kSteps * part.threads) {
+      typename Source::Raw raw[kSteps];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) raw[step] = source.load(vector + step * kWarpSize);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        write_gradient<Source, kMean>(source, raw[step], c, out, dtype, vector + step * kWarpSize);
+      }
+    }
+#pragma unroll 1
+    for (; kSteps > 1 && vector < vectors; vector += kWarpSize)
+      write_gradient<Source, kMean>(source, source.load(vector), c, out, dtype, vector);
+    // Tail, and all of a row at an odd address.
+#pragma unroll 1
+    for (int at = vectors * kVector + part.thread; at < count; at += part.threads)
+      store_element(out, dtype, at, nothing ? 0.f : gradient(c, source.element(at)));
+
+    source.advance(kRun);
+    out += static_cast<long long>(kRun) * dtype_size(dtype);
+  }
+}
+
+template <int kMean, int kAnchor>
+__device__ __forceinline__ void backward(const PolicyLossBackward& p) {
+  using Source = Means<kMean, kAnchor, Cache::kStream>;
+  if (!p.grad_mean) {
+    const long long row = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
+    if (p.grad_log_prob && row < p.rows) write_grad_log_prob(p, row);
+    return;
+  }
+  const Part part = part_of_thread(p.rows, p.numel, p.splits);
+  if (part.row >= p.rows) return;
+  if (p.grad_log_prob && part.split == 0 && part.thread == 0) write_grad_log_prob(p, part.row);
+  if (part.count == 0) return;
+
+  const Coefficients c = coefficients(p, part.row);
+  // What has no coefficient is not read, and an infinity there is not multiplied with 0.
+  const long long first = part.row * p.numel + part.first;
+  const Source source = {{p.mean, first},
+                         {p.next, first, c.innovation != 0.f},
+                         {p.old, first, c.drift != 0.f},
+                         {p.ref, first, c.reference != 0.f}};
+  const int dtype = kMean == kAny ? p.grad_dtype : kMean;
+  char* out = static_cast<char*>(p.grad_mean) + first * dtype_size(dtype);
+  stream_gradient<Source, kMean>(source, part, c, out, dtype);
+}
+
+// ---- entry points --------------------------------------------------------------------------------------------------
+
+// Two blocks on a multiprocessor at least, not more: asked for three, the compiler saves registers by sinking half of
+// an iteration's loads below the arithmetic. It takes 62 to 124; 2 or 3 blocks with 6 loads a thread are 49 to 74 KB in
+// flight, where an H200 should need ~30 (4.8 TB/s, 132 multiprocessors, 0.8 us).
+#define POLICY_LOSS(variant, mean, anchor)                                           \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
+      policy_loss_forward_##variant(const __grid_constant__ PolicyLossForward p) {   \
+    forward<mean, anchor>(p);                                                        \
+  }                                                                                  \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
+      policy_loss_backward_##variant(const __grid_constant__ PolicyLossBackward p) { \
+    backward<mean, anchor>(p);                                                       \
+  }
+
+POLICY_LOSS(f32, kFloat32, kFloat32)
+POLICY_LOSS(bf16, kBfloat16, kBfloat16)
+POLICY_LOSS(f16, kFloat16, kFloat16)
+POLICY_LOSS(f32_bf16, kFloat32, kBfloat16)
+POLICY_LOSS(f32_f16, kFloat32, kFloat16)
+POLICY_LOSS(mixed, kAny, kAny)

@@ -1,0 +1,178 @@
+//! GPUs: the driver, each device's primary context, and the kernels loaded into it.
+//!
+//! The primary context is the one that the CUDA runtime, and with it PyTorch, works in. It is retained once per device
+//! and never released; modules are never unloaded: a stream may still be running their kernels when the process ends.
+
+use std::ffi::{CString, c_int};
+use std::marker::PhantomData;
+use std::ptr;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use cudarc::driver::{DriverError, result};
+
+use super::image::{IMAGES, choose};
+use crate::error::Error;
+
+/// Names the driver function of a failure.
+pub(super) trait During<T> {
+    fn during(self, call: &'static str) -> Result<T, Error>;
+}
+
+impl<T> During<T> for Result<T, DriverError> {
+    fn during(self, call: &'static str) -> Result<T, Error> {
+        self.map_err(|error| {
+            let name = error.error_name().unwrap_or(c"an unknown error").to_string_lossy();
+            let meaning = error.error_string().unwrap_or(c"no description").to_string_lossy();
+            Error::Driver { call, error: format!("{name} ({meaning})") }
+        })
+    }
+}
+
+/// Whether there is a driver to call. cudarc panics where there is none, so this is asked first; once, because asking
+/// searches 34 library names (~1 ms).
+fn has_driver() -> bool {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
+    // SAFETY: loads libcuda and lets go of it again; its initialisers ask nothing of this process.
+    *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
+}
+
+/// One value per device, made on first use. A failure is not kept: the next call tries again.
+pub(super) struct PerDevice<T>([OnceLock<T>; MAX_DEVICES], Mutex<()>);
+
+const MAX_DEVICES: usize = 64;
+
+impl<T> PerDevice<T> {
+    pub const fn new() -> Self {
+        PerDevice([const { OnceLock::new() }; MAX_DEVICES], Mutex::new(()))
+    }
+
+    pub fn get_or_make(&self, ordinal: usize, make: impl FnOnce() -> Result<T, Error>) -> Result<&T, Error> {
+        let slot = self.0.get(ordinal).ok_or(Error::NoDevice { ordinal })?;
+        if let Some(value) = slot.get() {
+            return Ok(value);
+        }
+        // Two threads that come first at once make one value: loading a module twice would waste device memory.
+        let _making = self.1.lock().unwrap_or_else(PoisonError::into_inner);
+        match slot.get() {
+            Some(value) => Ok(value),
+            None => make().map(|value| slot.get_or_init(|| value)),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct Device {
+    pub ordinal: usize,
+    /// Compute capability as one number: 90 for 9.0.
+    pub capability: u32,
+    pub multiprocessors: u32,
+    context: sys::CUcontext,
+}
+
+// SAFETY: a context handle may be used by every thread, and a retained primary context stays valid.
+unsafe impl Send for Device {}
+// SAFETY: as above; nothing in a `Device` changes.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// The device that PyTorch calls `cuda:<ordinal>`: driver and runtime count them alike.
+    pub fn get(ordinal: usize) -> Result<&'static Device, Error> {
+        static DEVICES: PerDevice<Device> = PerDevice::new();
+        DEVICES.get_or_make(ordinal, || Device::open(ordinal))
+    }
+
+    fn open(ordinal: usize) -> Result<Device, Error> {
+        if !has_driver() {
+            return Err(Error::NoDriver);
+        }
+        result::init().during("cuInit")?;
+        let _relaxed = Relaxed::enter()?;
+        let index = c_int::try_from(ordinal).map_err(|_| Error::NoDevice { ordinal })?;
+        let handle = result::device::get(index).during("cuDeviceGet")?;
+        // SAFETY: `handle` came from cuDeviceGet.
+        let attribute = |which| unsafe { result::device::get_attribute(handle, which) }.during("cuDeviceGetAttribute");
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        // SAFETY: as above. Retaining makes nothing current, and is what the runtime does on its side.
+        let context = unsafe { result::primary_ctx::retain(handle) }.during("cuDevicePrimaryCtxRetain")?;
+        let capability = (10 * major + minor).cast_unsigned();
+        Ok(Device { ordinal, capability, multiprocessors: multiprocessors.max(1).cast_unsigned(), context })
+    }
+
+    /// Makes the device's context the current one of this thread for as long as the result lives.
+    pub(super) fn bind(&self) -> Result<Bound, Error> {
+        let previous = result::ctx::get_current().during("cuCtxGetCurrent")?.unwrap_or(ptr::null_mut());
+        if previous == self.context {
+            return Ok(Bound { restore: None, thread: PhantomData });
+        }
+        // SAFETY: a retained primary context is valid.
+        unsafe { result::ctx::set_current(self.context) }.during("cuCtxSetCurrent")?;
+        Ok(Bound { restore: Some(previous), thread: PhantomData })
+    }
+
+    /// Loads the image of `unit` that fits, and finds `names` in it. For `PerDevice`, so that it happens once.
+    pub(super) fn load<const N: usize>(
+        &self,
+        unit: &'static str,
+        names: [&str; N],
+    ) -> Result<[sys::CUfunction; N], Error> {
+        let Device { ordinal, capability, .. } = *self;
+        let image = choose(IMAGES, unit, capability).ok_or(Error::NoImage { ordinal, capability })?;
+        let _bound = self.bind()?;
+        let _relaxed = Relaxed::enter()?;
+        // SAFETY: the image is a whole cubin, or PTX that ends with a NUL, by `build.rs` and the tests of `image`.
+        let module = unsafe { result::module::load_data(image.bytes.as_ptr().cast()) }.during("cuModuleLoadData")?;
+        let mut functions = [ptr::null_mut(); N];
+        for (function, name) in functions.iter_mut().zip(names) {
+            let name = CString::new(name).expect("kernel names have no NUL");
+            // SAFETY: the module was just loaded.
+            *function = unsafe { result::module::get_function(module, name) }.during("cuModuleGetFunction")?;
+            let any = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
+            // Drivers load a kernel when it is first asked for. Here is the place, not inside somebody's capture.
+            // SAFETY: the function was just found.
+            unsafe { result::function::get_function_attribute(*function, any) }.during("cuFuncGetAttribute")?;
+        }
+        Ok(functions)
+    }
+}
+
+/// Restores what was current before: to the runtime, the current context *is* the caller's current device.
+pub(super) struct Bound {
+    restore: Option<sys::CUcontext>,
+    /// Current contexts belong to threads.
+    thread: PhantomData<*const ()>,
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if let Some(previous) = self.restore {
+            // SAFETY: it was current on this thread a moment ago, or is null, which means none.
+            // An error cannot be told from here; a broken context reports itself on the next call.
+            let _ = unsafe { result::ctx::set_current(previous) };
+        }
+    }
+}
+
+/// Setting up is what a capture in the default mode forbids to every thread (loading a module, for one), although it
+/// does nothing to the captured stream. In relaxed mode this thread may (PyTorch: `CUDAStreamCaptureModeGuard`).
+struct Relaxed(sys::CUstreamCaptureMode);
+
+impl Relaxed {
+    fn enter() -> Result<Relaxed, Error> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: exchanges this thread's mode with a valid one.
+        unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }
+            .result()
+            .during("cuThreadExchangeStreamCaptureMode")?;
+        Ok(Relaxed(mode))
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // SAFETY: as above, with the mode that was there before.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut self.0) };
+    }
+}

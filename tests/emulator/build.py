@@ -1,0 +1,81 @@
+"""Compiles the kernels for the emulator, plain or under a sanitizer, with a fault planted where a test asks for it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent.parent / "kernels"
+
+# -ffp-contract=off: float64 arithmetic as the CPU backend's. The scheduler is built without sanitizers, see there.
+_COMMON = ("-std=c++20", "-g", "-ffp-contract=off")
+_SANITIZERS = {
+    "plain": ("-O2",),
+    "asan": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    # Threads are what TSan pays for, 0.6 ms each: two warps a block are enough for any race between warps.
+    "tsan": ("-O1", "-fsanitize=thread", "-DFLOWDPPO_THREADS=64"),
+}
+
+
+class Fault(NamedTuple):
+    """A change to a kernel source. `old` must be there, once, or the source has moved away from the test."""
+
+    file: str
+    old: str
+    new: str
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None."""
+    wanted = os.environ.get("CXX")
+    return shutil.which(wanted) if wanted else shutil.which("g++") or shutil.which("c++")
+
+
+def build(folder: Path, sanitizer: str = "plain", fault: Fault | None = None) -> Path:
+    """The server (server.cpp) as an executable in `folder`, an empty one of its own."""
+    kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
+    if fault:
+        kernels = folder / "kernels"
+        shutil.copytree(KERNELS, kernels)
+        _edit(kernels / fault.file, lambda text: _replace(text, fault))
+        _edit(kernels / "policy_loss.cu", _only_f32)
+        flags += ("-DEMULATE_F32_ALONE",)
+    include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
+    _run(compiler(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
+    _run(compiler(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
+    return folder / "server"
+
+
+@functools.cache
+def _unsanitized_objects(folder: Path) -> tuple[Path, Path]:
+    """The scheduler and the server, the same for every build of a test run."""
+    objects = folder / "scheduler.o", folder / "server.o"
+    for made in objects:
+        _run(compiler(), *_COMMON, "-O2", "-c", HERE / f"{made.stem}.cpp", "-o", made)
+    return objects
+
+
+def _run(*command: str | Path | None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr}"
+
+
+def _edit(path: Path, change: Callable[[str], str]) -> None:
+    path.write_text(change(path.read_text()))
+
+
+def _replace(text: str, fault: Fault) -> str:
+    assert text.count(fault.old) == 1, f"{fault.file} has {text.count(fault.old)} times: {fault.old}"
+    return text.replace(fault.old, fault.new)
+
+
+def _only_f32(text: str) -> str:
+    """Without the entry points of the other variants, which are three quarters of the time to compile."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("POLICY_LOSS(") or line.startswith("POLICY_LOSS(f32,"))

@@ -1,0 +1,55 @@
+// The kernels of kernels/policy_loss.cu, compiled for the emulator, and a table of their names.
+//
+// g++ -std=c++20 -DFLOWDPPO_EMULATOR -I <kernels> -I <this folder> launch.cpp scheduler.cpp
+#include "launch.h"
+
+#include <cstring>
+
+#include "policy_loss.cu"
+#include "scheduler.h"
+
+namespace {
+
+struct Kernel {
+  const char* name;
+  size_t bytes;
+  void (*run)(const void*);
+};
+
+// By value, as a launch passes it: every thread has its own copy, and none can write to another's.
+template <class Argument, void (*kKernel)(Argument)>
+Kernel kernel(const char* name) {
+  return {name, sizeof(Argument), [](const void* argument) { kKernel(*static_cast<const Argument*>(argument)); }};
+}
+
+#define BOTH(variant)                                                                        \
+  kernel<PolicyLossForward, policy_loss_forward_##variant>("policy_loss_forward_" #variant), \
+      kernel<PolicyLossBackward, policy_loss_backward_##variant>("policy_loss_backward_" #variant)
+
+#ifdef EMULATE_F32_ALONE  // enough where only a planted fault is looked for, and a quarter of the time to compile
+const Kernel kKernels[] = {BOTH(f32)};
+#else
+const Kernel kKernels[] = {BOTH(f32), BOTH(bf16), BOTH(f16), BOTH(f32_bf16), BOTH(f32_f16), BOTH(mixed)};
+#endif
+
+const Kernel* find(const char* name) {
+  for (const Kernel& kernel : kKernels)
+    if (!std::strcmp(kernel.name, name)) return &kernel;
+  return nullptr;
+}
+
+}  // namespace
+
+unsigned emu_threads() { return kThreads; }
+
+size_t emu_argument_bytes(const char* name) {
+  const Kernel* kernel = find(name);
+  return kernel ? kernel->bytes : 0;
+}
+
+int emu_launch(const char* name, const void* argument, unsigned blocks, unsigned seed) {
+  const Kernel* kernel = find(name);
+  if (!kernel) return -1;
+  emu::run(blocks, kThreads, seed, kernel->run, argument);
+  return 0;
+}

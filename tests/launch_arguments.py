@@ -1,0 +1,58 @@
+"""What a launch of `policy_loss` takes: the structures of kernels/policy_loss.cuh, field for field."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class Structure(ctypes.Structure):
+    def as_tuple(self) -> tuple:
+        values = (getattr(self, name) for name, *_ in self._fields_)
+        return tuple(v.as_tuple() if isinstance(v, Structure) else v for v in values)
+
+
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Latent(Structure):
+    _fields_ = [*fields(ctypes.c_size_t, "data"), *fields(ctypes.c_int, "dtype pad")]
+
+
+class RowVector(Structure):
+    _fields_ = [
+        *fields(ctypes.c_size_t, "data"),
+        *fields(ctypes.c_float, "value"),
+        *fields(ctypes.c_int, "dtype stride present"),
+    ]
+
+
+class Problem(Structure):
+    _fields_ = [
+        *fields(ctypes.c_longlong, "rows numel"),
+        *fields(ctypes.c_double, "low high"),
+        *fields(ctypes.c_int, "objective density latent_sum reduction mask normalize_kl keep_nan_kl per_row_scale"),
+        *fields(ctypes.c_int, "has_kl has_ref"),
+        *fields(ctypes.c_float, "adv_clip_max ref_kl_weight"),
+        *fields(RowVector, "advantages log_prob old_log_prob weights std sqrt_dt ref_std"),
+    ]
+
+
+class Forward(Structure):
+    _fields_ = [
+        *fields(Latent, "mean next old ref"),
+        *fields(Problem, "problem"),
+        *fields(ctypes.c_size_t, "loss numbers partials tickets"),
+        *fields(ctypes.c_int, "splits pad"),
+    ]
+
+
+class Backward(Structure):
+    _fields_ = [
+        *fields(Latent, "mean next old ref"),
+        *fields(RowVector, "grad_loss"),
+        *fields(ctypes.c_size_t, "numbers grad_mean"),
+        *fields(ctypes.c_int, "grad_dtype splits"),
+        *fields(ctypes.c_size_t, "grad_log_prob"),
+        *fields(ctypes.c_longlong, "rows numel"),
+    ]

@@ -1,0 +1,227 @@
+"""The Triton rival of the benches: its answers through Triton's interpreter, and that it compiles for a GPU.
+
+Each in a process of its own: Triton decides at import whether it interprets, and only one backend can be had.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import flowdppo_ops
+
+pytest.importorskip("triton", reason="triton is not installed")
+BENCHES = Path(__file__).parents[1] / "benches"
+THRESHOLD = 1e-3
+
+# Runs every case of a file of inputs and writes the answers beside them. BLOCK is small, so that rows have several
+# blocks and remainders; the interpreter takes the one configuration it is given instead of tuning.
+ANSWER = """
+import sys
+import torch, triton
+import triton_policy_loss as bench
+file, threshold = sys.argv[1], float(sys.argv[2])
+answers = []
+for case in torch.load(file):
+    block, splits, stages = case["config"]
+    bench._forward_kernel.configs = [triton.Config({"BLOCK": block, "SPLITS": splits, "STAGES": stages})]
+    bench._backward_kernel.configs = [triton.Config({"BLOCK": block})]
+    mean = case["mean"].requires_grad_()
+    inputs = (mean, case["old_mean"], case["prev_sample"], case["advantages"], case["std"], threshold)
+    loss = bench.triton_policy_loss(*inputs)
+    (3 * loss).backward()
+    again, numbers = bench.policy_loss_and_numbers(*inputs)
+    ratio, kl, keep, _ = numbers.detach()
+    tickets = bench._ticket(mean.device).item()
+    answers.append(dict(loss=loss.detach(), again=again.detach(), grad=mean.grad, ratio=ratio, kl=kl, keep=keep != 0,
+                        tickets=tickets))
+torch.save(answers, file + ".answers")
+"""
+
+SHAPES = [(1, 1), (5, 33), (16, 300), (4, 2, 8, 8), (17, 20)]  # 17 rows: the last program's tile holds 16
+CONFIGS = [(16, 1, 1), (32, 4, 3), (256, 8, 1)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Relative: half a unit in the last place; a whole one in bfloat16, which the interpreter cuts off where a GPU rounds.
+GRADIENT_ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-7, torch.float16: 2**-11}
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All cells of the mask in turn: KL a tenth of the threshold or ten times it, ratio about 1, sign of A."""
+    generator = torch.Generator().manual_seed(0)
+    rows, latent_dims = shape[0], tuple(range(1, len(shape)))
+    row = torch.arange(rows)
+    wide = (rows, *(1 for _ in latent_dims))
+    std = torch.linspace(0.5, 0.7, rows).reshape(wide)
+    kl = (torch.where(row % 2 == 0, 10.0, 0.1) * THRESHOLD).reshape(wide)
+    lean = torch.where(row // 2 % 2 == 0, 2.0, -2.0).reshape(wide)
+    old_mean, direction, noise = (torch.randn(shape, generator=generator) for _ in range(3))
+    drift = direction * std * torch.sqrt(2 * kl) / direction.square().mean(latent_dims, keepdim=True).sqrt()
+    return {
+        "mean": (old_mean + drift).to(dtype),
+        "old_mean": old_mean.to(dtype),
+        "prev_sample": (old_mean + lean * drift + 0.01 * noise).to(dtype),
+        "advantages": torch.where(row // 4 % 2 == 0, 1.0, -1.0) * torch.linspace(0.5, 2.0, rows),
+        "std": std,
+    }
+
+
+def on_policy() -> dict[str, torch.Tensor]:
+    case = draw((5, 33), torch.float32)
+    return case | {"mean": case["old_mean"].clone()}
+
+
+def process(program: str, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(BENCHES), os.environ.get("PYTHONPATH", "")]),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """`[(inputs, answer)]`, from one interpreter for all: its start takes longer than the cases."""
+    cases = [
+        draw(shape, DTYPES[(at + turn) % 3]) | {"config": config}
+        for turn, shape in enumerate(SHAPES)
+        for at, config in enumerate(CONFIGS)
+    ]
+    mixed = draw((16, 300), torch.float32)
+    mixed["old_mean"], mixed["prev_sample"] = mixed["old_mean"].bfloat16(), mixed["prev_sample"].half()
+    cases += [mixed | {"config": CONFIGS[1]}, on_policy() | {"config": CONFIGS[1]}]
+    file = str(tmp_path_factory.mktemp("triton") / "cases.pt")
+    torch.save(cases, file)
+    process(ANSWER, file, str(THRESHOLD), TRITON_INTERPRET="1")
+    return list(zip(cases, torch.load(file + ".answers"), strict=True))
+
+
+def reference(case: dict[str, torch.Tensor], dtype: torch.dtype):
+    mean = case["mean"].detach().to(dtype).requires_grad_()
+    result = flowdppo_ops.reference.loss(
+        mean,
+        case["old_mean"].to(dtype),
+        case["advantages"].to(dtype),
+        std=case["std"].to(dtype),
+        prev_sample=case["prev_sample"].to(dtype),
+        objective=flowdppo_ops.FlowDPPO(kl_mask_threshold=THRESHOLD),
+    )
+    (3 * result.loss).backward()
+    return result, mean.grad
+
+
+def worst(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference, of the largest value; 0 where all is 0."""
+    error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30)
+    return error.item()
+
+
+def test_agrees_with_float64(answers):
+    cells = set()
+    for case, answer in answers:
+        truth, gradient = reference(case, torch.float64)
+        what = f"shape {list(case['mean'].shape)}, {case['mean'].dtype}, BLOCK, SPLITS, STAGES {case['config']}"
+        assert torch.equal(answer["keep"], truth.keep.reshape(-1)), what
+        tolerance = 2e-6  # some ten roundings of float32
+        assert worst(answer["loss"], truth.loss.detach()) <= tolerance, what
+        assert worst(answer["ratio"], truth.ratio) <= tolerance, what
+        assert worst(answer["kl"], truth.kl) <= tolerance, what
+        assert worst(answer["grad"], gradient) <= tolerance + GRADIENT_ROUNDING[case["mean"].dtype], what
+        blocked = ~answer["keep"]
+        assert (answer["grad"].reshape(len(blocked), -1)[blocked] == 0).all(), what
+        cell = (truth.kl > THRESHOLD, truth.ratio > 1, case["advantages"] > 0)
+        cells |= set(zip(*(of_rows.tolist() for of_rows in cell), strict=True))
+    assert len(cells) == 8  # every cell of the mask was there
+
+
+def test_on_policy_is_exact(answers):
+    case, answer = answers[-1]
+    assert torch.equal(case["mean"], case["old_mean"])
+    assert (answer["ratio"] == 1).all()
+    assert (answer["kl"] == 0).all()
+
+
+def test_same_bits_again_and_the_ticket_is_back(answers):
+    for _, answer in answers:
+        assert torch.equal(answer["loss"], answer["again"])
+        assert answer["tickets"] == 0
+
+
+COMPILE = """
+import json, re
+import triton, triton_policy_loss as bench
+from triton.backends.compiler import GPUTarget
+
+LATENTS = ("mean", "old_mean", "prev_sample", "grad_mean")
+SCALARS = {"threshold": "fp32", "rows": "i32", "numel": "i32", "ticket": "*i32"}
+found = {}
+FORWARD = {"SPLITS": 8, "STAGES": 1, "TILE_ROWS": 16}
+for kernel, constants in ((bench._forward_kernel, FORWARD), (bench._backward_kernel, {})):
+    for dtype in ("fp32", "bf16", "fp16"):
+        names, constants = kernel.fn.arg_names, {"BLOCK": 1024, **constants}
+        signature, aligned = {}, {}
+        for at, name in enumerate(names):
+            pointer = "*" + dtype if name in LATENTS else "*fp32"
+            signature[name] = "constexpr" if name in constants else SCALARS.get(name, pointer)
+            if name in LATENTS or name == "numel":
+                aligned[(at,)] = [["tt.divisibility", 16]]
+        source = triton.compiler.ASTSource(
+            fn=kernel.fn,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs=aligned,
+        )
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+        found[f"{kernel.fn.__name__} {dtype}"] = {
+            "loads": len(re.findall(r"ld\\.global\\S*\\.v4", ptx)),
+            "stores": len(re.findall(r"st\\.global\\S*\\.v4", ptx)),
+            "local": len(re.findall(r"\\.local", ptx)),
+        }
+print(json.dumps(found))
+"""
+
+
+def test_compiles_for_hopper_with_16_byte_accesses(tmp_path):
+    """The interpreter takes much that the compiler refuses. 1024 elements on 128 threads: 2 vectors of fp32 each."""
+    found = json.loads(process(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
+    for dtype, vectors in (("fp32", 2), ("bf16", 1), ("fp16", 1)):
+        assert found[f"_forward_kernel {dtype}"] == {"loads": 3 * vectors, "stores": 0, "local": 0}
+        assert found[f"_backward_kernel {dtype}"] == {"loads": 2 * vectors, "stores": vectors, "local": 0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "numel", "splits"),
+    [
+        (16, 65536, {8, 16, 32}),
+        (2, 2_096_640, {64, 128, 256}),
+        (64, 4_838_400, {2, 4, 8}),
+        (4, 8, {1}),
+        (16, 4096, {1, 2, 4}),  # BLOCK 1024: no more than 4 have work; 4096: one
+        (1_000_000, 64, {1}),
+    ],
+)
+def test_tuning_is_about_grids_that_fill_the_device(monkeypatch, rows, numel, splits):
+    monkeypatch.syspath_prepend(BENCHES)
+    bench = importlib.import_module("triton_policy_loss")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    arguments = {"rows": rows, "numel": numel, "mean": torch.empty(0)}
+    kept = bench._worthwhile(bench._FORWARD, arguments)
+    assert {config.kwargs["SPLITS"] for config in kept} == splits
+    assert {config.kwargs["BLOCK"] for config in kept} == {config.kwargs["BLOCK"] for config in bench._FORWARD}
+    for config in kept:
+        assert config.kwargs["SPLITS"] <= max(1, numel // config.kwargs["BLOCK"] + 1)

@@ -1,0 +1,112 @@
+"""The launcher end to end without a GPU: Python -> Rust -> driver calls -> embedded image, against a stand-in driver.
+
+`standin/libcuda.cpp` is the driver, `standin/scenarios.py` what is done and asserted; a process each.
+"""
+
+from __future__ import annotations
+
+import pytest
+from standin import harness
+
+from flowdppo_ops import _native
+
+needs_images = pytest.mark.skipif(not _native.cuda_images(), reason="built without kernels (FLOWDPPO_KERNELS=none)")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    return harness.build(tmp_path_factory.mktemp("standin"))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return harness.build_kernels(tmp_path_factory.mktemp("kernels"))
+
+
+@needs_images
+@pytest.mark.parametrize(
+    ("capability", "image"),
+    [
+        ("80", "sm_80"),
+        ("86", "sm_86"),
+        ("87", "sm_86"),
+        ("89", "sm_89"),
+        ("90", "sm_90"),
+        ("100", "sm_100"),
+        ("103", "sm_100"),
+        ("110", "ptx"),
+        ("120", "sm_120"),
+        ("121", "sm_120"),
+        ("200", "ptx"),
+    ],
+)
+def test_each_architecture_gets_its_image(driver, capability, image):
+    harness.run(f"image:{image}", driver, capability)
+
+
+def test_an_architecture_without_an_image_is_refused(driver):
+    harness.run("no_image", driver, "75")
+
+
+@needs_images
+@pytest.mark.parametrize("capability", ["80", "90", "100", "120", "200"])
+def test_every_entry_point_is_in_the_image(driver, capability):
+    harness.run("every_entry_point", driver, capability)
+
+
+@needs_images
+@pytest.mark.parametrize(
+    "scenario", ["forward_arguments", "objectives", "backward_arguments", "grids", "bad_arguments"]
+)
+def test_arguments(driver, scenario):
+    harness.run(scenario, driver)
+
+
+@needs_images
+def test_the_current_context_is_restored(driver):
+    harness.run("current_context_is_restored", driver, "90,80")
+
+
+@needs_images
+def test_a_stream_of_another_device_is_an_error(driver):
+    harness.run("a_stream_of_another_device_is_an_error", driver, "90,90")
+
+
+@needs_images
+def test_the_first_call_may_come_inside_a_capture(driver):
+    harness.run("first_call_inside_a_capture", driver)
+
+
+@needs_images
+def test_several_devices_and_threads_at_once(driver):
+    harness.run("two_devices_and_many_threads", driver, "90,80")
+
+
+@needs_images
+def test_driver_errors_become_exceptions(driver):
+    harness.run("driver_errors", driver)
+
+
+@needs_images
+@pytest.mark.parametrize("scenario", ["parity", "clip_limits", "kept_tickets", "float64_from_python"])
+def test_loss_with_emulated_kernels(driver, kernels, scenario):
+    harness.run(scenario, driver, kernels=kernels)
+
+
+def test_a_device_that_is_not_there(driver):
+    harness.run("no_such_device", driver)
+
+
+@pytest.mark.skipif("_has_driver()", reason="this machine has an NVIDIA driver")
+def test_without_a_driver():
+    harness.run("no_driver", None)
+
+
+def _has_driver() -> bool:
+    import ctypes
+
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

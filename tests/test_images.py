@@ -1,0 +1,61 @@
+"""Static checks of the embedded kernel images: what a GPU would only show as a slow kernel, or as a wrong argument."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import images
+import pytest
+
+from flowdppo_ops import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+CUBINS, ENTRY_POINTS = images.cubins(), dict(_native.cuda_entry_points())
+
+pytestmark = pytest.mark.skipif(not _native.cuda_images(), reason="built without kernels (FLOWDPPO_KERNELS=none)")
+each_cubin = pytest.mark.parametrize("name", CUBINS)
+
+
+@pytest.mark.skipif("FLOWDPPO_ARCHS" in os.environ, reason="FLOWDPPO_ARCHS chose other architectures")
+def test_every_architecture_is_there():
+    built = {(cc, is_ptx) for _, cc, is_ptx, _ in _native.cuda_images()}
+    assert built == {(80, False), (86, False), (89, False), (90, False), (100, False), (120, False), (80, True)}
+
+
+@each_cubin
+def test_resources(name):
+    resources = images.resources(CUBINS[name])
+    assert resources.keys() == ENTRY_POINTS.keys()
+    for kernel, (registers, stack, parameters, _) in resources.items():
+        assert stack == 0, f"{kernel} has {stack} bytes of stack a thread"
+        assert parameters == ENTRY_POINTS[kernel], f"{kernel} takes {parameters} bytes, the launcher gives others"
+        # Blocks of 256 threads on 65536 registers: at least two, to load while the other one adds up.
+        assert 65536 // (256 * registers) >= 2, f"{kernel} needs {registers} registers"
+
+
+@pytest.mark.skipif(images.disassembler() is None, reason="nvdisasm is not installed (pip install '.[test]')")
+@each_cubin
+def test_memory_instructions(name):
+    memory = images.memory(CUBINS[name])
+    assert memory.keys() == ENTRY_POINTS.keys()
+    for kernel, (local, loads_in_flight, wide_stores) in memory.items():
+        assert local == 0, f"{kernel} spills: {local} local loads and stores"
+        assert loads_in_flight >= 4, f"{kernel} has {loads_in_flight} loads of 16 bytes under way, wanted 4"
+        assert "backward" not in kernel or wide_stores >= 1, f"{kernel} has no stores of 16 bytes"
+
+
+def test_ptx():
+    (text,) = (image.rstrip(b"\0").decode() for _, _, is_ptx, image in _native.cuda_images() if is_ptx)
+    assert "\n.target sm_80\n" in text
+    for kernel, parameters in ENTRY_POINTS.items():
+        assert f"{kernel}_param_0[{parameters}]" in text
+    assert ".local" not in text
+    # What drivers of CUDA 12.9 take; a newer compiler's needs a newer driver.
+    assert re.search(r"^\.version (\S+)$", text, re.MULTILINE)[1] == "8.8"
+
+
+def test_the_message_about_a_missing_compiler_names_the_build_requirement():
+    requirement = re.search(r'const REQUIREMENT: &str = "(\S+)";', (ROOT / "build.rs").read_text())[1]
+    assert f'"{requirement}; ' in (ROOT / "pyproject.toml").read_text()
