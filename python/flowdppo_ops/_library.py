@@ -98,7 +98,8 @@ def _forward(
     loss, numbers = _empty_outputs(advantages, double, settings.reduction)
     rows = advantages.numel()
     numel = _latent_elements(latents, rows)
-    arrays, rows_arrays = tuple([_array(t) for t in latents]), tuple([_vector(v) for v in vectors])
+    arrays = tuple([None if t is None else (t.data_ptr(), _DTYPE_NAMES[t.dtype]) for t in latents])
+    rows_arrays = tuple([None if v is None else _vector(v) for v in vectors])
     out = loss.data_ptr(), numbers.data_ptr()
     target = _cuda.target(advantages)
     if target is None:

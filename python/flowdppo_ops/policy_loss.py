@@ -87,7 +87,7 @@ def loss(
     Source: arXiv 2606.11025 (Flow-DPPO); verl-omni `FlowDPPOLoss`, `FlowGRPOLoss`, `GRPOGuardLoss` and `KLLoss`; UniRL
     `_flowdppo_kl_adv_loss`. `flowdppo_ops.reference` states every formula.
     """
-    if _environment("FLOWDPPO_OPS_BACKEND") == "reference":
+    if _is_set(_BACKEND, _REFERENCE):
         return _reference().loss(**locals())
     call = _args.check_loss(
         _WHERE,
@@ -115,7 +115,7 @@ def loss(
             f"{_WHERE}: no backend for device {advantages.device}, wanted cpu or cuda; flowdppo_ops.reference.loss "
             "runs on any device (FLOWDPPO_OPS_BACKEND=reference sends every call there)"
         )
-    if _environment("FLOWDPPO_OPS_CHECK") == "1":
+    if _is_set(_CHECK, _ON):
         check_values(_WHERE, call)
     value, numbers = policy_loss(call)
     latents = call.latents
@@ -123,9 +123,16 @@ def loss(
     return PolicyLoss(value, numbers, call.row_shape, has_kl, has_ref)
 
 
-def _environment(name: str) -> str | None:
+# The mapping behind `os.environ`, keyed as the platform has it. A name that is not set costs 0.5 us in
+# `os.environ.get`, an exception raised and caught, and 0.05 us here: 6 % of a call on an image latent.
+_SETTINGS = getattr(os.environ, "_data", os.environ)
+_BACKEND, _CHECK = (os.environ.encodekey(f"FLOWDPPO_OPS_{name}") for name in ("BACKEND", "CHECK"))
+_REFERENCE, _ON = (os.environ.encodevalue(value) for value in ("reference", "1"))
+
+
+def _is_set(name: bytes | str, value: bytes | str) -> bool:
     """Read at every call, so that a debugger's shell or a test can switch; not while a graph is captured."""
-    return None if torch.compiler.is_compiling() else os.environ.get(name)
+    return not torch.compiler.is_compiling() and _SETTINGS.get(name) == value
 
 
 def _reference():
