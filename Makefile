@@ -13,6 +13,7 @@ demo: $(VENV)/.demo
 # Kernels are compiled where the package is built; Rust's own checks do without, and without NVRTC.
 test: lint
 	FLOWDPPO_KERNELS=none cargo test --locked --quiet
+	$(BIN)/python tests/images.py
 	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.test

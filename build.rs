@@ -55,14 +55,15 @@ fn build() -> Outcome<()> {
         println!("cargo:rerun-if-env-changed=FLOWDPPO_{name}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run by Cargo only")?);
-    let mut jobs = jobs()?;
+    let jobs = jobs()?;
+    let mut table = images(&jobs)?;
     if !jobs.is_empty() {
         match Compiler::find() {
             Ok(compiler) => compile_all(&jobs, &compiler, &out)?,
             // A package without its kernels would be found out on a GPU only. Plain `cargo build` and `cargo test`
             // make no package, and work from a fresh clone.
             Err(missing) if !makes_package() => {
-                jobs.clear();
+                table = images(&[])?;
                 for line in missing.lines() {
                     println!("cargo::warning={line}");
                 }
@@ -73,7 +74,7 @@ fn build() -> Outcome<()> {
             Err(missing) => return Err(missing),
         }
     }
-    write(&out.join("images.rs"), images(&jobs)?.as_bytes())
+    write(&out.join("images.rs"), table.as_bytes())
 }
 
 /// maturin, and with it pip and uv, names the Python that it builds for.
