@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compilers import needs_cxx
 
 import flowdppo_ops
 
@@ -38,6 +39,7 @@ def bench(harness):
     return importlib.import_module("bench_policy_loss")
 
 
+@needs_cxx
 def test_quick_run_writes_a_row_per_provider_and_pass(bench, tmp_path, capsys):
     file, threads = tmp_path / "rows.json", torch.get_num_threads()
     bench.main(["--quick", "--sizes", "4x8", "--threads", str(threads), "--json", str(file)])
@@ -135,6 +137,7 @@ def test_check_refuses(bench, monkeypatch, wrong, dtype):
         bench.check(provider, i, expected)
 
 
+@needs_cxx
 def test_wrong_answer_aborts_the_run_before_it_is_timed(bench, monkeypatch, tmp_path):
     file = tmp_path / "rows.json"
     half = bench.Provider("fused", lambda i: bench.trainer_loss(i) / 2)
@@ -236,6 +239,7 @@ def on_fake_cuda(bench, harness, monkeypatch):
 ARGUMENTS = ["--device", "cuda", "--quick", "--cold-starts", "0", "--providers", "eager", "fused", "--commit", "abc"]
 
 
+@needs_cxx
 def test_every_mode_of_cuda_has_its_rows(bench, on_fake_cuda, tmp_path, capsys):
     file, threads = tmp_path / "rows.json", str(torch.get_num_threads())
     fake = on_fake_cuda()
@@ -258,6 +262,7 @@ def test_every_mode_of_cuda_has_its_rows(bench, on_fake_cuda, tmp_path, capsys):
         assert f"[8, 64] fp32  {timing}, {cache}\n" in table
 
 
+@needs_cxx
 def test_replay_that_writes_nothing_is_a_wrong_answer(bench, on_fake_cuda):
     on_fake_cuda(skipping="forward+backward")
     with pytest.raises(SystemExit, match=r"eager forward\+backward in a graph: loss is nan away"):

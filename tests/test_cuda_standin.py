@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import pytest
+from compilers import needs_cxx
 from standin import harness
 
 from flowdppo_ops import _native
 
+pytestmark = needs_cxx
 needs_images = pytest.mark.skipif(not _native.cuda_images(), reason="built without kernels (FLOWDPPO_KERNELS=none)")
 
 

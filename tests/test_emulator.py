@@ -13,8 +13,9 @@ import zlib
 import pytest
 import torch
 from cases import CELLS, DTYPES, OBJECTIVES, draw, mask_cells
+from compilers import needs_cxx
 from emulator import call
-from emulator.build import Fault, build, compiler
+from emulator.build import Fault, build
 from emulator.call import EmulatedLoss, Float64, Server
 from parity import equal_bits, run, three_way
 from test_policy_loss import (  # noqa: F401
@@ -52,7 +53,7 @@ from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator switches stacks as Linux does"),
-    pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++, c++ or $CXX"),
+    needs_cxx,
 ]
 
 objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)

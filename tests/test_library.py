@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from compilers import needs_cxx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -69,7 +70,7 @@ def test_inputs_reach_both_sides_of_every_branch(source, objective):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_cxx)])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_compiled_equals_eager(objective, source, backend, dynamic):

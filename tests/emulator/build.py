@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from compilers import cxx
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels"
@@ -31,12 +32,6 @@ class Fault(NamedTuple):
     new: str
 
 
-def compiler() -> str | None:
-    """The C++ compiler, or None."""
-    wanted = os.environ.get("CXX")
-    return shutil.which(wanted) if wanted else shutil.which("g++") or shutil.which("c++")
-
-
 def build(folder: Path, sanitizer: str = "plain", fault: Fault | None = None) -> Path:
     """The server (server.cpp) as an executable in `folder`, an empty one of its own."""
     kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
@@ -47,8 +42,8 @@ def build(folder: Path, sanitizer: str = "plain", fault: Fault | None = None) ->
         _edit(kernels / "policy_loss.cu", _only_f32)
         flags += ("-DEMULATE_F32_ALONE",)
     include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
-    _run(compiler(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
-    _run(compiler(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
+    _run(cxx(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
+    _run(cxx(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
     return folder / "server"
 
 
@@ -57,7 +52,7 @@ def _unsanitized_objects(folder: Path) -> tuple[Path, Path]:
     """The scheduler and the server, the same for every build of a test run."""
     objects = folder / "scheduler.o", folder / "server.o"
     for made in objects:
-        _run(compiler(), *_COMMON, "-O2", "-c", HERE / f"{made.stem}.cpp", "-o", made)
+        _run(cxx(), *_COMMON, "-O2", "-c", HERE / f"{made.stem}.cpp", "-o", made)
     return objects
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from compilers import cxx
 from launch_arguments import Backward, Forward
 
 HERE = Path(__file__).parent
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 def build(folder: Path) -> Path:
     """Compiles `libcuda.so.1` into `folder`, for LD_LIBRARY_PATH."""
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
-    command = [_compiler(), *flags, HERE / "libcuda.cpp", "-o", folder / "libcuda.so.1", "-ldl"]
+    command = [cxx(), *flags, HERE / "libcuda.cpp", "-o", folder / "libcuda.so.1", "-ldl"]
     subprocess.run(command, check=True, timeout=120)
     return folder
 
@@ -38,14 +38,8 @@ def build_kernels(folder: Path) -> Path:
         f"-I{kernels}",
         f"-I{emulator}",
     ]
-    subprocess.run([_compiler(), *flags, *sources, "-o", library], check=True, timeout=240)
+    subprocess.run([cxx(), *flags, *sources, "-o", library], check=True, timeout=240)
     return library
-
-
-def _compiler() -> str:
-    compiler = os.environ.get("CXX", "g++")
-    assert shutil.which(compiler), f"this test needs a C++ compiler, and there is no {compiler}: set CXX"
-    return compiler
 
 
 def run(scenario: str, folder: Path | None, capabilities: str = "90", kernels: Path | None = None) -> None:
