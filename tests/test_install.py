@@ -78,9 +78,13 @@ def test_pip_install(environment):
     assert "nvidia" not in environment.pip("list")
 
 
-@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
+# Beside this Python, which need not be in PATH.
+UV = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+@pytest.mark.skipif(UV is None, reason="uv is not installed")
 def test_uv_pip_install(environment):
-    environment.run("uv", "pip", "install", "--python", environment.python, ROOT)
+    environment.run(UV, "pip", "install", "--python", environment.python, ROOT)
     assert ALL_IMAGES in environment.run(environment.python, "-c", SMOKE)
 
 
