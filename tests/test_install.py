@@ -84,7 +84,8 @@ UV = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), 
 
 @pytest.mark.skipif(UV is None, reason="uv is not installed")
 def test_uv_pip_install(environment):
-    environment.run(UV, "pip", "install", "--python", environment.python, ROOT)
+    # The machine's certificates, as pip takes them, and not uv's own.
+    environment.run(UV, "pip", "install", "--python", environment.python, ROOT, UV_SYSTEM_CERTS="1")
     assert ALL_IMAGES in environment.run(environment.python, "-c", SMOKE)
 
 
