@@ -42,7 +42,7 @@ impl Plan {
     }
 
     pub fn tasks(&self) -> usize {
-        if self.chunks_per_row > 1 { self.partials() } else { self.rows.div_ceil(self.rows_per_task) }
+        if self.chunks_per_row > 1 { self.partials() } else { self.row_tasks() }
     }
 
     /// Rows that a task takes which does all of a row.
@@ -71,22 +71,20 @@ impl Plan {
     /// The stretches of one task, in memory order.
     pub fn stretches(&self, task: usize) -> impl Iterator<Item = Stretch> + use<> {
         let plan = *self;
-        let (first, count) = if plan.chunks_per_row > 1 {
-            (task, 1)
-        } else {
-            let first = task * plan.rows_per_task;
-            (first, plan.rows_per_task.min(plan.rows - first))
-        };
-        (first..first + count).map(move |partial| plan.stretch(partial))
+        let partials = if plan.chunks_per_row > 1 { task..task + 1 } else { plan.rows_of(task) };
+        partials.map(move |partial| plan.stretch(partial))
     }
 }
 
 /// Whether the forward should form the gradient as well, row by row, while a row is still in the cache: one pass over
-/// memory instead of two. Tasks are whole rows then, so there must be enough of them for the threads to share evenly.
+/// memory instead of two. Tasks are whole rows then, so there must be enough of them to share, or little to do at all.
 /// `row_bytes`: of what the gradient reads of a row.
-pub fn gradient_ahead(rows: usize, row_bytes: usize, threads: usize) -> bool {
-    let threads = threads.max(1);
-    row_bytes <= MAX_ROW_BYTES && (rows.is_multiple_of(threads) || rows >= 8 * threads)
+///
+/// The number of threads has no say: a gradient formed ahead is multiplied with the upstream factor in a rounding of
+/// its own, and the bits must not depend on the threads.
+pub fn gradient_ahead(rows: usize, row_bytes: usize) -> bool {
+    let little = rows.saturating_mul(row_bytes) <= 2 * CHUNK * size_of::<f32>();
+    row_bytes <= MAX_ROW_BYTES && (rows >= 8 || little)
 }
 
 /// Beyond, a row has left the caches before its gradient's turn.
@@ -168,6 +166,16 @@ mod tests {
             for numel in [1, 7, 64, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5] {
                 covers_everything_once(rows, numel);
             }
+        }
+    }
+
+    #[test]
+    fn tasks_of_whole_rows_cover_the_same_stretches() {
+        for (rows, numel) in [(1, 1), (5, 7), (1000, 64), (3, 2 * CHUNK + 5)] {
+            let plan = Plan::new(rows, numel);
+            let by_row =
+                (0..plan.row_tasks()).flat_map(|task| plan.rows_of(task)).flat_map(|row| plan.stretches_of(row));
+            assert!(by_row.eq((0..plan.tasks()).flat_map(|task| plan.stretches(task))));
         }
     }
 

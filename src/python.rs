@@ -247,8 +247,8 @@ unsafe fn gradients<'a, Space>(
 
 /// Whether a forward on the CPU does well to form the gradient of the mean too, see `plan::gradient_ahead`.
 #[pyfunction]
-pub fn policy_loss_gradient_ahead(rows: usize, row_bytes: usize, threads: usize) -> bool {
-    gradient_ahead(rows, row_bytes, threads)
+pub fn policy_loss_gradient_ahead(rows: usize, row_bytes: usize) -> bool {
+    gradient_ahead(rows, row_bytes)
 }
 
 /// Forward of `policy_loss` on CPU memory; `out` are the addresses of the loss and the numbers.

@@ -334,3 +334,16 @@ def test_gradient_formed_ahead_is_handed_out_once():
     first.zero_()
     (second,) = torch.autograd.grad(loss, mean)
     assert torch.equal(second, wanted)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 9])
+def test_same_bits_for_any_thread_count_with_a_factor_from_upstream(rows):
+    """Whether the gradient is formed ahead must not hang on the threads: a factor then rounds once more."""
+    differentiable, constant = inputs("prev_sample", rows=rows, numel=40_001)
+    mean = differentiable["prev_sample_mean"].requires_grad_()
+    grads = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        grads += torch.autograd.grad(flowdppo_ops.loss(mean, **constant).loss / 3, mean)
+    for grad in grads[1:]:
+        assert torch.equal(grad, grads[0])

@@ -98,8 +98,7 @@ def _forward(
     loss, numbers = _empty_outputs(advantages, double, settings.reduction)
     rows = advantages.numel()
     numel = _latent_elements(latents, rows)
-    arrays = tuple([None if t is None else (t.data_ptr(), _DTYPE_NAMES[t.dtype]) for t in latents])
-    rows_arrays = tuple([None if v is None else _vector(v) for v in vectors])
+    arrays, rows_arrays = tuple([_array(t) for t in latents]), tuple([_vector(v) for v in vectors])
     out = loss.data_ptr(), numbers.data_ptr()
     target = _cuda.target(advantages)
     if target is None:
@@ -155,9 +154,8 @@ def _empty_gradient_ahead(call: LossCall) -> Tensor | None:
     ):
         return None
     rows = call.vectors.advantages.numel()
-    row_bytes = mean.nbytes // rows * 2
-    ahead = _native.policy_loss_gradient_ahead(rows, row_bytes, torch.get_num_threads())
-    return torch.empty_like(mean) if ahead else None
+    row_bytes = mean.nbytes // rows * 2  # of the mean and the sample
+    return torch.empty_like(mean) if _native.policy_loss_gradient_ahead(rows, row_bytes) else None
 
 
 def _backward(
@@ -212,7 +210,8 @@ def _eager_backward(ctx, grad_loss):
         scale = grad_loss.item()
         if scale == 1:
             return ahead, None, None, None
-        if ahead.dtype.itemsize >= 4 and math.isfinite(scale):  # half precision would be rounded twice
+        # Half precision would be rounded twice, and a blocked row's zeros must not become 0 * inf.
+        if ahead.dtype.itemsize >= 4 and math.isfinite(scale):
             return ahead.mul_(scale), None, None, None
     latents = Latents(*saved)
     needs_mean, needs_log_prob, _, _ = ctx.needs_input_grad

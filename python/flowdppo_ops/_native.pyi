@@ -14,7 +14,7 @@ METRICS: list[str]
 FIELDS: int
 BATCH_LEN: int
 
-def policy_loss_gradient_ahead(rows: int, row_bytes: int, threads: int) -> bool: ...
+def policy_loss_gradient_ahead(rows: int, row_bytes: int) -> bool: ...
 def policy_loss_forward(
     arrays: Latents,
     vectors: Vectors,

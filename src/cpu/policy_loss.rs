@@ -38,7 +38,7 @@ fn stretch_sums<F: Real, S: Source<F>>(source: &S, stretch: Stretch, scratch: &m
     }
 }
 
-/// Arithmetic, not memory, is what a row costs that lies in the cache: without `REF` a quarter of it is left out.
+/// Without `REF` a quarter of the arithmetic is left out, which is what bfloat16 waits for; float32 waits for memory.
 struct SumKernel<'a, F, S, const REF: bool> {
     source: &'a S,
     stretch: Stretch,
