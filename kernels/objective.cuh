@@ -58,18 +58,6 @@ struct GuardScale {
   double outer;  // 1 / mean(sqrt_dt)^2
 };
 
-__device__ __forceinline__ double rounded(double value) { return static_cast<float>(value); }
-
-// The functions below that are not inlined are the cold end of a launch, called from several places: inlined there,
-// images were twice as large, and the registers of the epilogue spilled.
-__device__ __noinline__ double read_row(const RowVector& vector, long long row) {
-  if (!vector.present) return __uint_as_float(0x7fc00000u);
-  if (!vector.data) return vector.value;
-  const long long at = row * vector.stride;
-  if (vector.dtype == kFloat64) return rounded(static_cast<const double*>(vector.data)[at]);
-  return load_element(vector.data, vector.dtype, at);
-}
-
 // Whether rows must wait for the whole batch.
 __device__ __forceinline__ bool needs_batch_means(const Problem& problem) {
   return problem.objective == kGrpoGuard && !problem.per_row_scale;

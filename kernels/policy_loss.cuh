@@ -23,7 +23,7 @@
 // plan that must give the same bits on two GPUs must not ask for the number of multiprocessors.
 #pragma once
 
-#include "common/numeric.cuh"
+#include "common/rows.cuh"
 
 // Up to here a warp per row is no slower than a block: two steps of 256 float32.
 constexpr long long kShortRow = 512;
@@ -33,15 +33,6 @@ struct Latent {
   const void* data;
   int dtype;
   int pad;
-};
-
-// data null: `value` for every row. stride 0: one element for every row. dtype may be kFloat64.
-struct RowVector {
-  const void* data;
-  float value;
-  int dtype;
-  int stride;
-  int present;
 };
 
 enum ObjectiveKind : int { kFlowDppo = 0, kFlowGrpo = 1, kGrpoGuard = 2 };
@@ -85,5 +76,5 @@ struct PolicyLossBackward {
 };
 
 // The Rust side asserts the same numbers, so that a drift of either does not compile.
-static_assert(sizeof(Latent) == 16 && sizeof(RowVector) == 24 && sizeof(Problem) == 248);
-static_assert(sizeof(PolicyLossForward) == 352 && sizeof(PolicyLossBackward) == 136);
+static_assert(sizeof(Latent) == 16 && sizeof(Problem) == 304);
+static_assert(sizeof(PolicyLossForward) == 408 && sizeof(PolicyLossBackward) == 144);

@@ -40,6 +40,8 @@ pub enum Error {
     Grid { rows: usize, numel: usize },
     #[error("{name} has {came} elements, wanted {wanted}")]
     Workspace { name: &'static str, came: usize, wanted: usize },
+    #[error("{name} has {modulo} elements for {divide} rows each, wanted 1 to {rows} and at least 1 row")]
+    Broadcast { name: &'static str, divide: usize, modulo: usize, rows: usize },
     #[error("internal error, please report it: {0}")]
     Panic(String),
 }

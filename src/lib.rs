@@ -22,12 +22,12 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("METRICS", objective::METRICS.to_vec())?;
     module.add("FIELDS", objective::FIELDS)?;
     module.add("BATCH_LEN", objective::BATCH_LEN)?;
-    module.add_function(wrap_pyfunction!(python::policy_loss_gradient_ahead, module)?)?;
-    module.add_function(wrap_pyfunction!(python::policy_loss_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(python::policy_loss_backward, module)?)?;
-    module.add_function(wrap_pyfunction!(python::policy_loss_workspace_cuda, module)?)?;
-    module.add_function(wrap_pyfunction!(python::policy_loss_forward_cuda, module)?)?;
-    module.add_function(wrap_pyfunction!(python::policy_loss_backward_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_gradient_ahead, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_workspace_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_forward_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_backward_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(python::cuda_images, module)?)?;
     module.add_function(wrap_pyfunction!(python::cuda_entry_points, module)?)
 }

@@ -125,10 +125,10 @@ impl GridPlan {
         Self::checked(rows, 0, 0, rows.div_ceil(Self::THREADS as usize))
     }
 
-    /// The first dimension of a grid has at most 2^31 - 1 blocks.
+    /// The first dimension of a grid has at most 2^31 - 1 blocks, and kernels index row vectors with 32 bits.
     fn checked(rows: usize, numel: usize, splits: usize, blocks: usize) -> Result<GridPlan, Error> {
-        match (u32::try_from(splits), i32::try_from(blocks)) {
-            (Ok(splits), Ok(blocks)) => Ok(GridPlan { splits, blocks: blocks.cast_unsigned() }),
+        match (u32::try_from(splits), i32::try_from(blocks.max(rows))) {
+            (Ok(splits), Ok(_)) => Ok(GridPlan { splits, blocks: blocks as u32 }),
             _ => Err(Error::Grid { rows, numel }),
         }
     }
@@ -231,5 +231,6 @@ mod tests {
         assert_eq!(GridPlan::new(rows, 600, H200), Err(Error::Grid { rows, numel: 600 }));
         assert!(GridPlan::new(rows, 600, 1).is_err());
         assert!(GridPlan::new(rows - 1, 600, H200).is_ok());
+        assert_eq!(GridPlan::new(rows, 1, H200), Err(Error::Grid { rows, numel: 1 }));
     }
 }

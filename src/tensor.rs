@@ -207,11 +207,12 @@ impl ViewMut<'_> {
     }
 }
 
-/// A row vector: one number for all rows, or an array that holds one element per row or one for all.
+/// A row vector: one number for all rows, or an array that broadcasts to the rows without being expanded. Row r has
+/// element `r / divide % modulo`: `[B, S]` rows read `[1, S]` with (1, S), `[B, 1]` with (S, B), one element with (1, 1).
 #[derive(Clone, Copy, Debug)]
 pub enum Rows<'a, Space = Host> {
     Number(f64),
-    Array { view: View<'a, Space>, stride: usize },
+    Array { view: View<'a, Space>, divide: usize, modulo: usize },
 }
 
 impl Rows<'_> {
@@ -219,7 +220,9 @@ impl Rows<'_> {
     pub fn get(&self, row: usize) -> f64 {
         match *self {
             Rows::Number(value) => value,
-            Rows::Array { view, stride } => view.get(row * stride),
+            Rows::Array { view, modulo: 1, .. } => view.get(0),
+            Rows::Array { view, divide: 1, modulo } if row < modulo => view.get(row),
+            Rows::Array { view, divide, modulo } => view.get(row / divide % modulo),
         }
     }
 }
@@ -247,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn row_vectors_read_every_dtype_and_stride() {
+    fn row_vectors_read_every_dtype_and_broadcast() {
         let (single, half) = ([0.5f32, -2.0], [0x3f00u16, 0xc000]);
         // SAFETY: both arrays have two elements.
         let (single, half) = unsafe {
@@ -256,8 +259,12 @@ mod tests {
                 View::new("x", half.as_ptr() as usize, Dtype::Bf16, 2).unwrap(),
             )
         };
-        assert_eq!(Rows::Array { view: single, stride: 1 }.get(1), -2.0);
-        assert_eq!(Rows::Array { view: half, stride: 0 }.get(1), 0.5);
+        assert_eq!(Rows::Array { view: single, divide: 1, modulo: 2 }.get(1), -2.0);
+        assert_eq!(Rows::Array { view: half, divide: 1, modulo: 1 }.get(1), 0.5);
+        let of_six =
+            |divide, modulo| [0, 1, 2, 3, 4, 5].map(|row| Rows::Array { view: single, divide, modulo }.get(row));
+        assert_eq!(of_six(1, 2), [0.5, -2.0, 0.5, -2.0, 0.5, -2.0]);
+        assert_eq!(of_six(3, 2), [0.5, 0.5, 0.5, -2.0, -2.0, -2.0]);
         assert_eq!(Rows::Number(0.7).get(9), 0.7);
     }
 }

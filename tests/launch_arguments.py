@@ -23,7 +23,7 @@ class RowVector(Structure):
     _fields_ = [
         *fields(ctypes.c_size_t, "data"),
         *fields(ctypes.c_float, "value"),
-        *fields(ctypes.c_int, "dtype stride present"),
+        *fields(ctypes.c_int, "dtype present divide modulo pad"),
     ]
 
 

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flowdppo_ops
-from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, _args, _library
+from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, _args
+from flowdppo_ops._library import policy_loss as _library
 from flowdppo_ops._torch import FAMILY
 
 # Wide enough that rows fall on both sides of every mask and clip.

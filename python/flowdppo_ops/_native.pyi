@@ -1,7 +1,8 @@
-"""The native module. Private: addresses are trusted, see `src/python.rs`."""
+"""The native module. Private: addresses are trusted, see `src/python`."""
 
 Array = tuple[int, str]
-Vector = float | tuple[int, str, int]
+# address, dtype, and row r has element r // divide % modulo
+Vector = float | tuple[int, str, int, int]
 Latents = tuple[Array | None, Array | None, Array | None, Array | None]
 Vectors = tuple[Vector, Vector | None, Vector | None, Vector | None, Vector | None, Vector | None, Vector | None]
 

@@ -127,7 +127,7 @@ def _array(array: np.ndarray | None) -> tuple[int, str] | None:
     return None if array is None else (_address(array), _FAMILY.dtypes[array.dtype])
 
 
-def _vector(value: float | np.ndarray | None) -> float | tuple[int, str, int] | None:
+def _vector(value: float | np.ndarray | None) -> float | tuple[int, str, int, int] | None:
     if value is None or isinstance(value, float):
         return value
-    return _address(value), _FAMILY.dtypes[value.dtype], 0 if value.size == 1 else 1
+    return _address(value), _FAMILY.dtypes[value.dtype], 1, value.size

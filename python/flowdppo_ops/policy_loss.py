@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _args
 from ._check import check_values
-from ._library import policy_loss
+from ._library.policy_loss import policy_loss
 from ._torch import FAMILY
 from .objectives import FlowDPPO, Objective
 from .result import PolicyLoss

@@ -9,7 +9,7 @@ use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, narrow};
 use crate::objective::{Field, Problem, Row, Sums};
 use crate::plan::{CHUNK, Plan, Stretch};
 use crate::tensor::{Element, ViewMut};
-use crate::transition::{Block, Moments, Scratch, Source};
+use crate::transition::means::{Block, Moments, Scratch, Source};
 
 /// Sums over every row's latents.
 pub fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, threads: usize) -> Vec<Sums> {

@@ -31,9 +31,11 @@ struct RowArgument {
     data: usize,
     value: f32,
     dtype: i32,
-    /// 0: one element for all rows; 1: one element a row
-    stride: i32,
     present: i32,
+    /// Row r has element `r / divide % modulo`.
+    divide: i32,
+    modulo: i32,
+    pad: i32,
 }
 
 /// `struct Problem`
@@ -101,8 +103,8 @@ struct BackwardArguments {
 }
 
 /// The same numbers stand in static assertions of the header: neither side can drift alone.
-const FORWARD_BYTES: usize = 352;
-const BACKWARD_BYTES: usize = 136;
+const FORWARD_BYTES: usize = 408;
+const BACKWARD_BYTES: usize = 144;
 const _: () = assert!(size_of::<ForwardArguments>() == FORWARD_BYTES);
 const _: () = assert!(size_of::<BackwardArguments>() == BACKWARD_BYTES);
 
@@ -266,15 +268,17 @@ fn latent_arguments(latents: &Latents<'_, Gpu>) -> [LatentArgument; 4] {
 }
 
 fn row_argument(vector: Option<Rows<'_, Gpu>>) -> RowArgument {
-    let absent = RowArgument { data: 0, value: 0.0, dtype: 0, stride: 0, present: 0 };
+    let absent = RowArgument { data: 0, value: 0.0, dtype: 0, present: 0, divide: 1, modulo: 1, pad: 0 };
     match vector {
         None => absent,
         Some(Rows::Number(value)) => RowArgument { value: value as f32, present: 1, ..absent },
-        Some(Rows::Array { view, stride }) => RowArgument {
+        // Plans refuse more rows than 31 bits hold.
+        Some(Rows::Array { view, divide, modulo }) => RowArgument {
             data: view.address(),
             dtype: dtype_number(view.dtype()),
-            stride: i32::from(stride != 0),
             present: 1,
+            divide: divide as i32,
+            modulo: modulo as i32,
             ..absent
         },
     }

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::objective::{BATCH_LEN, FIELDS, Field, Objective, POLICY_DIVISOR, Problem, Reduction};
 use crate::plan::Plan;
 use crate::tensor::{Dtype, Gpu, Host, Rows, View, ViewMut};
-use crate::transition::{Means, with_source};
+use crate::transition::means::{Means, with_source};
 
 /// The latents of a call, `[rows, numel]` each; absent where nothing reads them.
 #[derive(Clone, Copy, Debug)]

@@ -147,7 +147,7 @@ class _Launch:
     def row_vector(self, struct: RowVector, at: int, value: float | Tensor | None) -> None:
         struct.present = value is not None
         if isinstance(value, Tensor):
-            struct.dtype, struct.stride = DTYPES[value.dtype], int(value.numel() != 1)
+            struct.dtype, struct.divide, struct.modulo = DTYPES[value.dtype], 1, value.numel()
             self.buffers.append(_Buffer(_bytes(value), [at]))
         elif value is not None:
             struct.value = value

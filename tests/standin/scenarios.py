@@ -34,7 +34,7 @@ def forward(
 ):
     """A forward at made-up addresses: the latents at 1, 2, 3, 4 MiB."""
     arrays = tuple(None if dtype is None else ((1 + i) << 20, dtype) for i, dtype in enumerate(dtypes))
-    vectors = vectors or ((16 * KiB, "float32", 1), None, None, None, 0.5, 0.25, None)
+    vectors = vectors or ((16 * KiB, "float32", 1, rows), None, None, None, 0.5, 0.25, None)
     objective = (objective or FlowDPPO())._native
     out = 32 * KiB, 48 * KiB
     partials = partials or (64 * KiB, 1 << 20)
@@ -45,7 +45,9 @@ def forward(
 
 def backward(target=(0, 0), *, rows=3, numel=600, dtypes=("float32", "float32", None, None), grad=None, log_prob=None):
     arrays = tuple(None if dtype is None else ((1 + i) << 20, dtype) for i, dtype in enumerate(dtypes))
-    _native.policy_loss_backward_cuda(target, arrays, (16 * KiB, "float32", 0), 48 * KiB, rows, numel, grad, log_prob)
+    _native.policy_loss_backward_cuda(
+        target, arrays, (16 * KiB, "float32", 1, 1), 48 * KiB, rows, numel, grad, log_prob
+    )
 
 
 def refused(kind: type, call, *parts: str) -> None:
@@ -92,17 +94,17 @@ def forward_arguments() -> None:
     driver = Driver()
     stream = driver.stream()
     vectors = (
-        (1 * KiB, "bfloat16", 1),
-        (2 * KiB, "float32", 1),
-        (3 * KiB, "float16", 1),
+        (1 * KiB, "bfloat16", 1, 6),
+        (2 * KiB, "float32", 1, 6),
+        (3 * KiB, "float16", 1, 6),
         1.5,
-        (4 * KiB, "float64", 0),
-        (5 * KiB, "float32", 1),
-        (6 * KiB, "float32", 0),
+        (4 * KiB, "float64", 1, 1),
+        (5 * KiB, "float32", 1, 3),
+        (6 * KiB, "float32", 3, 2),
     )
     forward(
         (0, stream),
-        rows=5,
+        rows=6,
         numel=10_000,
         dtypes=("float16", "bfloat16", "float32", "float16"),
         vectors=vectors,
@@ -111,11 +113,13 @@ def forward_arguments() -> None:
     )
     (launch,) = driver.launches()
     splits = 3  # parts of at least 4096 elements
-    assert (launch.name, launch.blocks, launch.threads) == ("policy_loss_forward_mixed", 5 * splits, 256)
+    assert (launch.name, launch.blocks, launch.threads) == ("policy_loss_forward_mixed", 6 * splits, 256)
     assert launch.stream == stream
-    rows = (1 * KiB, 0.0, 1, 1, 1), (2 * KiB, 0.0, 0, 1, 1), (3 * KiB, 0.0, 2, 1, 1), (0, 1.5, 0, 0, 1)
-    rows += (4 * KiB, 0.0, 3, 0, 1), (5 * KiB, 0.0, 0, 1, 1), (6 * KiB, 0.0, 0, 0, 1)
-    problem = (5, 10_000, 0.125, 0.25, 2, 1, 1, 3, 0, 1, 0, 1, 1, 1, 3.0, 0.75, *rows)
+    # address, value, dtype, present, divide, modulo, pad
+    rows = (1 * KiB, 0.0, 1, 1, 1, 6, 0), (2 * KiB, 0.0, 0, 1, 1, 6, 0), (3 * KiB, 0.0, 2, 1, 1, 6, 0)
+    rows += (0, 1.5, 0, 1, 1, 1, 0), (4 * KiB, 0.0, 3, 1, 1, 1, 0)
+    rows += (5 * KiB, 0.0, 0, 1, 1, 3, 0), (6 * KiB, 0.0, 0, 1, 3, 2, 0)
+    problem = (6, 10_000, 0.125, 0.25, 2, 1, 1, 3, 0, 1, 0, 1, 1, 1, 3.0, 0.75, *rows)
     latents = (1 << 20, 2, 0), (2 << 20, 1, 0), (3 << 20, 0, 0), (4 << 20, 2, 0)
     wanted = (*latents, problem, 32 * KiB, 48 * KiB, 64 * KiB, 80 * KiB, splits, 0)
     assert launch.parameters.as_tuple() == wanted, launch.parameters.as_tuple()
@@ -142,7 +146,7 @@ def objectives() -> None:
             assert math.isclose(came, value, rel_tol=1e-7), (objective, name, came)
         assert [v.present for v in (problem.log_prob, problem.old_log_prob, problem.weights)] == [0, 0, 0]
         # Without a ref_std of its own the reference term takes std.
-        assert problem.std.as_tuple() == problem.ref_std.as_tuple() == (0, 0.5, 0, 0, 1)
+        assert problem.std.as_tuple() == problem.ref_std.as_tuple() == (0, 0.5, 0, 1, 1, 1, 0)
         assert launch.parameters.ref.data == 0
         assert problem.has_ref == 0
     for at, reduction in enumerate(("mean", "sum", "none", "kept_mean")):
@@ -159,7 +163,7 @@ def backward_arguments() -> None:
     (launch,) = driver.launches()
     assert (launch.name, launch.blocks, launch.threads) == ("policy_loss_backward_f32_bf16", 4, 256)
     assert launch.stream == stream
-    scalar = 16 * KiB, 0.0, 0, 0, 1
+    scalar = 16 * KiB, 0.0, 0, 1, 1, 1, 0
     wanted = (*latents, scalar, 48 * KiB, 7 << 20, 0, 2, 8 * KiB, 2, 8192)
     assert launch.parameters.as_tuple() == wanted, launch.parameters.as_tuple()
     # Log-probs alone: a thread a row.
@@ -206,8 +210,8 @@ def bad_arguments() -> None:
     ):
         refused(TypeError, lambda dtypes=dtypes: forward(dtypes=dtypes), f"{name} has dtype float64", "CPU")
     for at, name in ((1, "log_prob"), (2, "old_log_prob")):
-        vectors = [(16 * KiB, f32, 1), (1 * KiB, f32, 1), (2 * KiB, f32, 1), None, 0.5, None, None]
-        vectors[at] = (8 * KiB, "float64", 1)
+        vectors = [(16 * KiB, f32, 1, 3), (1 * KiB, f32, 1, 3), (2 * KiB, f32, 1, 3), None, 0.5, None, None]
+        vectors[at] = (8 * KiB, "float64", 1, 3)
         refused(TypeError, lambda vectors=tuple(vectors): forward(vectors=vectors), f"{name} has dtype float64")
     refused(ValueError, lambda: forward(tickets=(80 * KiB, 3)), "tickets has 3 elements, wanted 4")
     refused(ValueError, lambda: forward(numel=10_000, partials=(64 * KiB, 35)), "partials has 35 elements, wanted 36")

@@ -1,13 +1,4 @@
-"""The operator `policy_loss` in PyTorch: schema, fake, autograd, and a short way past all three.
-
-Two roads lead to the same native functions, a forward and a backward for each device type. Plain tensors in eager mode
-take `_Eager`, an autograd function that calls them directly; everything else (`torch.compile`, `torch.export`, fake
-tensors, subclasses, dispatch modes) goes through the registered operators, whose fakes never touch memory. An operator
-call alone costs 10 us more than the direct one, forward and backward together, beside 11 us for `x - mu` and its
-backward.
-
-`_args.check_loss` has made latents and row vectors contiguous.
-"""
+"""The operator `policy_loss`, behind `loss`."""
 
 from __future__ import annotations
 
@@ -17,17 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _cuda, _native
-from ._args import Latents, LossCall, Settings, Vectors, differentiates_mean
-from ._torch import FAMILY
-
-_DTYPE_NAMES = FAMILY.dtypes
+from .. import _cuda, _native
+from .._args import Latents, LossCall, Settings, Vectors, differentiates_mean
+from .common import array, contiguous, is_plain, vector
 
 
 def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
     """`(loss, numbers)`; differentiable in `prev_sample_mean` and `log_prob` through `loss` alone."""
     latents, vectors = call.latents, call.vectors
-    if not _is_plain(latents, vectors):
+    if not is_plain(latents + vectors):
         like = vectors.advantages
         tensors = [like.new_full((), v, dtype=torch.float64) if isinstance(v, float) else v for v in vectors]
         return torch.ops.flowdppo_ops.policy_loss(*latents, *tensors, *call.settings)
@@ -40,22 +29,6 @@ def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
     return _Eager.apply(mean, log_prob, call, (loss, numbers, ahead)), numbers
 
 
-def _is_plain(latents: Latents, vectors: Vectors) -> bool:
-    """Whether the direct road is open: real memory, and nobody watching the dispatcher.
-
-    `FakeTensor.data_ptr()` is 0 and its device says cpu; subclasses and modes must see the operator. A lazily negated
-    view (`z.conj().imag`) is contiguous, and its memory has the other sign: the dispatcher resolves it.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    for value in latents + vectors:
-        if value is None or type(value) is float:
-            continue
-        if type(value) not in (Tensor, torch.nn.Parameter) or value.is_neg():
-            return False
-    return not torch._C._are_functorch_transforms_active()
-
-
 def _read_by_backward(latents: Latents, objective: str) -> Latents:
     return Latents(
         latents.prev_sample_mean if differentiates_mean(latents, objective) else None,
@@ -66,16 +39,6 @@ def _read_by_backward(latents: Latents, objective: str) -> Latents:
 
 
 # ---- the native calls ----------------------------------------------------------------------------------------------
-
-
-def _array(tensor: Tensor | None) -> tuple[int, str] | None:
-    return None if tensor is None else (tensor.data_ptr(), _DTYPE_NAMES[tensor.dtype])
-
-
-def _vector(value: float | Tensor | None) -> float | tuple[int, str, int] | None:
-    if value is None or isinstance(value, float):
-        return value
-    return value.data_ptr(), _DTYPE_NAMES[value.dtype], 0 if value.numel() == 1 else 1
 
 
 def _latent_elements(latents: Latents, rows: int) -> int:
@@ -98,7 +61,7 @@ def _forward(
     loss, numbers = _empty_outputs(advantages, double, settings.reduction)
     rows = advantages.numel()
     numel = _latent_elements(latents, rows)
-    arrays, rows_arrays = tuple([_array(t) for t in latents]), tuple([_vector(v) for v in vectors])
+    arrays, rows_arrays = tuple([array(t) for t in latents]), tuple([vector(v) for v in vectors])
     out = loss.data_ptr(), numbers.data_ptr()
     target = _cuda.target(advantages)
     if target is None:
@@ -111,7 +74,7 @@ def _forward(
             settings[:8],
             settings[8:],
             out,
-            _array(ahead),
+            array(ahead),
             torch.get_num_threads(),
         )
     else:
@@ -166,16 +129,16 @@ def _backward(
     grad_loss = grad_loss.contiguous()  # held by its name until Rust has read it: autograd hands down expanded scalars
     grad_mean = torch.empty_like(latents.prev_sample_mean) if wants_mean else None
     grad_log_prob = numbers.new_empty(rows) if wants_log_prob else None
-    arrays, numel = tuple([_array(t) for t in latents]), _latent_elements(latents, rows)
-    out = _array(grad_mean), _array(grad_log_prob)
+    arrays, numel = tuple([array(t) for t in latents]), _latent_elements(latents, rows)
+    out = array(grad_mean), array(grad_log_prob)
     target = _cuda.target(numbers)
     if target is None:
         double = numbers.dtype == torch.float64
         _native.policy_loss_backward(
-            arrays, _vector(grad_loss), numbers.data_ptr(), rows, numel, double, *out, torch.get_num_threads()
+            arrays, vector(grad_loss), numbers.data_ptr(), rows, numel, double, *out, torch.get_num_threads()
         )
     else:
-        _native.policy_loss_backward_cuda(target, arrays, _vector(grad_loss), numbers.data_ptr(), rows, numel, *out)
+        _native.policy_loss_backward_cuda(target, arrays, vector(grad_loss), numbers.data_ptr(), rows, numel, *out)
     return grad_mean, grad_log_prob
 
 
@@ -244,11 +207,6 @@ torch.library.define(
 )
 
 
-def _contiguous(values: tuple) -> list:
-    """Anybody may call an operator, with any strides; the direct road has seen to it before."""
-    return [FAMILY.contiguous(v) if isinstance(v, Tensor) else v for v in values]
-
-
 def _split(args: tuple) -> tuple[Latents, Vectors, Settings, bool]:
     a, b = len(Latents._fields), len(Latents._fields) + len(Vectors._fields)
     latents, vectors = Latents(*args[:a]), Vectors(*args[a:b])
@@ -260,7 +218,7 @@ def _split(args: tuple) -> tuple[Latents, Vectors, Settings, bool]:
 @torch.library.impl("flowdppo_ops::policy_loss", ("cpu", "cuda"))
 def _policy_loss(*args):
     latents, vectors, settings, double = _split(args)
-    return _forward(Latents(*_contiguous(latents)), Vectors(*_contiguous(vectors)), settings, double, operator=True)
+    return _forward(Latents(*contiguous(latents)), Vectors(*contiguous(vectors)), settings, double, operator=True)
 
 
 @torch.library.register_fake("flowdppo_ops::policy_loss")
@@ -271,7 +229,7 @@ def _policy_loss_fake(*args):
 
 @torch.library.impl("flowdppo_ops::policy_loss_backward", ("cpu", "cuda"))
 def _policy_loss_backward(grad_loss, numbers, *args):
-    grads = _backward(grad_loss, numbers.contiguous(), Latents(*_contiguous(args[:-2])), *args[-2:])
+    grads = _backward(grad_loss, numbers.contiguous(), Latents(*contiguous(args[:-2])), *args[-2:])
     return tuple(numbers.new_empty(0) if grad is None else grad for grad in grads)
 
 

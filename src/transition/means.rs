@@ -1,4 +1,4 @@
-//! Transition: how a row's `x'`, `mu` and `mu°` come out of memory.
+//! The source of `loss`: means as given.
 //!
 //! The twin of `kernels/transition.cuh`. A `Source` is the only thing in which the operators over row statistics
 //! differ: everything behind it sees differences, `LANES` elements at a time. `loss` reads given means (`Means`).
@@ -82,18 +82,18 @@ macro_rules! with_source {
     ($means:expr, $source:ident => $body:expr) => {{
         use std::marker::PhantomData;
         use $crate::tensor::{Bf16, Dtype, F16};
-        let means: $crate::transition::Means<'_> = $means;
+        let means: $crate::transition::means::Means<'_> = $means;
         match means.common_dtype() {
             Some(Dtype::F32) => {
-                let $source = $crate::transition::MeansOf(means, PhantomData::<f32>);
+                let $source = $crate::transition::means::MeansOf(means, PhantomData::<f32>);
                 $body
             }
             Some(Dtype::Bf16) => {
-                let $source = $crate::transition::MeansOf(means, PhantomData::<Bf16>);
+                let $source = $crate::transition::means::MeansOf(means, PhantomData::<Bf16>);
                 $body
             }
             Some(Dtype::F16) => {
-                let $source = $crate::transition::MeansOf(means, PhantomData::<F16>);
+                let $source = $crate::transition::means::MeansOf(means, PhantomData::<F16>);
                 $body
             }
             Some(Dtype::F64) | None => {

@@ -1,16 +1,9 @@
-//! The boundary to Python: addresses, dtype names and numbers in, validated views out.
-//!
-//! Nothing of PyTorch or NumPy is known here. The caller (`python/flowdppo_ops/_library.py`, `numpy.py`) holds every
-//! array for the whole call and passes contiguous memory of the stated dtype and length.
-
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+//! The boundary of `policy_loss`.
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyString, PyTuple};
 
+use super::{Array, Vector, elements, guarded, option, vector};
 use crate::cuda;
-use crate::cuda::image::{IMAGES, Image};
 use crate::cuda::launch::Target;
 use crate::cuda::policy_loss::Workspace;
 use crate::error::Error;
@@ -19,37 +12,7 @@ use crate::ops::policy_loss::{
     Backward, Latents, Outputs, backward, backward_on_gpu, forward, forward_on_gpu, loss_len,
 };
 use crate::plan::gradient_ahead;
-use crate::tensor::{Dtype, Rows, View, ViewMut};
-
-impl<'py> FromPyObject<'_, 'py> for Dtype {
-    type Error = PyErr;
-
-    fn extract(name: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        Ok(Dtype::parse(name.cast::<PyString>()?.to_str()?)?)
-    }
-}
-
-/// (address, dtype)
-type Array = (usize, Dtype);
-
-/// A number, or (address, dtype, stride) with stride 0 or 1.
-pub(crate) enum Vector {
-    Number(f64),
-    Array((usize, Dtype, usize)),
-}
-
-/// By hand: the derived form tries one variant after the other, and a failed try builds an exception (~1 us).
-impl<'py> FromPyObject<'_, 'py> for Vector {
-    type Error = PyErr;
-
-    fn extract(value: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        if value.is_instance_of::<PyTuple>() {
-            value.extract().map(Vector::Array)
-        } else {
-            value.extract().map(Vector::Number)
-        }
-    }
-}
+use crate::tensor::{Dtype, View, ViewMut};
 
 /// prev_sample_mean, prev_sample, old_prev_sample_mean, ref_prev_sample_mean
 type LatentArrays = (Option<Array>, Option<Array>, Option<Array>, Option<Array>);
@@ -59,12 +22,6 @@ type Vectors = (Vector, Option<Vector>, Option<Vector>, Option<Vector>, Option<V
 
 /// `objectives._native`: name, low (or threshold), high, adv_clip_max, mask, normalize_kl, keep_nan_kl, per_row_scale
 type ObjectiveTuple<'a> = (&'a str, f64, f64, f64, &'a str, bool, bool, bool);
-
-/// Length of a `[rows, numel]` array, refusing what no address space holds.
-fn elements(name: &'static str, rows: usize, numel: usize) -> Result<usize, Error> {
-    let too_large = Error::TooLarge { name, rows, numel };
-    rows.checked_mul(numel).filter(|&len| len <= isize::MAX as usize / 8).ok_or(too_large)
-}
 
 fn numbers_elements(rows: usize) -> Result<usize, Error> {
     numbers_len(rows).ok_or(Error::TooLarge { name: "numbers", rows, numel: FIELDS })
@@ -86,29 +43,6 @@ unsafe fn latents<'a, Space>(arrays: LatentArrays, rows: usize, numel: usize) ->
     })
 }
 
-/// # Safety
-/// An array has `rows` elements (one with stride 0), unwritten and alive for `'a`.
-unsafe fn vector<'a, Space>(name: &'static str, vector: Vector, rows: usize) -> Result<Rows<'a, Space>, Error> {
-    Ok(match vector {
-        Vector::Number(value) => Rows::Number(value),
-        Vector::Array((address, dtype, stride)) => {
-            let stride = stride.min(1);
-            // SAFETY: passed on from the caller.
-            let view = unsafe { View::new(name, address, dtype, if stride == 0 { 1 } else { rows }) }?;
-            Rows::Array { view, stride }
-        }
-    })
-}
-
-fn option<T>(
-    name: &'static str,
-    came: &str,
-    wanted: &'static str,
-    find: impl Fn(&str) -> Option<T>,
-) -> Result<T, Error> {
-    find(came).ok_or_else(|| Error::Option { name, came: came.to_owned(), wanted })
-}
-
 fn objective(
     (name, low, high, adv_clip_max, mask, normalize_kl, keep_nan_kl, per_row_scale): ObjectiveTuple<'_>,
 ) -> Result<Objective, Error> {
@@ -125,15 +59,6 @@ fn objective(
         "grpo_guard" => Some(Objective::GrpoGuard { clip, per_row_scale }),
         _ => None,
     })
-}
-
-/// A panic is a bug of ours; as an `Exception` it reaches `except Exception`, which pyo3's own does not.
-fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
-    let text = |panic: Box<dyn Any + Send>| match panic.downcast_ref::<&str>() {
-        Some(text) => (*text).to_owned(),
-        None => panic.downcast_ref::<String>().cloned().unwrap_or_default(),
-    };
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Panic(text(panic))))
 }
 
 /// density, latent_reduction, reduction, ref_kl_weight
@@ -268,7 +193,7 @@ pub fn policy_loss_forward(
     threads: usize,
 ) -> PyResult<()> {
     let len = elements("gradient_ahead", rows, numel)?;
-    // SAFETY: the module's contract, see the top of this file.
+    // SAFETY: the contract of the boundary, see `mod.rs`.
     let (latents, problem, mut outputs, gradient) = unsafe {
         let (latents, problem) = problem(arrays, vectors, rows, numel, double, objective, options)?;
         let gradient = |(address, dtype)| ViewMut::new("gradient_ahead", address, dtype, len);
@@ -293,7 +218,7 @@ pub fn policy_loss_backward(
     grad_log_prob: Option<Array>,
     threads: usize,
 ) -> PyResult<()> {
-    // SAFETY: the module's contract, see the top of this file.
+    // SAFETY: the contract of the boundary, see `mod.rs`.
     let (latents, call) =
         unsafe { gradients(arrays, grad_loss, numbers, rows, numel, double, grad_mean, grad_log_prob) }?;
     Ok(py.detach(|| guarded(|| backward(call, &latents, threads)))?)
@@ -334,7 +259,7 @@ pub fn policy_loss_forward_cuda(
     tickets: (usize, usize),
 ) -> PyResult<()> {
     let target = Target { device: target.0, stream: target.1 };
-    // SAFETY: the module's contract, see the top of this file.
+    // SAFETY: the contract of the boundary, see `mod.rs`.
     let (latents, problem, outputs, workspace) = unsafe {
         let (latents, problem) = problem(arrays, vectors, rows, numel, false, objective, options)?;
         let outputs = outputs(&problem, out)?;
@@ -362,21 +287,8 @@ pub fn policy_loss_backward_cuda(
     grad_log_prob: Option<Array>,
 ) -> PyResult<()> {
     let target = Target { device: target.0, stream: target.1 };
-    // SAFETY: the module's contract, see the top of this file.
+    // SAFETY: the contract of the boundary, see `mod.rs`.
     let (latents, call) =
         unsafe { gradients(arrays, grad_loss, numbers, rows, numel, false, grad_mean, grad_log_prob) }?;
     Ok(py.detach(|| guarded(|| backward_on_gpu(target, &call, &latents)))?)
-}
-
-/// The embedded kernels, for static checks: unit, compute capability, is PTX, bytes.
-#[pyfunction]
-pub fn cuda_images(py: Python<'_>) -> Vec<(&'static str, u32, bool, Bound<'_, PyBytes>)> {
-    let row = |image: &Image| (image.unit, image.capability, image.is_ptx, PyBytes::new(py, image.bytes));
-    IMAGES.iter().map(row).collect()
-}
-
-/// The kernels that the launcher calls by name, and the bytes of the one argument it gives them.
-#[pyfunction]
-pub fn cuda_entry_points() -> Vec<(String, usize)> {
-    cuda::policy_loss::entry_points().into()
 }

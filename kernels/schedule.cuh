@@ -1,0 +1,54 @@
+// Schedule: sampler and noise levels -> a row's coefficients, mu = a x + b v, and its standard deviation.
+//
+// Twin of src/transition/schedule.rs, line by line; formulas and sources stand in python/flowdppo_ops/reference.py.
+// Formed in float64 from numbers of float32 and rounded once, so that every backend has the same coefficients.
+#pragma once
+
+#include "common/rows.cuh"
+
+// kNoSampler: means are given, there is no schedule.
+enum Sampler : int { kNoSampler = 0, kFlowSde = 1, kDanceSde = 2, kCpsSampler = 3 };
+
+struct Schedule {
+  RowVector sigma, sigma_next, noise_level, sigma_max;
+  RowVector guidance;  // absent: no guidance
+  int sampler;
+  int pad;
+};
+static_assert(sizeof(Schedule) == 168);
+
+struct Transition {
+  double a, b, std;
+  double sqrt_dt;
+};
+
+// Of one row. Some 60 operations of float64: by one thread of a block, not by all.
+__device__ __noinline__ Transition transition_of(const Schedule& schedule, long long row) {
+  const double sigma = read_row(schedule.sigma, row), next = read_row(schedule.sigma_next, row);
+  const double noise_level = read_row(schedule.noise_level, row);
+  const double dt = next - sigma, sqrt_dt = sqrt(-dt);
+  double a, b, std;
+  if (schedule.sampler == kCpsSampler) {
+    std = next * sin(noise_level * 1.57079632679489661923);
+    const double r = sqrt(next * next - std * std);
+    a = (1.0 - next) + r;
+    b = -sigma * (1.0 - next) + (1.0 - sigma) * r;
+  } else {
+    double q = noise_level;
+    if (schedule.sampler == kFlowSde) {
+      const double below_one = sigma == 1.0 ? read_row(schedule.sigma_max, row) : sigma;
+      q *= sqrt(sigma / (1.0 - below_one));
+    }
+    const double half_rate = q * q / (2.0 * sigma);
+    a = 1.0 + half_rate * dt;
+    b = (1.0 + half_rate * (1.0 - sigma)) * dt;
+    std = q * sqrt_dt;
+  }
+  return {rounded(a), rounded(b), rounded(std), rounded(sqrt_dt)};
+}
+
+// Nothing is random in such a row: noise level 0, or the last step of CPS.
+__device__ __forceinline__ bool is_deterministic(const Transition& t) { return t.std == 0.0; }
+
+// What a residual is measured in: (x' - mu) / unit.
+__device__ __forceinline__ double residual_unit(const Transition& t) { return is_deterministic(t) ? 1.0 : t.std; }
