@@ -6,7 +6,7 @@
 use super::device::{Device, PerDevice};
 use super::launch::{Grid, Kernel, Target, launch};
 use crate::error::Error;
-use crate::objective::{Clip, Density, Mask, Objective, Problem, Reduction};
+use crate::objective::{Clip, Density, KlDivisor, Mask, Objective, Problem, Reduction};
 use crate::ops::policy_loss::{Backward, Latents, Outputs};
 use crate::plan::GridPlan;
 use crate::tensor::{Dtype, Gpu, Rows, View, ViewMut};
@@ -153,12 +153,11 @@ fn kernels(ordinal: usize) -> Result<&'static Kernels, Error> {
 
 /// The variant for these latents; what is absent fits every variant.
 fn variant(latents: &Latents<'_, Gpu>) -> usize {
-    let Latents { prev_sample_mean, prev_sample, old_prev_sample_mean, ref_prev_sample_mean } = latents;
+    let Latents { output, prev_sample, old, reference, .. } = latents;
     let fits = |view: &Option<View<'_, Gpu>>, dtype| view.is_none_or(|view| view.dtype() == dtype);
     let matching = |&(_, dtypes): &(_, Option<(Dtype, Dtype)>)| {
         dtypes.is_none_or(|(mean, others)| {
-            fits(prev_sample_mean, mean)
-                && [prev_sample, old_prev_sample_mean, ref_prev_sample_mean].into_iter().all(|view| fits(view, others))
+            fits(output, mean) && [prev_sample, old, reference].into_iter().all(|view| fits(view, others))
         })
     };
     VARIANTS.iter().position(matching).expect("the last variant fits everything")
@@ -222,7 +221,7 @@ fn long_enough(name: &'static str, view: &ViewMut<'_, Gpu>, wanted: usize) -> Re
 /// Launches the backward.
 pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, Gpu>) -> Result<(), Error> {
     let Kernels { device, backward, .. } = kernels(target.device)?;
-    let plan = match call.grad_mean {
+    let plan = match call.targets.output {
         Some(_) => GridPlan::new(call.rows, call.numel, device.multiprocessors)?,
         None => GridPlan::of_rows(call.rows)?,
     };
@@ -235,8 +234,8 @@ pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, 
         reference,
         grad_loss: row_argument(Some(call.grad_loss)),
         numbers: call.numbers.address(),
-        grad_mean: address(&call.grad_mean),
-        grad_dtype: call.grad_mean.as_ref().map_or(0, |view| dtype_number(view.dtype())),
+        grad_mean: address(&call.targets.output),
+        grad_dtype: call.targets.output.as_ref().map_or(0, |view| dtype_number(view.dtype())),
         splits: plan.splits.cast_signed(),
         grad_log_prob: address(&call.grad_log_prob),
         rows: call.rows as i64,
@@ -260,8 +259,8 @@ fn dtype_number(dtype: Dtype) -> i32 {
 
 /// In the order of the structures: mean, next, old, reference.
 fn latent_arguments(latents: &Latents<'_, Gpu>) -> [LatentArgument; 4] {
-    let Latents { prev_sample_mean, prev_sample, old_prev_sample_mean, ref_prev_sample_mean } = latents;
-    [prev_sample_mean, prev_sample, old_prev_sample_mean, ref_prev_sample_mean].map(|view| match view {
+    let Latents { output, prev_sample, old, reference, .. } = latents;
+    [output, prev_sample, old, reference].map(|view| match view {
         Some(view) => LatentArgument { data: view.address(), dtype: dtype_number(view.dtype()), pad: 0 },
         None => LatentArgument { data: 0, dtype: 0, pad: 0 },
     })
@@ -287,8 +286,8 @@ fn row_argument(vector: Option<Rows<'_, Gpu>>) -> RowArgument {
 fn problem_argument(problem: &Problem<'_, Gpu>) -> ProblemArgument {
     let no_clip = Clip { low: 0.0, high: 0.0, adv_clip_max: f64::INFINITY };
     let (objective, mask, clip, normalize_kl, keep_nan_kl, per_row_scale) = match problem.objective {
-        Objective::FlowDppo { threshold, normalize_kl, mask, keep_nan_kl } => {
-            (0, mask, Clip { low: threshold, ..no_clip }, normalize_kl, keep_nan_kl, false)
+        Objective::FlowDppo { threshold, kl_divisor, mask, keep_nan_kl } => {
+            (0, mask, Clip { low: threshold, ..no_clip }, kl_divisor == KlDivisor::Gaussian, keep_nan_kl, false)
         }
         Objective::FlowGrpo(clip) => (1, Mask::Asymmetric, clip, true, false, false),
         Objective::GrpoGuard { clip, per_row_scale } => (2, Mask::Asymmetric, clip, true, false, per_row_scale),
