@@ -88,9 +88,10 @@ def loss(
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     latents, vectors, settings = call.latents, call.vectors, call.settings
-    mean, rows = latents.prev_sample_mean, vectors.advantages.size
+    mean, rows = latents.output, advantages.size
     numel = 0 if mean is None else mean.size // rows
-    arrays = tuple(_array(t) for t in latents)
+    arrays = tuple(_array(t) for t in (latents.output, latents.prev_sample, latents.old, latents.ref))
+    vectors = [_whole(v, call.row_shape) for v in vectors]
     dtype = np.float64 if call.double else np.float32
     value = np.empty(call.row_shape if reduction == "none" else (), dtype)
     numbers = np.empty(rows * _native.FIELDS + _native.BATCH_LEN, dtype)
@@ -100,7 +101,7 @@ def loss(
         rows,
         numel,
         call.double,
-        settings[:8],
+        (*settings[:5], settings.kl_divisor == "gaussian", *settings[6:8]),
         settings[8:],
         (_address(value), _address(numbers)),
         None,
@@ -125,6 +126,12 @@ def _address(array: np.ndarray) -> int:
 
 def _array(array: np.ndarray | None) -> tuple[int, str] | None:
     return None if array is None else (_address(array), _FAMILY.dtypes[array.dtype])
+
+
+def _whole(value: float | np.ndarray | None, shape: tuple[int, ...]) -> float | np.ndarray | None:
+    if not isinstance(value, np.ndarray) or value.size in (1, np.prod(shape)):
+        return value
+    return np.ascontiguousarray(np.broadcast_to(value.reshape(value.shape[: len(shape)]), shape))
 
 
 def _vector(value: float | np.ndarray | None) -> float | tuple[int, str, int] | None:
