@@ -40,6 +40,10 @@ def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
     return _Eager.apply(mean, log_prob, call, (loss, numbers, ahead)), numbers
 
 
+def sde_step(call):
+    raise NotImplementedError
+
+
 def _is_plain(latents: Latents, vectors: Vectors) -> bool:
     """Whether the direct road is open: real memory, and nobody watching the dispatcher.
 

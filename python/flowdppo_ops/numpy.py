@@ -64,8 +64,11 @@ def loss(
     Raises:
         ValueError, TypeError: as `flowdppo_ops.loss`.
     """
+    where = "flowdppo_ops.numpy.loss"
+    if process_group is not None:
+        raise ValueError(f"{where}: process_group is {process_group!r}, wanted None: arrays belong to one process")
     call = _args.check_loss(
-        "flowdppo_ops.numpy.loss",
+        where,
         _FAMILY,
         prev_sample_mean=prev_sample_mean,
         old_prev_sample_mean=old_prev_sample_mean,
