@@ -185,8 +185,12 @@ pub fn forward(
     problem: &Problem<'_, Gpu>,
     latents: &Latents<'_, Gpu>,
     outputs: &Outputs<'_, Gpu>,
+    sums: Option<View<'_, Gpu>>,
     workspace: &Workspace<'_>,
 ) -> Result<(), Error> {
+    if problem.step.is_some() || sums.is_some() {
+        return Err(Error::Missing { name: "a kernel" });
+    }
     let Kernels { device, forward, .. } = kernels(target.device)?;
     let plan = GridPlan::new(problem.rows, problem.numel, device.multiprocessors)?;
     // Made elsewhere, hence measured: a kernel that ran past their end would not be noticed.
@@ -211,6 +215,16 @@ pub fn forward(
     // SAFETY: addresses and lengths are those of views, whose contract the caller of `new` upheld; the grid and the
     // splits are of one plan; the stream is `Target`'s.
     unsafe { launch(&forward[variant(latents)], device, target.stream, grid, &arguments) }
+}
+
+pub fn shard_sums(
+    _: Target,
+    _: &Problem<'_, Gpu>,
+    _: &Latents<'_, Gpu>,
+    _: &ViewMut<'_, Gpu>,
+    _: &Workspace<'_>,
+) -> Result<(), Error> {
+    Err(Error::Missing { name: "a kernel" })
 }
 
 fn long_enough(name: &'static str, view: &ViewMut<'_, Gpu>, wanted: usize) -> Result<(), Error> {

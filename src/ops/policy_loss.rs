@@ -121,8 +121,26 @@ pub fn forward_on_gpu(
     problem: &Problem<'_, Gpu>,
     latents: &Latents<'_, Gpu>,
     outputs: &Outputs<'_, Gpu>,
+    sums: Option<View<'_, Gpu>>,
     workspace: &Workspace<'_>,
 ) -> Result<(), Error> {
+    check_on_gpu(problem, latents)?;
+    gpu::forward(target, problem, latents, outputs, sums, workspace)
+}
+
+/// As `shard_sums`, on a GPU: puts the work on the stream and returns.
+pub fn shard_sums_on_gpu(
+    target: Target,
+    problem: &Problem<'_, Gpu>,
+    latents: &Latents<'_, Gpu>,
+    out: &ViewMut<'_, Gpu>,
+    workspace: &Workspace<'_>,
+) -> Result<(), Error> {
+    check_on_gpu(problem, latents)?;
+    gpu::shard_sums(target, problem, latents, out, workspace)
+}
+
+fn check_on_gpu(problem: &Problem<'_, Gpu>, latents: &Latents<'_, Gpu>) -> Result<(), Error> {
     check(problem, latents)?;
     refuse_float64(latents, forms(problem))?;
     for (name, vector) in [("log_prob", problem.log_prob), ("old_log_prob", problem.old_log_prob)] {
@@ -130,7 +148,7 @@ pub fn forward_on_gpu(
             refuse_float64_in(name, Some(view))?;
         }
     }
-    gpu::forward(target, problem, latents, outputs, workspace)
+    Ok(())
 }
 
 /// Float64 latents and log-probs are computed in float64 throughout, which is the CPU's. Other row vectors may be

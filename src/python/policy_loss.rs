@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::objective::{Clip, Density, KlDivisor, Mask, Objective, Problem, Reduction, fields, numbers_len};
 use crate::ops::policy_loss::{
     Backward, Latents, Outputs, backward, backward_on_gpu, forward, forward_on_gpu, latent_names, loss_len, shard_sums,
-    shard_sums_len,
+    shard_sums_len, shard_sums_on_gpu,
 };
 use crate::plan::gradient_ahead;
 use crate::tensor::{Dtype, View, ViewMut};
@@ -354,21 +354,63 @@ pub fn policy_loss_forward_cuda(
     objective: ObjectiveTuple<'_>,
     options: Options<'_>,
     out: (usize, usize),
-    partials: (usize, usize),
-    tickets: (usize, usize),
+    shard_sums: Option<usize>,
+    partials: Memory,
+    tickets: Memory,
 ) -> PyResult<()> {
     let target = Target { device: target.0, stream: target.1 };
+    let sums_len = sums_elements(rows)?;
     // SAFETY: the contract of the boundary, see `mod.rs`.
-    let (latents, problem, outputs, workspace) = unsafe {
+    let (latents, problem, outputs, sums, workspace) = unsafe {
         let (latents, problem) = problem(arrays, vectors, schedule, rows, numel, false, objective, options)?;
         let outputs = outputs(&problem, out)?;
-        let workspace = Workspace {
+        let sums = shard_sums.map(|address| View::new("shard_sums", address, Dtype::F64, sums_len)).transpose()?;
+        (latents, problem, outputs, sums, workspace(partials, tickets)?)
+    };
+    Ok(py.detach(|| guarded(|| forward_on_gpu(target, &problem, &latents, &outputs, sums, &workspace)))?)
+}
+
+/// Address and elements.
+type Memory = (usize, usize);
+
+/// # Safety
+/// Memory of the GPU of at least these lengths, that no other launch uses meanwhile.
+unsafe fn workspace<'a>(partials: Memory, tickets: Memory) -> Result<Workspace<'a>, Error> {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        Ok(Workspace {
             partials: ViewMut::new("partials", partials.0, Dtype::F32, partials.1)?,
             tickets: ViewMut::new("tickets", tickets.0, Dtype::F32, tickets.1)?,
-        };
-        (latents, problem, outputs, workspace)
+        })
+    }
+}
+
+/// As `policy_loss_shard_sums`, on a GPU.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn policy_loss_shard_sums_cuda(
+    py: Python<'_>,
+    target: (usize, usize),
+    arrays: LatentArrays,
+    vectors: Vectors,
+    schedule: Option<ScheduleTuple<'_>>,
+    rows: usize,
+    numel: usize,
+    objective: ObjectiveTuple<'_>,
+    options: Options<'_>,
+    out: usize,
+    partials: Memory,
+    tickets: Memory,
+) -> PyResult<()> {
+    let target = Target { device: target.0, stream: target.1 };
+    let sums_len = sums_elements(rows)?;
+    // SAFETY: the contract of the boundary, see `mod.rs`.
+    let (latents, problem, out, workspace) = unsafe {
+        let (latents, problem) = problem(arrays, vectors, schedule, rows, numel, false, objective, options)?;
+        let out = ViewMut::new("shard_sums", out, Dtype::F64, sums_len)?;
+        (latents, problem, out, workspace(partials, tickets)?)
     };
-    Ok(py.detach(|| guarded(|| forward_on_gpu(target, &problem, &latents, &outputs, &workspace)))?)
+    Ok(py.detach(|| guarded(|| shard_sums_on_gpu(target, &problem, &latents, &out, &workspace)))?)
 }
 
 /// As `policy_loss_backward`, on a GPU.
