@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._args import Schedule, check_array, check_loss, check_row_vector, check_same_device, check_shape
+from ._args import Schedule, check_array, check_loss, check_row_vector, check_same_device, check_shape, require
 from ._step_args import StepCall, check_sde_step, check_step_loss
 from ._torch import FAMILY, draw_noise, row_tensor
 from .advantages import group_advantages
@@ -569,12 +569,11 @@ def encode_residual(prev_sample: Tensor, mean: Tensor, std: RowVector, dtype: to
         mean: latents; its mean under the old policy, `mu`, better in float32: what it was rounded to is encoded.
         std: a number, or a tensor that broadcasts to the latents from the left, dimension by dimension, with or without
             trailing ones: `[B]`, `[1, S]` or `[B, 1, 1, 1]`. Standard deviation of the transition, sqrt(-dt) included.
-        dtype: float32, bfloat16 or float16 (float64 too).
+        dtype: float16, or any other floating dtype of latents.
 
     Returns:
-        Latents in `dtype`, without gradient; 0 where `std` is 0 (there `step_loss` takes `mu° = x'`). Plain PyTorch
-        on every device: exact in float32 (float64 for float64 latents), of which it holds one temporary of the latents'
-        size.
+        Latents in `dtype`, without gradient; 0 where `std` is 0 (there `step_loss` takes `mu° = x'`). Plain PyTorch on
+        every device, in float32 (float64 for float64 latents), with one temporary of the latents' size.
 
     Raises:
         ValueError, TypeError: as `loss`.
@@ -587,11 +586,10 @@ def encode_residual(prev_sample: Tensor, mean: Tensor, std: RowVector, dtype: to
     if dtype not in FAMILY.dtypes:
         raise TypeError(f"{where}: dtype is {dtype}, wanted one of {', '.join(FAMILY.dtypes.values())}")
     shape = tuple(prev_sample.shape)
-    std = check_row_vector(
-        where, FAMILY, "std", std, "prev_sample", prev_sample, shape[: getattr(std, "ndim", 0)], None
-    )
-    wide = torch.float64 if torch.float64 in (prev_sample.dtype, mean.dtype) else torch.float32
     row_shape = shape[: getattr(std, "ndim", 0)]
+    require(where, "std", std, "the standard deviation of the transition")
+    std = check_row_vector(where, FAMILY, "std", std, "prev_sample", prev_sample, row_shape, len(shape))
+    wide = torch.float64 if torch.float64 in (prev_sample.dtype, mean.dtype) else torch.float32
     divisor = row_tensor(std, row_shape, wide, prev_sample.device)
     divisor = _wide(divisor.masked_fill(divisor == 0, math.inf), prev_sample)
     return prev_sample.detach().to(wide, copy=True).sub_(mean.detach()).div_(divisor).to(dtype)
