@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::tensor::{Dtype, Rows, View};
 
 pub mod policy_loss;
+pub mod sde_step;
 
 impl<'py> FromPyObject<'_, 'py> for Dtype {
     type Error = PyErr;
