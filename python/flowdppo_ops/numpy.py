@@ -64,8 +64,11 @@ def loss(
     Raises:
         ValueError, TypeError: as `flowdppo_ops.loss`.
     """
+    where = "flowdppo_ops.numpy.loss"
+    if process_group is not None:
+        raise ValueError(f"{where}: process_group is {process_group!r}, wanted None: arrays belong to one process")
     call = _args.check_loss(
-        "flowdppo_ops.numpy.loss",
+        where,
         _FAMILY,
         prev_sample_mean=prev_sample_mean,
         old_prev_sample_mean=old_prev_sample_mean,
@@ -88,9 +91,10 @@ def loss(
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     latents, vectors, settings = call.latents, call.vectors, call.settings
-    mean, rows = latents.prev_sample_mean, vectors.advantages.size
+    mean, rows = latents.output, advantages.size
     numel = 0 if mean is None else mean.size // rows
-    arrays = tuple(_array(t) for t in latents)
+    arrays = tuple(_array(t) for t in (latents.output, latents.prev_sample, latents.old, latents.ref))
+    vectors = [_whole(v, call.row_shape) for v in vectors]
     dtype = np.float64 if call.double else np.float32
     value = np.empty(call.row_shape if reduction == "none" else (), dtype)
     numbers = np.empty(rows * _native.FIELDS + _native.BATCH_LEN, dtype)
@@ -100,7 +104,7 @@ def loss(
         rows,
         numel,
         call.double,
-        settings[:8],
+        (*settings[:5], settings.kl_divisor == "gaussian", *settings[6:8]),
         settings[8:],
         (_address(value), _address(numbers)),
         None,
@@ -127,7 +131,13 @@ def _array(array: np.ndarray | None) -> tuple[int, str] | None:
     return None if array is None else (_address(array), _FAMILY.dtypes[array.dtype])
 
 
-def _vector(value: float | np.ndarray | None) -> float | tuple[int, str, int, int] | None:
+def _whole(value: float | np.ndarray | None, shape: tuple[int, ...]) -> float | np.ndarray | None:
+    if not isinstance(value, np.ndarray) or value.size in (1, np.prod(shape)):
+        return value
+    return np.ascontiguousarray(np.broadcast_to(value.reshape(value.shape[: len(shape)]), shape))
+
+
+def _vector(value: float | np.ndarray | None) -> float | tuple[int, str, int] | None:
     if value is None or isinstance(value, float):
         return value
     return _address(value), _FAMILY.dtypes[value.dtype], 1, value.size

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .._args import row_stride
 from .._torch import FAMILY
 
 _DTYPE_NAMES = FAMILY.dtypes
@@ -32,10 +33,10 @@ def array(tensor: Tensor | None) -> tuple[int, str] | None:
     return None if tensor is None else (tensor.data_ptr(), _DTYPE_NAMES[tensor.dtype])
 
 
-def vector(value: float | Tensor | None) -> float | tuple[int, str, int, int] | None:
+def vector(value: float | Tensor | None, row_shape: tuple[int, ...]) -> float | tuple[int, str, int, int] | None:
     if value is None or isinstance(value, float):
         return value
-    return value.data_ptr(), _DTYPE_NAMES[value.dtype], 1, value.numel()
+    return value.data_ptr(), _DTYPE_NAMES[value.dtype], *row_stride(value.shape, row_shape)
 
 
 def contiguous(values: Iterable) -> list:

@@ -20,7 +20,7 @@ def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
         like = vectors.advantages
         tensors = [like.new_full((), v, dtype=torch.float64) if isinstance(v, float) else v for v in vectors]
         return torch.ops.flowdppo_ops.policy_loss(*latents, *tensors, *call.settings)
-    mean, log_prob = latents.prev_sample_mean, vectors.log_prob
+    mean, log_prob = latents.output, vectors.log_prob
     differentiable = (mean is not None and mean.requires_grad) or (log_prob is not None and log_prob.requires_grad)
     if not differentiable or not torch.is_grad_enabled():
         return _forward(latents, vectors, call.settings, call.double)
@@ -31,18 +31,24 @@ def policy_loss(call: LossCall) -> tuple[Tensor, Tensor]:
 
 def _read_by_backward(latents: Latents, objective: str) -> Latents:
     return Latents(
-        latents.prev_sample_mean if differentiates_mean(latents, objective) else None,
+        latents.output if differentiates_mean(latents, objective) else None,
+        None,
+        None,
         latents.prev_sample,
-        latents.old_prev_sample_mean if objective == "grpo_guard" else None,
-        latents.ref_prev_sample_mean,
+        latents.old if objective == "grpo_guard" else None,
+        latents.ref,
     )
 
 
 # ---- the native calls ----------------------------------------------------------------------------------------------
 
 
+def _arrays(latents: Latents) -> tuple:
+    return tuple([array(t) for t in (latents.output, latents.prev_sample, latents.old, latents.ref)])
+
+
 def _latent_elements(latents: Latents, rows: int) -> int:
-    mean = latents.prev_sample_mean
+    mean = latents.output
     return 0 if mean is None else mean.numel() // rows
 
 
@@ -61,7 +67,8 @@ def _forward(
     loss, numbers = _empty_outputs(advantages, double, settings.reduction)
     rows = advantages.numel()
     numel = _latent_elements(latents, rows)
-    arrays, rows_arrays = tuple([array(t) for t in latents]), tuple([vector(v) for v in vectors])
+    arrays, rows_arrays = _arrays(latents), tuple([vector(v, advantages.shape) for v in vectors])
+    objective = (*settings[:5], settings.kl_divisor == "gaussian", *settings[6:8])
     out = loss.data_ptr(), numbers.data_ptr()
     target = _cuda.target(advantages)
     if target is None:
@@ -71,7 +78,7 @@ def _forward(
             rows,
             numel,
             double,
-            settings[:8],
+            objective,
             settings[8:],
             out,
             array(ahead),
@@ -86,7 +93,7 @@ def _forward(
             rows_arrays,
             rows,
             numel,
-            settings[:8],
+            objective,
             settings[8:],
             out,
             (partials.data_ptr(), partials.numel()),
@@ -107,7 +114,7 @@ def _empty_gradient_ahead(call: LossCall) -> Tensor | None:
     On the CPU alone, where the gradient of a whole batch is a second pass over memory that the caches could save; with
     the batch's divisor known beforehand and one `grad_loss` for all rows.
     """
-    mean = call.latents.prev_sample_mean
+    mean = call.latents.output
     if (
         mean is None
         or call.latents.prev_sample is None
@@ -127,18 +134,18 @@ def _backward(
     """Gradients of `prev_sample_mean`, in its dtype, and of `log_prob`, flat and in the arithmetic dtype."""
     rows = (numbers.numel() - _native.BATCH_LEN) // _native.FIELDS
     grad_loss = grad_loss.contiguous()  # held by its name until Rust has read it: autograd hands down expanded scalars
-    grad_mean = torch.empty_like(latents.prev_sample_mean) if wants_mean else None
+    grad_mean = torch.empty_like(latents.output) if wants_mean else None
     grad_log_prob = numbers.new_empty(rows) if wants_log_prob else None
-    arrays, numel = tuple([array(t) for t in latents]), _latent_elements(latents, rows)
+    arrays, numel = _arrays(latents), _latent_elements(latents, rows)
     out = array(grad_mean), array(grad_log_prob)
     target = _cuda.target(numbers)
     if target is None:
         double = numbers.dtype == torch.float64
         _native.policy_loss_backward(
-            arrays, vector(grad_loss), numbers.data_ptr(), rows, numel, double, *out, torch.get_num_threads()
+            arrays, vector(grad_loss, grad_loss.shape), numbers.data_ptr(), rows, numel, double, *out, torch.get_num_threads()
         )
     else:
-        _native.policy_loss_backward_cuda(target, arrays, vector(grad_loss), numbers.data_ptr(), rows, numel, *out)
+        _native.policy_loss_backward_cuda(target, arrays, vector(grad_loss, grad_loss.shape), numbers.data_ptr(), rows, numel, *out)
     return grad_mean, grad_log_prob
 
 
@@ -178,7 +185,7 @@ def _eager_backward(ctx, grad_loss):
             return ahead.mul_(scale), None, None, None
     latents = Latents(*saved)
     needs_mean, needs_log_prob, _, _ = ctx.needs_input_grad
-    wants_mean = needs_mean and latents.prev_sample_mean is not None
+    wants_mean = needs_mean and latents.output is not None
     grad_mean, grad_log_prob = _backward(grad_loss, numbers, latents, wants_mean, needs_log_prob)
     return grad_mean, None if grad_log_prob is None else _as_log_prob(ctx, grad_log_prob), None, None
 
@@ -191,7 +198,7 @@ _differentiable_once = once_differentiable(_eager_backward)
 _LATENTS = ", ".join(f"Tensor? {name}" for name in Latents._fields)
 _VECTORS = "Tensor advantages, " + ", ".join(f"Tensor? {name}" for name in Vectors._fields[1:])
 _SETTINGS = (
-    "str objective, float low, float high, float adv_clip_max, str mask, bool normalize_kl, bool keep_nan_kl, "
+    "str objective, float low, float high, float adv_clip_max, str mask, str kl_divisor, bool keep_nan_kl, "
     "bool per_row_scale, str density, str latent_reduction, str reduction, float ref_kl_weight"
 )
 _ARGUMENTS = Latents._fields + Vectors._fields + Settings._fields
@@ -257,12 +264,12 @@ def _registered_backward(ctx, grad_loss, _grad_numbers):
     if grad_loss is not None:
         numbers, *saved = ctx.saved_tensors
         wanted = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
-        wants_mean = wanted["prev_sample_mean"] and saved[0] is not None
+        wants_mean = wanted["output"] and saved[0] is not None
         grad_mean, grad_log_prob = torch.ops.flowdppo_ops.policy_loss_backward(
             grad_loss, numbers, *saved, wants_mean, wanted["log_prob"]
         )
         if wants_mean:
-            grads["prev_sample_mean"] = grad_mean
+            grads["output"] = grad_mean
         if wanted["log_prob"]:
             grads["log_prob"] = _as_log_prob(ctx, grad_log_prob)
     return tuple(grads.values())
