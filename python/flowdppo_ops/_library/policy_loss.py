@@ -142,10 +142,19 @@ def _backward(
     if target is None:
         double = numbers.dtype == torch.float64
         _native.policy_loss_backward(
-            arrays, vector(grad_loss, grad_loss.shape), numbers.data_ptr(), rows, numel, double, *out, torch.get_num_threads()
+            arrays,
+            vector(grad_loss, grad_loss.shape),
+            numbers.data_ptr(),
+            rows,
+            numel,
+            double,
+            *out,
+            torch.get_num_threads(),
         )
     else:
-        _native.policy_loss_backward_cuda(target, arrays, vector(grad_loss, grad_loss.shape), numbers.data_ptr(), rows, numel, *out)
+        _native.policy_loss_backward_cuda(
+            target, arrays, vector(grad_loss, grad_loss.shape), numbers.data_ptr(), rows, numel, *out
+        )
     return grad_mean, grad_log_prob
 
 
