@@ -10,64 +10,16 @@
 //
 // Backward. grad_mu = innovation (x' - mu) + drift (mu - mu_old) + reference (mu - mu_ref), streaming; same mapping.
 // Reads what has a coefficient: mu and x' alone for FlowDPPO and FlowGRPO; of a blocked row nothing.
+#include "common/parts.cuh"
 #include "common/reduce.cuh"
 #include "objective.cuh"
 #include "policy_loss.cuh"
 #include "transition.cuh"
 
-// ---- which part of which row ---------------------------------------------------------------------------------------
-
-// A contiguous part of one row, and the threads that work on it together: a block, or one warp.
-struct Part {
-  long long row;
-  long long first, count;  // elements of the row
-  int split;
-  int thread, threads;
-};
-
-// Splits begin at multiples of this many elements, so that all of them are aligned if their row is.
-constexpr long long kSplitUnit = 64;
-
-__device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
-  Part part;
-  const int thread = threadIdx.x;
-  if (splits == 0) {
-    // Past the last row in the last block: no elements.
-    part.row = static_cast<long long>(blockIdx.x) * kWarps + thread / kWarpSize;
-    part.split = 0;
-    part.first = 0;
-    part.count = part.row < rows ? numel : 0;
-    part.thread = thread % kWarpSize;
-    part.threads = kWarpSize;
-  } else {
-    part.row = blockIdx.x / splits;
-    part.split = static_cast<int>(blockIdx.x % splits);
-    const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
-    part.first = part.split * stretch;
-    // A late split may be empty, since stretches are rounded up.
-    const long long left = numel - part.first;
-    part.count = left < 0 ? 0 : left < stretch ? left : stretch;
-    part.thread = thread;
-    part.threads = kThreads;
-  }
-  return part;
-}
-
-// Elements that are handled with 32-bit indices, and added up in one go: 256 per thread of a block. Longer chains of
-// float32 additions would lose digits.
-constexpr int kRun = 65536;
-
 // Vector steps whose loads are issued together: 6 loads of 16 bytes where all dtypes are one, 4 to 6 for a mix (the
 // reference mean not counted).
 template <class Source>
 constexpr int kUnroll = sizeof(typename Source::Raw) > 4 * 16 ? 1 : 2;
-
-// First vector of a thread. A warp takes kSteps times 32 neighbours, so that the steps of a thread are a constant
-// distance apart, and one address register per tensor serves all of them.
-template <int kSteps>
-__device__ __forceinline__ int first_vector(const Part& part) {
-  return part.thread / kWarpSize * (kSteps * kWarpSize) + part.thread % kWarpSize;
-}
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -125,20 +77,6 @@ __device__ __forceinline__ void thread_sums(Source source, const Part& part, flo
     }
     source.advance(kRun);
   }
-}
-
-// Counts this block in; true in all threads of the block that came last of `count`, which may then read what the others
-// wrote before they were counted. The ticket is 0 again after the last one.
-__device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned count) {
-  SHARED(unsigned, s_last, 1);
-  __syncthreads();  // the whole block has written
-  if (threadIdx.x == 0) {
-    __threadfence();  // for the block: its writes come before the count
-    s_last[0] = atomicInc(ticket, count - 1) == count - 1;
-    __threadfence();  // the count comes before what the last block reads
-  }
-  __syncthreads();
-  return s_last[0];
 }
 
 // Over the splits of a row, in float64: a thread of the first warp takes every 32nd, then a tree. Valid in that warp.
@@ -258,13 +196,6 @@ __device__ __forceinline__ Coefficients coefficients(const PolicyLossBackward& p
 
 __device__ __forceinline__ float gradient(Coefficients c, Moments moments) {
   return fmaf(c.innovation, moments.innovation, fmaf(c.drift, moments.drift, c.reference * moments.ref_drift));
-}
-
-template <int kVector, int kMean>
-__device__ __forceinline__ void store_vector(char* out, int dtype, int vector, const float (&values)[kVector]) {
-  Pack<kMean, kVector> pack;
-  pack.set(values, dtype);
-  pack.store(out + static_cast<long long>(vector) * (kVector * dtype_size(dtype)), dtype);
 }
 
 template <class Source, int kMean>

@@ -24,16 +24,7 @@
 #pragma once
 
 #include "common/rows.cuh"
-
-// Up to here a warp per row is no slower than a block: two steps of 256 float32.
-constexpr long long kShortRow = 512;
-
-// A tensor [rows, numel]; data null: absent.
-struct Latent {
-  const void* data;
-  int dtype;
-  int pad;
-};
+#include "common/tensor.cuh"
 
 enum ObjectiveKind : int { kFlowDppo = 0, kFlowGrpo = 1, kGrpoGuard = 2 };
 enum Density : int { kGaussian = 0, kCps = 1 };
@@ -76,5 +67,5 @@ struct PolicyLossBackward {
 };
 
 // The Rust side asserts the same numbers, so that a drift of either does not compile.
-static_assert(sizeof(Latent) == 16 && sizeof(Problem) == 304);
+static_assert(sizeof(Problem) == 304);
 static_assert(sizeof(PolicyLossForward) == 408 && sizeof(PolicyLossBackward) == 144);

@@ -1,4 +1,4 @@
-"""What a launch of `policy_loss` takes: the structures of kernels/policy_loss.cuh, field for field."""
+"""What launches take: the structures of kernels/policy_loss.cuh, and those that all kernels share, field for field."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ class RowVector(Structure):
         *fields(ctypes.c_size_t, "data"),
         *fields(ctypes.c_float, "value"),
         *fields(ctypes.c_int, "dtype present divide modulo pad"),
+    ]
+
+
+class Schedule(Structure):
+    _fields_ = [
+        *fields(RowVector, "sigma sigma_next noise_level sigma_max guidance"),
+        *fields(ctypes.c_int, "sampler pad"),
     ]
 
 

@@ -275,7 +275,8 @@ def check_races(server):
             three_way(EmulatedLoss(server, splits=splits), draw((3,), (70,), objective=objective))
 
 
-KERNEL, OBJECTIVE, REDUCE = "policy_loss.cu", "objective.cuh", "common/reduce.cuh"
+KERNEL, OBJECTIVE = "policy_loss.cu", "objective.cuh"
+PARTS, REDUCE = "common/parts.cuh", "common/reduce.cuh"
 OVERFLOW, RACE, WRONG = "heap-buffer-overflow", "data race", "keep: |not finite|: error "
 # name: (the fault, sanitizer, check, what the check says)
 FAULTS = {
@@ -290,17 +291,17 @@ FAULTS = {
         "tsan", check_races, RACE,
     ),
     "no barrier before the block is counted in": (
-        Fault(KERNEL, "  __syncthreads();  // the whole block has written\n", ""), "tsan", check_races, RACE
+        Fault(PARTS, "  __syncthreads();  // the whole block has written\n", ""), "tsan", check_races, RACE
     ),
     "no barrier before the count is known": (
-        Fault(KERNEL, "  __syncthreads();\n  return s_last[0];", "  return s_last[0];"), "tsan", check_races, RACE
+        Fault(PARTS, "  __syncthreads();\n  return s_last[0];", "  return s_last[0];"), "tsan", check_races, RACE
     ),
     "no fence before the count": (
-        Fault(KERNEL, "    __threadfence();  // for the block: its writes come before the count\n", ""),
+        Fault(PARTS, "    __threadfence();  // for the block: its writes come before the count\n", ""),
         "tsan", check_races, RACE,
     ),
     "no fence after the count": (
-        Fault(KERNEL, "    __threadfence();  // the count comes before what the last block reads\n", ""),
+        Fault(PARTS, "    __threadfence();  // the count comes before what the last block reads\n", ""),
         "tsan", check_races, RACE,
     ),
     "a vector read past the end": (
@@ -327,7 +328,7 @@ FAULTS = {
         "asan", check_values, "grad prev_sample_mean",
     ),
     "a stretch rounded down": (
-        Fault(KERNEL, "((numel + splits - 1) / splits + kSplitUnit - 1)", "(numel / splits)"),
+        Fault(PARTS, "((numel + splits - 1) / splits + kSplitUnit - 1)", "(numel / splits)"),
         "asan", check_values, WRONG,
     ),
     "vectors at an odd address": (
@@ -335,7 +336,7 @@ FAULTS = {
         "asan", check_odd_address, "misaligned address",
     ),
     "tickets that are not reset": (
-        Fault(KERNEL, "atomicInc(ticket, count - 1)", "atomicInc(ticket, 0xffffffffu)"),
+        Fault(PARTS, "atomicInc(ticket, count - 1)", "atomicInc(ticket, 0xffffffffu)"),
         "asan", check_values, "tickets are not 0",
     ),
     "> for >= at the threshold": (

@@ -3,40 +3,16 @@
 //! Forward: one launch; each row is split over blocks, the last block of a row runs the objective, the last row the
 //! batch. Backward: one launch that streams. The workspace between the blocks is the caller's: see `Workspace`.
 
+use super::arguments::{LatentArgument, RowArgument, dtype_number, latent_argument, row_argument};
 use super::device::{Device, PerDevice};
 use super::launch::{Grid, Kernel, Target, launch};
 use crate::error::Error;
 use crate::objective::{Clip, Density, KlDivisor, Mask, Objective, Problem, Reduction};
 use crate::ops::policy_loss::{Backward, Latents, Outputs};
 use crate::plan::GridPlan;
-use crate::tensor::{Dtype, Gpu, Rows, View, ViewMut};
+use crate::tensor::{Dtype, Gpu, View, ViewMut};
 
 // ---- twins of the structures in kernels/policy_loss.cuh, field for field -------------------------------------------
-
-/// `struct Latent`: `[rows, numel]`, contiguous.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-struct LatentArgument {
-    /// 0: absent
-    data: usize,
-    dtype: i32,
-    pad: i32,
-}
-
-/// `struct RowVector`
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-struct RowArgument {
-    /// 0: `value`, for all rows
-    data: usize,
-    value: f32,
-    dtype: i32,
-    present: i32,
-    /// Row r has element `r / divide % modulo`.
-    divide: i32,
-    modulo: i32,
-    pad: i32,
-}
 
 /// `struct Problem`
 #[repr(C)]
@@ -262,39 +238,10 @@ pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, 
 
 // ---- arguments -----------------------------------------------------------------------------------------------------
 
-fn dtype_number(dtype: Dtype) -> i32 {
-    match dtype {
-        Dtype::F32 => 0,
-        Dtype::Bf16 => 1,
-        Dtype::F16 => 2,
-        Dtype::F64 => 3,
-    }
-}
-
 /// In the order of the structures: mean, next, old, reference.
 fn latent_arguments(latents: &Latents<'_, Gpu>) -> [LatentArgument; 4] {
     let Latents { output, prev_sample, old, reference, .. } = latents;
-    [output, prev_sample, old, reference].map(|view| match view {
-        Some(view) => LatentArgument { data: view.address(), dtype: dtype_number(view.dtype()), pad: 0 },
-        None => LatentArgument { data: 0, dtype: 0, pad: 0 },
-    })
-}
-
-fn row_argument(vector: Option<Rows<'_, Gpu>>) -> RowArgument {
-    let absent = RowArgument { data: 0, value: 0.0, dtype: 0, present: 0, divide: 1, modulo: 1, pad: 0 };
-    match vector {
-        None => absent,
-        Some(Rows::Number(value)) => RowArgument { value: value as f32, present: 1, ..absent },
-        // Plans refuse more rows than 31 bits hold.
-        Some(Rows::Array { view, divide, modulo }) => RowArgument {
-            data: view.address(),
-            dtype: dtype_number(view.dtype()),
-            present: 1,
-            divide: divide as i32,
-            modulo: modulo as i32,
-            ..absent
-        },
-    }
+    [output, prev_sample, old, reference].map(|view| latent_argument(*view))
 }
 
 fn problem_argument(problem: &Problem<'_, Gpu>) -> ProblemArgument {

@@ -1,0 +1,68 @@
+// How the threads of a grid share `[rows, numel]`: which part of which row, and which block comes last.
+#pragma once
+
+#include "common/reduce.cuh"
+
+// Up to here a warp per row is no slower than a block: two steps of 256 float32.
+constexpr long long kShortRow = 512;
+
+// A contiguous part of one row, and the threads that work on it together: a block, or one warp.
+struct Part {
+  long long row;
+  long long first, count;  // elements of the row
+  int split;
+  int thread, threads;
+};
+
+// Splits begin at multiples of this many elements, so that all of them are aligned if their row is.
+constexpr long long kSplitUnit = 64;
+
+__device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
+  Part part;
+  const int thread = threadIdx.x;
+  if (splits == 0) {
+    // Past the last row in the last block: no elements.
+    part.row = static_cast<long long>(blockIdx.x) * kWarps + thread / kWarpSize;
+    part.split = 0;
+    part.first = 0;
+    part.count = part.row < rows ? numel : 0;
+    part.thread = thread % kWarpSize;
+    part.threads = kWarpSize;
+  } else {
+    part.row = blockIdx.x / splits;
+    part.split = static_cast<int>(blockIdx.x % splits);
+    const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
+    part.first = part.split * stretch;
+    // A late split may be empty, since stretches are rounded up.
+    const long long left = numel - part.first;
+    part.count = left < 0 ? 0 : left < stretch ? left : stretch;
+    part.thread = thread;
+    part.threads = kThreads;
+  }
+  return part;
+}
+
+// Elements that are handled with 32-bit indices, and added up in one go: 256 per thread of a block. Longer chains of
+// float32 additions would lose digits.
+constexpr int kRun = 65536;
+
+// First vector of a thread. A warp takes kSteps times 32 neighbours, so that the steps of a thread are a constant
+// distance apart, and one address register per tensor serves all of them.
+template <int kSteps>
+__device__ __forceinline__ int first_vector(const Part& part) {
+  return part.thread / kWarpSize * (kSteps * kWarpSize) + part.thread % kWarpSize;
+}
+
+// Counts this block in; true in all threads of the block that came last of `count`, which may then read what the others
+// wrote before they were counted. The ticket is 0 again after the last one.
+__device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned count) {
+  SHARED(unsigned, s_last, 1);
+  __syncthreads();  // the whole block has written
+  if (threadIdx.x == 0) {
+    __threadfence();  // for the block: its writes come before the count
+    s_last[0] = atomicInc(ticket, count - 1) == count - 1;
+    __threadfence();  // the count comes before what the last block reads
+  }
+  __syncthreads();
+  return s_last[0];
+}
