@@ -109,7 +109,7 @@ class _Statistics(NamedTuple):
     d: Tensor | None  # mean (mu - mu°)^2
     p: Tensor | None  # mean (mu - mu°)(x' - mu°)
     f: Tensor | None  # mean (mu - mu_ref)^2
-    scale: float  # 1, or N with latent_reduction="sum": the weight of a per-element constant
+    scale: float | Tensor  # 1, or N with latent_reduction="sum": the weight of a per-element constant
 
 
 def _statistics(
@@ -118,22 +118,34 @@ def _statistics(
     ref_drift: Tensor | None,
     row_shape: tuple[int, ...],
     latent_reduction: str,
+    process_group: Any = None,
 ) -> _Statistics:
-    """From `innovation = x' - mu`, `drift = mu - mu°` and `ref_drift = mu - mu_ref`."""
+    """From `innovation = x' - mu`, `drift = mu - mu°` and `ref_drift = mu - mu_ref`; of all ranks' latents."""
+    some = next((t for t in (innovation, drift, ref_drift) if t is not None), None)
+    if some is None:
+        return _Statistics(None, None, None, None, 1.0)
+    numel = _over_ranks(some.new_tensor(some.numel() // max(1, math.prod(row_shape))), process_group)
 
     def over_latents(product: Tensor) -> Tensor:
-        product = product.reshape(*row_shape, -1)
-        return product.mean(-1) if latent_reduction == "mean" else product.sum(-1)
+        total = _over_ranks(product.reshape(*row_shape, -1).sum(-1), process_group)
+        return total / numel if latent_reduction == "mean" else total
 
-    some = next((t for t in (innovation, drift, ref_drift) if t is not None), None)
-    numel = 0 if some is None else some.numel() // max(1, math.prod(row_shape))
     return _Statistics(
         q=None if innovation is None else over_latents(innovation**2),
         d=None if drift is None else over_latents(drift**2),
         p=None if innovation is None or drift is None else over_latents(drift * (innovation + drift)),
         f=None if ref_drift is None else over_latents(ref_drift**2),
-        scale=float(numel) if latent_reduction == "sum" else 1.0,
+        scale=numel if latent_reduction == "sum" else 1.0,
     )
+
+
+def _over_ranks(value: Tensor, process_group: Any) -> Tensor:
+    """The sum over the ranks of the group, with this rank's gradient."""
+    if process_group is None:
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total, group=process_group)
+    return value + (total - value.detach())
 
 
 def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
@@ -148,7 +160,7 @@ def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
 
 
 def _log_prob(
-    q: Tensor, std: Tensor, density: str, scale: float, normalizer: bool = True, zero_defined: bool = False
+    q: Tensor, std: Tensor, density: str, scale: float | Tensor, normalizer: bool = True, zero_defined: bool = False
 ) -> Tensor:
     """Gaussian log-density, or CPS's own: minus the squared error, no scale and no normaliser."""
     if density == "cps":
@@ -355,6 +367,7 @@ def loss(
         None if ref_mean is None else mean - ref_mean,
         call.row_shape,
         latent_reduction,
+        process_group,
     )
 
     def rows(value: float | Tensor | None) -> Tensor | None:
@@ -462,6 +475,7 @@ def step_loss(
         None if ref is None else drift(schedule.ref_form, ref),
         row_shape,
         latent_reduction,
+        process_group,
     )
 
     def rows(value: RowVector | None) -> Tensor | None:
