@@ -1,7 +1,8 @@
 """The executable specification: every function of the package in plain PyTorch.
 
-Any float dtype and any device; half precision is widened to float32, float64 stays. Gradients are autograd's. The
-native backends are tested against this module, and this module against numbers recorded from the public trainers.
+Any float dtype and any device (one with float64, for the coefficients of a step); half precision is widened to float32,
+float64 stays. Gradients are autograd's. The native backends are tested against this module, and this module against
+numbers recorded from the public trainers.
 
 Notation, for a row (one sample at one denoising step) with `N` latent elements: `x` sample, `v` model output, `x'`
 next sample, `mu` its mean, `mu°` the old policy's mean, `sigma` the transition's standard deviation, `A` advantage.
@@ -74,8 +75,8 @@ class _Rows(NamedTuple):
 def _schedule_rows(
     schedule: Schedule | StepCall, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> _Rows:
-    """Formed in float64 from values rounded to `dtype`, then rounded to it: where `mu` and its parts cancel, as in the
-    `b` of CPS, the coefficients carry half an ulp and no more."""
+    """Formed in float64 from values rounded to `dtype`, then rounded to it: half an ulp, where float32 all the way is
+    up to 5 times as far (the terms of CPS's `b` cancel), and every backend comes to the same."""
 
     def rows(value: RowVector) -> Tensor:
         return row_tensor(value, row_shape, dtype, device).double()
