@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 import trainer_chain
-from runner import Inputs, Operation, Outputs, compiled, main
+from runner import Operation, Outputs, compiled, doubled, main
 from torch import Tensor
+from trainer_chain import NOISE_LEVEL, wide
 
 import flowdppo_ops
 from flowdppo_ops import reference
@@ -25,7 +26,6 @@ from flowdppo_ops import reference
 # Far above what bf16 storage of the means adds to the KL at std 0.4 (9e-6), so that rounding decides no row.
 KL_THRESHOLD = 1e-3
 OBJECTIVE = flowdppo_ops.FlowDPPO(kl_mask_threshold=KL_THRESHOLD)
-NOISE_LEVEL, STEPS, STEP = 0.7, 10, 4  # sigma 0.82 to 0.75 with SD3.5's schedule
 
 
 # ---- what both operations are tried on -----------------------------------------------------------------------------
@@ -53,10 +53,6 @@ def draw_rows(shape: tuple[int, ...], std: Tensor, generator: torch.Generator) -
     drift = direction * wide(std * torch.sqrt(2 * kl), shape) / size
     advantages = torch.where(row == 3, -1.0, 1.0) * torch.linspace(0.5, 2.0, rows, device=device)
     return Rows(drift, wide(lean, shape) * drift + wide(std, shape) * noise, advantages)
-
-
-def wide(row: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return row.reshape(-1, *(1 for _ in shape[1:]))
 
 
 def log_prob_of(innovation: Tensor, std: Tensor, sampler: str) -> Tensor:
@@ -131,7 +127,10 @@ def triton_loss() -> Callable[[LossInputs], Outputs]:
 
 
 def loss_truth(i: LossInputs, _provider: str) -> Outputs:
-    return differentiated(partial(package_loss, reference.loss), doubled(i, "mean"), "mean")
+    i = doubled(i)
+    (loss,) = package_loss(reference.loss, i)
+    loss.backward()
+    return loss.detach(), i.mean.grad
 
 
 def loss_bytes(i: LossInputs, _provider: str, pass_: str) -> int:
@@ -141,20 +140,6 @@ def loss_bytes(i: LossInputs, _provider: str, pass_: str) -> int:
     """
     forward = i.mean.nbytes + i.old_mean.nbytes + i.prev_sample.nbytes
     return forward if pass_ == "forward" else forward + 2 * i.mean.nbytes + i.prev_sample.nbytes
-
-
-def doubled(i: Inputs, leaf: str) -> Inputs:
-    """The inputs as they were rounded, in float64."""
-    wider = type(i)(*(t.detach().double() for t in i))
-    getattr(wider, leaf).requires_grad_()
-    return wider
-
-
-def differentiated(call: Callable[[Inputs], Outputs], i: Inputs, leaf: str) -> Outputs:
-    """The loss, and its gradient."""
-    (loss,) = call(i)
-    loss.backward()
-    return loss.detach(), getattr(i, leaf).grad
 
 
 # ---- step_loss -----------------------------------------------------------------------------------------------------
@@ -174,10 +159,10 @@ class StepInputs(NamedTuple):
     old_residual: Tensor
     old_log_prob: Tensor  # rows
     advantages: Tensor  # rows
-    timestep: Tensor  # rows: by which the trainers look up their sigmas
-    sigma: Tensor  # rows: what they find
-    sigma_next: Tensor  # rows
-    sigmas: Tensor  # the whole schedule
+    timestep: Tensor  # this and the next two: `trainer_chain.At`
+    sigma: Tensor
+    sigma_next: Tensor
+    sigmas: Tensor  # this and the next: `trainer_chain.Scheduler`
     timesteps: Tensor
 
 
@@ -189,13 +174,11 @@ _KEYWORDS = {"old_mean": "old_prev_sample_mean", "old_output": "old_model_output
 def make_step_inputs(sampler: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> StepInputs:
     of_output = {"fp32": torch.float32, "bf16+fp32": torch.bfloat16}[dtype]
     generator = torch.Generator(device).manual_seed(0)
-    schedule = trainer_chain.shifted_schedule(STEPS, 3.0, device)
-    sigma, sigma_next, timestep = (
-        one.expand(shape[0]).contiguous()
-        for one in (schedule.sigmas[STEP], schedule.sigmas[STEP + 1], schedule.timesteps[STEP])
-    )
-    coefficients = (sigma.double(), sigma_next.double(), *schedule.sigmas.new_tensor([NOISE_LEVEL, 0.99]).double())
-    a, b, std = (row.float() for row in reference.transition(sampler, *coefficients))
+    schedule = trainer_chain.shifted_schedule(device)
+    at = trainer_chain.at_one_step(schedule, shape[0])
+    constants = schedule.sigmas.new_tensor([NOISE_LEVEL, 0.99]).double()
+    coefficients = reference.transition(sampler, at.sigma.double(), at.sigma_next.double(), *constants)
+    a, b, std = (row.float() for row in coefficients)
     sample, old_output = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
     old_output = old_output.to(of_output)
     old_mean = wide(a, shape) * sample + wide(b, shape) * old_output
@@ -210,30 +193,27 @@ def make_step_inputs(sampler: str, shape: tuple[int, ...], dtype: str, device: t
         old_residual=((prev_sample - old_mean) / wide(std, shape)).half(),
         old_log_prob=log_prob_of(prev_sample.double() - old_mean.double(), std, sampler),
         advantages=rows.advantages,
-        timestep=timestep,
-        sigma=sigma,
-        sigma_next=sigma_next,
-        sigmas=schedule.sigmas,
-        timesteps=schedule.timesteps,
+        **at._asdict(),
+        **schedule._asdict(),
     )
 
 
 def trainer_tensors(
     sampler: str, limit: float, i: StepInputs, sigma: Tensor, sigma_next: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The part of the trainers' step that waits for nothing: loss, and the metrics unread. `sigma`: `[rows, 1, ...]`."""
+    """The part of the trainers' step that waits for nothing: loss, and metrics not read. `sigma`: `[rows, 1, ...]`."""
     velocity = i.model_output.float()
-    step = trainer_chain.STEPS[sampler](i.sample, velocity, sigma, sigma_next, i.sigmas[1], NOISE_LEVEL)
+    step = trainer_chain.SAMPLERS[sampler](i.sample, velocity, sigma, sigma_next, i.sigmas[1], NOISE_LEVEL)
     log_prob, sqrt_dt = trainer_chain.log_prob(step, i.prev_sample, sampler)
     return trainer_chain.dppo_loss(log_prob, i.old_log_prob, i.advantages, step, sqrt_dt, i.old_mean, limit)
 
 
 def trainer_limit(sampler: str) -> float:
-    """The KL threshold that blocks the rows that `KL_THRESHOLD` should: the chain divides by -dt too often otherwise."""
+    """The chain's KL threshold that blocks what `KL_THRESHOLD` should: but for sde its KL is 1/(-dt) times too large."""
     if sampler == "flow_sde":
         return KL_THRESHOLD
-    sigmas = trainer_chain.shifted_schedule(STEPS, 3.0, torch.device("cpu")).sigmas
-    return KL_THRESHOLD / (sigmas[STEP] - sigmas[STEP + 1]).item()
+    at = trainer_chain.at_one_step(trainer_chain.shifted_schedule(torch.device("cpu")), 1)
+    return KL_THRESHOLD / (at.sigma - at.sigma_next).item()
 
 
 def trainer_step_loss(sampler: str) -> Callable[[StepInputs], Outputs]:
@@ -241,7 +221,7 @@ def trainer_step_loss(sampler: str) -> Callable[[StepInputs], Outputs]:
 
     def loss(i: StepInputs) -> Outputs:
         scheduler = trainer_chain.Scheduler(i.sigmas, i.timesteps)
-        sigmas = trainer_chain.look_up(scheduler, i.timestep, i.sample.ndim)
+        sigmas = trainer_chain.look_up(scheduler, i.timestep, i.sample.shape)
         value, metrics = trainer_tensors(sampler, limit, i, *sigmas)
         trainer_chain.read(metrics)
         return (value,)
@@ -281,12 +261,14 @@ def triton_step() -> Callable[[StepInputs], Outputs]:
 
 
 def step_truth(sampler: str, i: StepInputs, provider: str) -> Outputs:
-    call = partial(package_step_loss, reference.step_loss, sampler, OLD_FORMS.get(provider, "old_mean"))
-    return differentiated(call, doubled(i, "model_output"), "model_output")
+    i = doubled(i)
+    (loss,) = package_step_loss(reference.step_loss, sampler, OLD_FORMS.get(provider, "old_mean"), i)
+    loss.backward()
+    return loss.detach(), i.model_output.grad
 
 
 def step_bytes(i: StepInputs, provider: str, pass_: str) -> int:
-    """Forward reads output, sample, next sample and the old policy; backward all but the last, and writes the gradient."""
+    """Forward reads output, sample, next sample and old policy; backward the first three, and writes the gradient."""
     source = i.model_output.nbytes + i.sample.nbytes + i.prev_sample.nbytes
     forward = source + getattr(i, OLD_FORMS.get(provider, "old_mean")).nbytes
     return forward if pass_ == "forward" else forward + source + i.model_output.nbytes

@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import torch
 import trainer_chain
-from bench_policy_loss import NOISE_LEVEL, STEP, STEPS, doubled, wide
-from runner import Operation, Outputs, compiled, main
+from runner import Operation, Outputs, compiled, doubled, main
 from torch import Tensor
+from trainer_chain import NOISE_LEVEL, wide
 
 import flowdppo_ops
 from flowdppo_ops import reference
 
-SAMPLERS = {"": "flow_sde", "_cps": "cps", "_dance": "dance_sde"}
+SUFFIXES = {"": "flow_sde", "_cps": "cps", "_dance": "dance_sde"}
 
 
 class StepInputs(NamedTuple):
@@ -34,21 +34,17 @@ class StepInputs(NamedTuple):
     other: Tensor  # noise, or the next sample that is replayed
     grad_log_prob: Tensor  # rows
     grad_mean: Tensor  # latents
-    timestep: Tensor  # rows: by which the trainers look up their sigmas
-    sigma: Tensor  # rows: what they find
-    sigma_next: Tensor  # rows
-    sigmas: Tensor  # the whole schedule
+    timestep: Tensor  # this and the next two: `trainer_chain.At`
+    sigma: Tensor
+    sigma_next: Tensor
+    sigmas: Tensor  # this and the next: `trainer_chain.Scheduler`
     timesteps: Tensor
 
 
 def make_inputs(replay: bool, shape: tuple[int, ...], dtype: str, device: torch.device) -> StepInputs:
     of_output = {"fp32": torch.float32, "bf16+fp32": torch.bfloat16}[dtype]
     generator = torch.Generator(device).manual_seed(0)
-    schedule = trainer_chain.shifted_schedule(STEPS, 3.0, device)
-    sigma, sigma_next, timestep = (
-        one.expand(shape[0]).contiguous()
-        for one in (schedule.sigmas[STEP], schedule.sigmas[STEP + 1], schedule.timesteps[STEP])
-    )
+    schedule = trainer_chain.shifted_schedule(device)
     output, sample, other, grad_mean = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
     # What the backward is given: of a loss that is a mean over the rows, and, an element, over the latents.
     numel = sample[0].numel()
@@ -58,17 +54,14 @@ def make_inputs(replay: bool, shape: tuple[int, ...], dtype: str, device: torch.
         other=other,
         grad_log_prob=torch.linspace(0.5, 2.0, shape[0], device=device) / shape[0],
         grad_mean=grad_mean / (shape[0] * numel),
-        timestep=timestep,
-        sigma=sigma,
-        sigma_next=sigma_next,
-        sigmas=schedule.sigmas,
-        timesteps=schedule.timesteps,
+        **trainer_chain.at_one_step(schedule, shape[0])._asdict(),
+        **schedule._asdict(),
     )
 
 
 def trainer_tensors(sampler: str, replay: bool, i: StepInputs, sigma: Tensor, sigma_next: Tensor) -> Outputs:
     velocity = i.model_output.float()
-    step = trainer_chain.STEPS[sampler](i.sample, velocity, sigma, sigma_next, i.sigmas[1], NOISE_LEVEL)
+    step = trainer_chain.SAMPLERS[sampler](i.sample, velocity, sigma, sigma_next, i.sigmas[1], NOISE_LEVEL)
     prev_sample = i.other if replay else trainer_chain.sampled(step, i.other)
     log_prob, _ = trainer_chain.log_prob(step, prev_sample, sampler)
     return (log_prob, step.mean) if replay else (prev_sample, log_prob, step.mean)
@@ -77,7 +70,7 @@ def trainer_tensors(sampler: str, replay: bool, i: StepInputs, sigma: Tensor, si
 def trainer_step(sampler: str, replay: bool) -> Callable[[StepInputs], Outputs]:
     def step(i: StepInputs) -> Outputs:
         scheduler = trainer_chain.Scheduler(i.sigmas, i.timesteps)
-        sigmas = trainer_chain.look_up(scheduler, i.timestep, i.sample.ndim)
+        sigmas = trainer_chain.look_up(scheduler, i.timestep, i.sample.shape)
         return trainer_tensors(sampler, replay, i, *sigmas)
 
     return step
@@ -103,7 +96,7 @@ def package_step(
 
 
 def truth(sampler: str, replay: bool, i: StepInputs, provider: str) -> Outputs:
-    wider = doubled(i, "model_output")
+    wider = doubled(i)
     residual_dtype = torch.float64 if provider == "fused_residual" else None
     results = package_step(reference.sde_step, sampler, replay, residual_dtype, wider)
     if replay:
@@ -150,7 +143,7 @@ def operation(name: str, sampler: str, replay: bool) -> Operation:
 
 OPERATIONS = {
     name + suffix: operation(name + suffix, sampler, replay=name == "sde_step_replay")
-    for suffix, sampler in SAMPLERS.items()
+    for suffix, sampler in SUFFIXES.items()
     for name in ("sde_step_sample", "sde_step_replay")
 }
 

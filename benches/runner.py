@@ -108,6 +108,11 @@ class Operation:
         return [Provider(name, self.providers[name]()) for name in names]
 
 
+def doubled(i: Inputs) -> Inputs:
+    """The inputs as they were rounded, in float64."""
+    return type(i)(*(t.detach().double().requires_grad_(t.requires_grad) for t in i))
+
+
 def copies(i: Inputs, times: int) -> list[Inputs]:
     """`i` and clones of it: the same values in other memory."""
     return [i, *(type(i)(*(t.detach().clone().requires_grad_(t.requires_grad) for t in i)) for _ in range(times - 1))]

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NOISE_LEVEL, STEPS, STEP = 0.7, 10, 4  # sigma 0.82 to 0.75 with SD3.5's schedule
+
 
 class Scheduler(NamedTuple):
     """sigmas: `[steps + 1]` float32, from 1 down to 0. timesteps: `[steps]`, what the pipeline calls a step by."""
@@ -41,21 +43,39 @@ class Step(NamedTuple):
     dt: Tensor
 
 
-def shifted_schedule(steps: int, shift: float, device: torch.device) -> Scheduler:
-    """The schedule of SD3.5 (shift 3) and its relatives."""
-    uniform = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    sigmas = (shift * uniform / (1 + (shift - 1) * uniform)).float().to(device)
+def shifted_schedule(device: torch.device) -> Scheduler:
+    """SD3.5's: uniform steps, shifted by 3 towards the noise."""
+    uniform = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)
+    sigmas = (3 * uniform / (1 + 2 * uniform)).float().to(device)
     return Scheduler(sigmas, 1000 * sigmas[:-1])
 
 
-def look_up(scheduler: Scheduler, timestep: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+class At(NamedTuple):
+    """Where the rows of a micro-batch stand, all at one step, as trainers have it: rows, float32."""
+
+    timestep: Tensor  # by which the trainers look up their sigmas
+    sigma: Tensor  # what they find
+    sigma_next: Tensor
+
+
+def at_one_step(schedule: Scheduler, rows: int) -> At:
+    found = (schedule.timesteps[STEP], schedule.sigmas[STEP], schedule.sigmas[STEP + 1])
+    return At(*(one.expand(rows).contiguous() for one in found))
+
+
+def wide(row: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`[rows, 1, ...]`, of the rank of latents of that shape."""
+    return row.reshape(-1, *(1 for _ in shape[1:]))
+
+
+def look_up(scheduler: Scheduler, timestep: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """sigma now and next, `[rows, 1, ...]`. The host waits twice per sample: for a `nonzero` and for its result."""
     indices = []
     for one in timestep:
         found = (scheduler.timesteps == one).nonzero()
         indices.append(found[min(1, len(found) - 1)].item())
-    index, wide = torch.tensor(indices), (-1, *(1 for _ in range(ndim - 1)))
-    return scheduler.sigmas[index].view(wide), scheduler.sigmas[index + 1].view(wide)
+    index = torch.tensor(indices)
+    return wide(scheduler.sigmas[index], shape), wide(scheduler.sigmas[index + 1], shape)
 
 
 def flow_sde(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: Tensor, eta: float) -> Step:
@@ -80,7 +100,7 @@ def dance_sde(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, _sigma_ma
     return Step(x + dt * v + (-0.5 * eta**2 * score) * dt, std, std, dt)
 
 
-STEPS = {"flow_sde": flow_sde, "cps": cps, "dance_sde": dance_sde}
+SAMPLERS = {"flow_sde": flow_sde, "cps": cps, "dance_sde": dance_sde}
 
 
 def sampled(step: Step, noise: Tensor) -> Tensor:
@@ -116,7 +136,7 @@ def dppo_loss(
     unmasked = -advantages * ratio
 
     squared = (step.mean - old_mean).pow(2)
-    sigma = step.std_dev_t * sqrt_dt.reshape(-1, *(1 for _ in squared.shape[1:]))
+    sigma = step.std_dev_t * wide(sqrt_dt, squared.shape)
     each = squared / (2 * sigma.pow(2))
     kl = each.mean(dim=tuple(range(1, each.ndim)))
 

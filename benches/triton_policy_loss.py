@@ -149,7 +149,7 @@ def _forward_kernel(
             advantage = tl.load(advantages + r, mask=here, other=0.0)
             if STEP:
                 now, following = tl.load(sigma + r, mask=here, other=0.5), tl.load(sigma_next + r, mask=here, other=0.0)
-                _, slope, variance = _flow_sde(now, following, noise_level, sigma_max)
+                _shift, slope, variance = _flow_sde(now, following, noise_level, sigma_max)
             else:
                 deviation = tl.load(std + r, mask=here, other=1.0)
                 slope, variance = 1.0, deviation * deviation
