@@ -209,7 +209,7 @@ def trainer_tensors(
 
 
 def trainer_limit(sampler: str) -> float:
-    """The chain's KL threshold that blocks what `KL_THRESHOLD` should: but for sde its KL is 1/(-dt) times too large."""
+    """The chain's KL threshold that blocks what `KL_THRESHOLD` should: but for sde, its KL is 1/-dt times too large."""
     if sampler == "flow_sde":
         return KL_THRESHOLD
     at = trainer_chain.at_one_step(trainer_chain.shifted_schedule(torch.device("cpu")), 1)
