@@ -1,4 +1,4 @@
-"""The pages under docs/: their code runs as printed and prints what it says, and their tables are what they were."""
+"""The README and the pages under docs/: their code prints what it says, and their tables are what they were."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_readme import BLOCK
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -33,7 +33,7 @@ def test_code_prints_what_is_shown(page):
 
 
 def test_there_are_pages():
-    assert any(BLOCK.search(page.read_text()) for page in PAGES)
+    assert sum(language == "python" for page in PAGES for language, _ in BLOCK.findall(page.read_text())) >= 4
 
 
 # ---- residual.md -----------------------------------------------------------------------------------------------------

@@ -605,6 +605,7 @@ def encode_residual(prev_sample: Tensor, mean: Tensor, std: RowVector, dtype: to
     require(where, "std", std, "the standard deviation of the transition")
     std = check_row_vector(where, FAMILY, "std", std, "prev_sample", prev_sample, row_shape, len(shape))
     wide = torch.float64 if torch.float64 in (prev_sample.dtype, mean.dtype) else torch.float32
-    divisor = row_tensor(std, row_shape, wide, prev_sample.device)
-    divisor = _wide(divisor.masked_fill(divisor == 0, math.inf), prev_sample)
-    return prev_sample.detach().to(wide, copy=True).sub_(mean.detach()).div_(divisor).to(dtype)
+    # Multiplied with 1/std, as the native `sde_step` does: the same bits from both.
+    per_std = row_tensor(std, row_shape, wide, prev_sample.device).double().reciprocal()
+    per_std = _wide(per_std.masked_fill(per_std.isinf(), 0).to(wide), prev_sample)
+    return prev_sample.detach().to(wide, copy=True).sub_(mean.detach()).mul_(per_std).to(dtype)
