@@ -176,8 +176,8 @@ def make_step_inputs(sampler: str, shape: tuple[int, ...], dtype: str, device: t
     generator = torch.Generator(device).manual_seed(0)
     schedule = trainer_chain.shifted_schedule(device)
     at = trainer_chain.at_one_step(schedule, shape[0])
-    constants = schedule.sigmas.new_tensor([NOISE_LEVEL, 0.99]).double()
-    coefficients = reference.transition(sampler, at.sigma.double(), at.sigma_next.double(), *constants)
+    noise_level, sigma_max = schedule.sigmas.new_tensor(NOISE_LEVEL).double(), schedule.sigmas[1].double()
+    coefficients = reference.transition(sampler, at.sigma.double(), at.sigma_next.double(), noise_level, sigma_max)
     a, b, std = (row.float() for row in coefficients)
     sample, old_output = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
     old_output = old_output.to(of_output)
@@ -246,7 +246,8 @@ def package_step_loss(step_loss: Callable, sampler: str, old_form: str, i: StepI
         "old_log_prob": i.old_log_prob,
         "objective": OBJECTIVE,
     }
-    schedule = {"sigma": i.sigma, "sigma_next": i.sigma_next, "noise_level": NOISE_LEVEL, "sampler": sampler}
+    sigmas = {"sigma": i.sigma, "sigma_next": i.sigma_next, "sigma_max": i.sigmas[1]}
+    schedule = {"sampler": sampler, "noise_level": NOISE_LEVEL, **sigmas}
     return (step_loss(i.model_output, i.sample, i.prev_sample, i.advantages, **schedule, **policy).loss,)
 
 
@@ -254,8 +255,10 @@ def triton_step() -> Callable[[StepInputs], Outputs]:
     from triton_policy_loss import triton_step_loss
 
     def loss(i: StepInputs) -> Outputs:
+        # sigma_max as a number: it stands in for a sigma of 1, which there is none of here.
+        schedule = (i.sigma, i.sigma_next, NOISE_LEVEL, 0.99)
         latents = (i.model_output, i.sample, i.prev_sample, i.old_mean)
-        return (triton_step_loss(*latents, i.advantages, i.sigma, i.sigma_next, NOISE_LEVEL, 0.99, KL_THRESHOLD),)
+        return (triton_step_loss(*latents, i.advantages, *schedule, KL_THRESHOLD),)
 
     return loss
 

@@ -86,7 +86,8 @@ def package_step(
     sde_step: Callable, sampler: str, replay: bool, residual_dtype: torch.dtype | None, i: StepInputs
 ) -> Outputs:
     """`sde_step`: the package's, or its reference's. The rows' sigmas stay on the device."""
-    schedule = {"sigma": i.sigma, "sigma_next": i.sigma_next, "noise_level": NOISE_LEVEL, "sampler": sampler}
+    sigmas = {"sigma": i.sigma, "sigma_next": i.sigma_next, "sigma_max": i.sigmas[1]}
+    schedule = {"sampler": sampler, "noise_level": NOISE_LEVEL, **sigmas}
     latent = {"prev_sample" if replay else "noise": i.other}
     step = sde_step(i.model_output, i.sample, **latent, **schedule, residual_dtype=residual_dtype)
     if replay:
@@ -108,14 +109,14 @@ def truth(sampler: str, replay: bool, i: StepInputs, provider: str) -> Outputs:
 def bytes_moved(replay: bool, i: StepInputs, provider: str, pass_: str) -> int:
     """Forward reads output, sample and noise or next sample, and writes the mean; what is drawn is written as well.
 
-    Backward reads the three again and the mean's gradient, and writes the output's.
+    Backward reads next sample, mean and the mean's gradient, and writes the output's.
     """
-    source = i.model_output.nbytes + i.sample.nbytes + i.other.nbytes
-    forward = source + i.grad_mean.nbytes
+    mean = i.grad_mean.nbytes  # float32 as well
+    forward = i.model_output.nbytes + i.sample.nbytes + i.other.nbytes + mean
     if not replay:
         residual = 2 * i.sample.numel() if provider == "fused_residual" else 0
         return forward + i.sample.nbytes + residual
-    return forward if pass_ == "forward" else forward + source + i.grad_mean.nbytes + i.model_output.nbytes
+    return forward if pass_ == "forward" else forward + i.other.nbytes + 2 * mean + i.model_output.nbytes
 
 
 def operation(name: str, sampler: str, replay: bool) -> Operation:

@@ -22,6 +22,11 @@ _READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
 
+def _is_like(name: str) -> bool:
+    """Takes a tensor for its shape, dtype or device, and does not read it."""
+    return name.endswith("_like") or name.startswith("aten::new_")
+
+
 class Counts(NamedTuple):
     """Of one call; None where it cannot be counted. Latent-sized: with as many elements in memory as the latents."""
 
@@ -33,7 +38,11 @@ class Counts(NamedTuple):
 
 
 def count(call: Callable[[], Any], latent_elements: int) -> Counts:
-    """`call` is made once, with the dispatcher watched: operators of this package then take their registered road."""
+    """`call` is made once, with the dispatcher watched.
+
+    Operators of this package then take their registered road, where a Python number of a schedule becomes a 0-dim
+    tensor: an operator each, on no latents, that a call without a watcher does not have.
+    """
     with _Waits() as waits, _Watch(latent_elements) as watch:
         call()
     return Counts(watch.ops, watch.latent_ops, watch.waits + waits.reads, watch.allocations, watch.bytes)
@@ -66,7 +75,7 @@ class _Watch(TorchDispatchMode):
             return result
         self.ops += 1
         self.waits += name in _WAITS
-        moved = went_in + came_out
+        moved = came_out if _is_like(name) else went_in + came_out
         if any(_elements(tensor) >= self._latent_elements for tensor in moved):
             self.latent_ops += 1
             self.bytes += sum(_elements(tensor) * tensor.element_size() for tensor in moved)

@@ -59,7 +59,7 @@ class Operation:
     """One operation and those who compute it.
 
     name: `Row.op`.
-    outputs: what a call returns, in this order; a provider may return fewer or, with `expected` to match, more.
+    outputs: what a call returns, in this order; a provider may end earlier, with `expected` to match.
     dtypes: the names that `make_inputs` takes.
     make_inputs: `(shape, dtype name, device)` to a NamedTuple of tensors.
     providers: name to a function that makes a fresh `Inputs -> outputs`: a compiled one specialises on shape and dtype.
