@@ -1,4 +1,4 @@
-"""Fused policy losses for flow-matching RL: Flow-DPPO, Flow-GRPO and GRPO-Guard.
+"""Fused policy losses and sampler steps for flow-matching RL: Flow-DPPO, Flow-GRPO and GRPO-Guard.
 
 Importing this package imports neither PyTorch nor CUDA; the functions that take tensors do, when first used.
 """
@@ -13,8 +13,9 @@ from .objectives import FlowDPPO, FlowGRPO, GRPOGuard
 
 if TYPE_CHECKING:
     from . import numpy, reference
+    from ._sde_step import SdeStep, encode_residual, sde_step
     from .advantages import group_advantages
-    from .policy_loss import loss
+    from .policy_loss import loss, step_loss
     from .result import PolicyLoss
 
 __all__ = [
@@ -22,20 +23,28 @@ __all__ = [
     "FlowGRPO",
     "GRPOGuard",
     "PolicyLoss",
+    "SdeStep",
     "__version__",
+    "encode_residual",
     "group_advantages",
     "loss",
     "numpy",
     "reference",
+    "sde_step",
+    "step_loss",
 ]
 
 # name -> module that holds it; a module listed under its own name is the attribute itself.
 _LAZY = {
     "PolicyLoss": "result",
+    "SdeStep": "_sde_step",
+    "encode_residual": "_sde_step",
     "group_advantages": "advantages",
     "loss": "policy_loss",
     "numpy": "numpy",
     "reference": "reference",
+    "sde_step": "_sde_step",
+    "step_loss": "policy_loss",
 }
 
 

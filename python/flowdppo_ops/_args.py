@@ -8,7 +8,9 @@ the left, with the rank of the rows or of the latents.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from math import prod
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -83,7 +85,7 @@ def check_row_vector(
 ) -> Any:
     """`value`: None, a number, or an array of rank 0, of the rank of the rows, or of the rank of the latents.
 
-    Returns None, a float, or a contiguous array with one element or one per row.
+    Returns None, a float, or a contiguous array of which `row_stride` says whose row an element is.
     """
     if value is None or type(value) is float:
         return value
@@ -106,9 +108,34 @@ def check_row_vector(
             f"{where}: {name} has shape {shape}, wanted a number or a shape that broadcasts to the rows {row_shape} "
             f"dimension by dimension (rank {rank}{latent})"
         )
-    if leading.count(1) != rank:
+    if row_stride(leading, row_shape) is None:
         value = family.broadcast(value.reshape(leading), row_shape)
     return family.contiguous(value)
+
+
+def row_stride(shape: tuple[int, ...], row_shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """`(divide, modulo)`: row `i` has element `(i // divide) % modulo` of a contiguous row vector of this shape.
+
+    One element is (1, 1), one per row (1, rows), [1, S] for rows [B, S] is (1, S), and [B, 1] is (S, B). None where the
+    dimensions that vary are not neighbours ([A, 1, C] for rows [A, B, C]); `check_row_vector` writes those out.
+    """
+    rank = len(row_shape)
+    if len(shape) < rank:  # 0-dim
+        return 1, 1
+    if shape[:rank] == row_shape:
+        return 1, prod(row_shape)
+    divide = modulo = inner = 1  # inner: the rows of the dimensions behind
+    for have, rows in zip(reversed(shape[:rank]), reversed(row_shape), strict=True):
+        if rows == 1:
+            continue
+        if have == rows:
+            if inner != divide * modulo:
+                return None
+            modulo *= rows
+        elif modulo == 1:
+            divide *= rows
+        inner *= rows
+    return (divide, modulo) if modulo > 1 else (1, 1)
 
 
 def check_objective(where: str, objective: Any) -> None:
@@ -119,8 +146,16 @@ def check_objective(where: str, objective: Any) -> None:
 
 
 def check_process_group(where: str, process_group: Any) -> None:
-    if process_group is not None:
-        raise ValueError(f"{where}: process_group is {process_group!r}, wanted None: sharded latents are not supported")
+    """None, or a `torch.distributed.ProcessGroup`; whoever has one has imported torch.distributed."""
+    if process_group is None:
+        return
+    kind = getattr(sys.modules.get("torch.distributed"), "ProcessGroup", ())
+    if not isinstance(process_group, kind):
+        raise TypeError(
+            f"{where}: process_group is a {type(process_group).__name__}, wanted None or a "
+            "torch.distributed.ProcessGroup"
+        )
+    raise NotImplementedError(f"{where}: process_group is given, wanted None: sharded latents are not supported yet")
 
 
 def check_rows(where: str, family: Family, advantages: Any) -> tuple[int, ...]:
@@ -162,16 +197,22 @@ def require(where: str, name: str, value: Any, why: str) -> None:
 
 
 class Latents(NamedTuple):
-    """`[rows, latent...]` each, contiguous; None where nothing reads it."""
+    """`[rows, latent...]` each, contiguous; None where nothing reads it.
 
-    prev_sample_mean: Any
+    `output` is what the gradient goes to: `prev_sample_mean` of `loss`, `model_output` of `step_loss`, which alone has
+    an `uncond_output` and a `sample`. `Schedule` says in which forms `old` and `ref` come; in `loss` they are means.
+    """
+
+    output: Any
+    uncond_output: Any
+    sample: Any
     prev_sample: Any
-    old_prev_sample_mean: Any
-    ref_prev_sample_mean: Any
+    old: Any
+    ref: Any
 
 
 class Vectors(NamedTuple):
-    """Row vectors: floats, or arrays with one element or one per row, contiguous."""
+    """Row vectors: floats, or contiguous arrays, see `row_stride`. The first three are whole: one element per row."""
 
     advantages: Any
     log_prob: Any
@@ -182,6 +223,19 @@ class Vectors(NamedTuple):
     ref_std: Any
 
 
+class Schedule(NamedTuple):
+    """What turns model outputs into means, and how the other policies are given; row vectors as in `Vectors`."""
+
+    sampler: str
+    old_form: str  # "mean", "output" or "residual"; "mean" where there is no old policy
+    ref_form: str  # "mean" or "output"; "mean" where there is no reference policy
+    sigma: Any
+    sigma_next: Any
+    noise_level: Any
+    sigma_max: Any
+    guidance_scale: Any  # None without `uncond_output`
+
+
 class Settings(NamedTuple):
     """Everything that is no array, in the order of the operator's schema; the first eight are the objective's."""
 
@@ -190,7 +244,7 @@ class Settings(NamedTuple):
     high: float
     adv_clip_max: float
     mask: str
-    normalize_kl: bool
+    kl_divisor: str  # "gaussian" (2 std^2), "constant" (2) or "velocity" (b^2, in `step_loss` only)
     keep_nan_kl: bool
     per_row_scale: bool
     density: str
@@ -200,16 +254,17 @@ class Settings(NamedTuple):
 
 
 def differentiates_mean(latents: Latents, objective: str) -> bool:
-    """Whether the loss depends on `prev_sample_mean` through more than a KL that is only compared."""
-    return latents.prev_sample is not None or latents.ref_prev_sample_mean is not None or objective == "grpo_guard"
+    """Whether the loss depends on the mean, and so on `output`, through more than a KL that is only compared."""
+    return latents.prev_sample is not None or latents.ref is not None or objective == "grpo_guard"
 
 
 class LossCall(NamedTuple):
-    """A checked call of `loss`."""
+    """A checked call of `loss`, or of `step_loss`, which has a schedule instead of a std."""
 
     row_shape: tuple[int, ...]
     latents: Latents
     vectors: Vectors
+    schedule: Schedule | None
     settings: Settings
     double: bool  # arithmetic in float64
 
@@ -287,6 +342,8 @@ def check_loss(
     contiguous = family.contiguous
     latents = Latents(
         None if mean is None else contiguous(mean),
+        None,
+        None,
         None if prev_sample is None else contiguous(prev_sample),
         None if old is None else contiguous(old),
         None if ref is None else contiguous(ref),
@@ -309,4 +366,4 @@ def check_loss(
     for array in (mean, prev_sample, old, ref, log_prob, old_log_prob):
         if array is not None and array.dtype == float64:
             double = True
-    return LossCall(row_shape, latents, vectors, settings, double)
+    return LossCall(row_shape, latents, vectors, None, settings, double)

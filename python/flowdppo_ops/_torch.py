@@ -30,4 +30,14 @@ def row_tensor(
     if not isinstance(value, torch.Tensor):
         return torch.full(row_shape, value, dtype=dtype, device=device)
     value = value.detach().to(dtype)
-    return value.reshape(()).expand(row_shape) if value.numel() == 1 else value.reshape(row_shape)
+    leading = () if value.numel() == 1 else value.shape[: len(row_shape)]
+    return value.reshape(leading).expand(row_shape)
+
+
+def draw_noise(like: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:
+    """Standard normal latents. A generator draws on its own device, as diffusers has it: a CPU generator gives the same
+    noise for latents on any GPU."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}, wanted a torch.Generator")
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, dtype=dtype, device=device).to(like.device)

@@ -64,8 +64,11 @@ def loss(
     Raises:
         ValueError, TypeError: as `flowdppo_ops.loss`.
     """
+    where = "flowdppo_ops.numpy.loss"
+    if process_group is not None:
+        raise ValueError(f"{where}: process_group is {process_group!r}, wanted None: arrays belong to one process")
     call = _args.check_loss(
-        "flowdppo_ops.numpy.loss",
+        where,
         _FAMILY,
         prev_sample_mean=prev_sample_mean,
         old_prev_sample_mean=old_prev_sample_mean,
@@ -88,7 +91,7 @@ def loss(
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     latents, vectors, settings = call.latents, call.vectors, call.settings
-    mean, rows = latents.prev_sample_mean, vectors.advantages.size
+    mean, rows = latents.output, advantages.size
     numel = 0 if mean is None else mean.size // rows
     arrays = tuple(_array(t) for t in latents)
     dtype = np.float64 if call.double else np.float32
@@ -96,7 +99,8 @@ def loss(
     numbers = np.empty(rows * _native.FIELDS + _native.BATCH_LEN, dtype)
     _native.policy_loss_forward(
         arrays,
-        tuple(_vector(v) for v in vectors),
+        tuple(_vector(v, call.row_shape) for v in vectors),
+        None,
         rows,
         numel,
         call.double,
@@ -104,14 +108,16 @@ def loss(
         settings[8:],
         (_address(value), _address(numbers)),
         None,
+        None,
         threads,
     )
     # The same two questions as in the operator's autograd: who has a gradient.
     of_mean = _args.differentiates_mean(latents, settings.objective)
     grad_mean = np.empty_like(mean) if of_mean else None
     grad_log_prob = np.empty(rows, dtype) if log_prob is not None else None
+    gradients = (_array(grad_mean), None), _array(grad_log_prob)
     _native.policy_loss_backward(
-        arrays, 1.0, _address(numbers), rows, numel, call.double, _array(grad_mean), _array(grad_log_prob), threads
+        arrays, None, 1.0, _address(numbers), rows, numel, call.double, *gradients, threads
     )
     if grad_log_prob is None:
         return value[()], grad_mean
@@ -127,7 +133,9 @@ def _array(array: np.ndarray | None) -> tuple[int, str] | None:
     return None if array is None else (_address(array), _FAMILY.dtypes[array.dtype])
 
 
-def _vector(value: float | np.ndarray | None) -> float | tuple[int, str, int, int] | None:
+def _vector(
+    value: float | np.ndarray | None, row_shape: tuple[int, ...]
+) -> float | tuple[int, str, int, int] | None:
     if value is None or isinstance(value, float):
         return value
-    return _address(value), _FAMILY.dtypes[value.dtype], 1, value.size
+    return _address(value), _FAMILY.dtypes[value.dtype], *_args.row_stride(value.shape, row_shape)

@@ -28,7 +28,7 @@ class FlowDPPO:
         mask: "asymmetric" as above; "symmetric" blocks every row of high KL; "none" blocks nothing.
         nan_kl: "mask" counts a NaN KL as high (UniRL), "keep" as low (verl-omni).
         kl_space: "latent" compares the KL of the transition; "velocity", in `step_loss` only, the mean squared
-            difference of the model outputs.
+            difference of the model outputs, whatever `normalize_kl` says.
 
     Raises:
         ValueError: unknown option, or a threshold that is negative or NaN.
@@ -50,13 +50,14 @@ class FlowDPPO:
         check_option("FlowDPPO", "nan_kl", self.nan_kl, ("mask", "keep"))
         check_option("FlowDPPO", "kl_space", self.kl_space, ("latent", "velocity"))
         threshold = float(self.kl_mask_threshold)
+        divisor = "velocity" if self.kl_space == "velocity" else "gaussian" if self.normalize_kl else "constant"
         _set_native(
             self,
             objective="flow_dppo",
             low=threshold,
             high=threshold,
             mask=self.mask,
-            normalize_kl=bool(self.normalize_kl),
+            kl_divisor=divisor,
             keep_nan_kl=self.nan_kl == "keep",
         )
 
@@ -153,10 +154,10 @@ def _set_native(
     high: float,
     adv_clip_max: float = math.inf,
     mask: str = "none",
-    normalize_kl: bool = True,
+    kl_divisor: str = "gaussian",
     keep_nan_kl: bool = False,
     per_row_scale: bool = False,
 ) -> None:
     """Stores the flat form that crosses into the operator schema and Rust; built once, not per call."""
-    flat = (objective, low, high, adv_clip_max, mask, normalize_kl, keep_nan_kl, per_row_scale)
+    flat = (objective, low, high, adv_clip_max, mask, kl_divisor, keep_nan_kl, per_row_scale)
     object.__setattr__(instance, "_native", flat)

@@ -1,20 +1,22 @@
-"""`loss`: the policy loss of a flow-matching RL trainer, fused."""
+"""`loss` and `step_loss`: the policy loss of a flow-matching RL trainer, fused, from means or from model outputs."""
 
 from __future__ import annotations
 
-import os
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from . import _args
+from ._args import LossCall, check_loss
 from ._check import check_values
 from ._library.policy_loss import policy_loss
+from ._step_args import check_step_loss
+from ._switches import check_backend, wants_checks, wants_reference
 from ._torch import FAMILY
 from .objectives import FlowDPPO, Objective
 from .result import PolicyLoss
 
-_WHERE = "flowdppo_ops.loss"
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def loss(
@@ -35,7 +37,7 @@ def loss(
     density: str = "gaussian",
     latent_reduction: str = "mean",
     reduction: str = "mean",
-    process_group: None = None,
+    process_group: ProcessGroup | None = None,
 ) -> PolicyLoss:
     """Gaussian log-prob, KL, ratio, mask or clip, and loss, in one pass over the latents; one more for the gradient.
 
@@ -69,7 +71,7 @@ def loss(
         latent_reduction: "mean" over the latents, as all trainers do, or "sum" for joint log-probs and KLs.
         reduction: over rows. "mean", "sum", "none" (row-shaped), or "kept_mean": the kept rows' losses over their
             count. The reference term is summed with "sum", averaged over all rows otherwise.
-        process_group: not supported; must be None.
+        process_group: None, or the `torch.distributed` group whose ranks each hold a shard of every row's latents.
 
     Returns:
         `PolicyLoss`. `.loss` is differentiable in `prev_sample_mean` (given `prev_sample`, a reference term or
@@ -87,10 +89,11 @@ def loss(
     Source: arXiv 2606.11025 (Flow-DPPO); verl-omni `FlowDPPOLoss`, `FlowGRPOLoss`, `GRPOGuardLoss` and `KLLoss`; UniRL
     `_flowdppo_kl_adv_loss`. `flowdppo_ops.reference` states every formula.
     """
-    if _is_set(_BACKEND, _REFERENCE):
+    if wants_reference():
         return _reference().loss(**locals())
-    call = _args.check_loss(
-        _WHERE,
+    where = "flowdppo_ops.loss"
+    call = check_loss(
+        where,
         FAMILY,
         prev_sample_mean=prev_sample_mean,
         old_prev_sample_mean=old_prev_sample_mean,
@@ -110,29 +113,123 @@ def loss(
         reduction=reduction,
         process_group=process_group,
     )
-    if advantages.device.type not in ("cpu", "cuda"):
-        raise RuntimeError(
-            f"{_WHERE}: no backend for device {advantages.device}, wanted cpu or cuda; flowdppo_ops.reference.loss "
-            "runs on any device (FLOWDPPO_OPS_BACKEND=reference sends every call there)"
-        )
-    if _is_set(_CHECK, _ON):
-        check_values(_WHERE, call)
+    return _run(where, call)
+
+
+def step_loss(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    advantages: Tensor,
+    *,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    noise_level: float | Tensor,
+    sampler: str = "flow_sde",
+    sigma_max: float | Tensor = 0.99,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    old_prev_sample_mean: Tensor | None = None,
+    old_model_output: Tensor | None = None,
+    old_residual: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
+    weights: float | Tensor | None = None,
+    ref_prev_sample_mean: Tensor | None = None,
+    ref_model_output: Tensor | None = None,
+    ref_kl_weight: float = 0.0,
+    ref_std: float | Tensor | None = None,
+    objective: Objective = FlowDPPO(),  # noqa: B008 (frozen)
+    latent_reduction: str = "mean",
+    reduction: str = "mean",
+    process_group: ProcessGroup | None = None,
+) -> PolicyLoss:
+    """`loss` from the model's raw output: scheduler step, log-prob, KL and objective; one more pass for the gradient.
+
+    Rows, latents and row vectors are as in `loss`. The steps of a trajectory are rows too: `[B, S, ...]` latents,
+    `[B, S]` advantages, and a schedule of `[1, S]` or `[1, S, 1, 1, 1]`.
+
+    Args:
+        model_output: latents; the velocity `v` that the trained policy predicts. The gradient goes here, in its dtype.
+        sample, prev_sample: latents; `x` and the next latent `x'` that the rollout drew from it, constants.
+        advantages: rows.
+        sigma, sigma_next: row vectors in [0, 1], `sigma_next < sigma`; the noise levels now and next.
+        noise_level: row vector >= 0; the trainers' `eta`.
+        sampler: "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO) or "cps" (coefficients-preserving sampling). Decides
+            the density: CPS has its own, the others are Gaussian.
+        sigma_max: row vector < 1; stands in for `sigma` in `1 - sigma` where `sigma == 1` exactly. Trainers pass
+            `sigmas[1]`. For "flow_sde" alone.
+        uncond_output, guidance_scale: latents and row vector, together or not at all; classifier-free guidance. The
+            step takes `uncond_output + guidance_scale * (model_output - uncond_output)`, and both have a gradient.
+        old_prev_sample_mean, old_model_output, old_residual: latents; the old policy, exactly one of its mean, its
+            model output (after its guidance), or its residual `(x' - mu_old) / std` as `encode_residual` or
+            `sde_step(residual_dtype=...)` gives it: the one to store in two bytes. The KL of an equal model output is
+            exactly 0. None is needed by `FlowGRPO` with `old_log_prob`; then `.kl` is None.
+        old_log_prob: rows; as in `loss`. Of `sde_step`, or of a trainer's scheduler with its normaliser.
+        weights: as in `loss`.
+        ref_prev_sample_mean, ref_model_output: latents; the reference policy for the penalty, exactly one of its mean
+            and its model output (after its guidance), if `ref_kl_weight` is not 0.
+        ref_kl_weight: as in `loss`.
+        ref_std: row vector; None takes the transition's.
+        objective: `FlowDPPO`, `FlowGRPO` or `GRPOGuard`. `FlowDPPO(kl_space="velocity")` compares `mean (v - v_old)^2`.
+        latent_reduction, reduction, process_group: as in `loss`.
+
+    A row is *deterministic* where the transition's std is 0: `noise_level` 0, or the last step of "cps". Nothing is
+    random there, so a Gaussian `log_prob` is 0 with gradient 0, the log-ratio without `old_log_prob` is 0, a residual
+    stands for `mu_old = x'`, and a KL or a reference penalty whose divisor is 0 is 0. CPS keeps its log-prob, which
+    needs no std.
+
+    Returns:
+        `PolicyLoss`, differentiable in `model_output` and `uncond_output`, once.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `loss`.
+
+    Environment: as `loss`; `FLOWDPPO_OPS_CHECK=1` checks the ranges above.
+
+    Source: as `loss`; UniRL `FlowSDEStrategy`, `CPSSDEStrategy` and `DanceSDEStrategy`; verl-omni
+    `FlowMatchSDEDiscreteScheduler`. `flowdppo_ops.reference.transition` states the coefficients.
+    """
+    if wants_reference():
+        return _reference().step_loss(**locals())
+    where = "flowdppo_ops.step_loss"
+    call = check_step_loss(
+        where,
+        FAMILY,
+        model_output=model_output,
+        sample=sample,
+        prev_sample=prev_sample,
+        advantages=advantages,
+        sigma=sigma,
+        sigma_next=sigma_next,
+        noise_level=noise_level,
+        sampler=sampler,
+        sigma_max=sigma_max,
+        uncond_output=uncond_output,
+        guidance_scale=guidance_scale,
+        old_prev_sample_mean=old_prev_sample_mean,
+        old_model_output=old_model_output,
+        old_residual=old_residual,
+        old_log_prob=old_log_prob,
+        weights=weights,
+        ref_prev_sample_mean=ref_prev_sample_mean,
+        ref_model_output=ref_model_output,
+        ref_kl_weight=ref_kl_weight,
+        ref_std=ref_std,
+        objective=objective,
+        latent_reduction=latent_reduction,
+        reduction=reduction,
+        process_group=process_group,
+    )
+    return _run(where, call)
+
+
+def _run(where: str, call: LossCall) -> PolicyLoss:
+    check_backend(where, call.vectors.advantages.device)
+    if wants_checks():
+        check_values(where, call)
     value, numbers = policy_loss(call)
     latents = call.latents
-    has_kl, has_ref = latents.old_prev_sample_mean is not None, latents.ref_prev_sample_mean is not None
-    return PolicyLoss(value, numbers, call.row_shape, has_kl, has_ref)
-
-
-# The mapping behind `os.environ`, keyed as the platform has it. A name that is not set costs 0.5 us in
-# `os.environ.get`, an exception raised and caught, and 0.05 us here: 6 % of a call on an image latent.
-_SETTINGS = getattr(os.environ, "_data", os.environ)
-_BACKEND, _CHECK = (os.environ.encodekey(f"FLOWDPPO_OPS_{name}") for name in ("BACKEND", "CHECK"))
-_REFERENCE, _ON = (os.environ.encodevalue(value) for value in ("reference", "1"))
-
-
-def _is_set(name: bytes | str, value: bytes | str) -> bool:
-    """Read at every call, so that a debugger's shell or a test can switch; not while a graph is captured."""
-    return not torch.compiler.is_compiling() and _SETTINGS.get(name) == value
+    return PolicyLoss(value, numbers, call.row_shape, latents.old is not None, latents.ref is not None)
 
 
 def _reference():
