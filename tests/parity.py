@@ -272,7 +272,10 @@ def as_means(arguments: dict[str, Any]) -> tuple[dict[str, Any], Spread]:
     mean = wide(a) * x + wide(b) * v
     spread = (wide(a) * x).abs() + (wide(b) * v).abs() + wide(b).abs() * v_spread
     out = arguments | {"prev_sample_mean": mean, "std": torch.where(std == 0, 1.0, std)}
-    out |= {"sqrt_dt": torch.sqrt(sigma - sigma_next), "density": "cps" if arguments["sampler"] == "cps" else "gaussian"}
+    out |= {
+        "sqrt_dt": torch.sqrt(sigma - sigma_next),
+        "density": "cps" if arguments["sampler"] == "cps" else "gaussian",
+    }
     drift_spread = spread
     if "old_model_output" in arguments:
         out["old_prev_sample_mean"] = mean - wide(b) * (v - arguments["old_model_output"])

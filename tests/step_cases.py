@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from cases import OBJECTIVES, THRESHOLD
+from cases import OBJECTIVES, THRESHOLD, mask_cells
 
 from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, reference
 
@@ -144,3 +144,18 @@ def draw_step(
     if weights:
         keep("weights", uniform(0.5, 1.5))
     return out | {"sampler": sampler} | options
+
+
+def step_mask_cells(
+    numel: int, old_form: str, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """The rows of `cases.mask_cells` as steps: sigma 1 -> 3/4 with noise level 1/4 of Dance-SDE has b = -1/4 and
+    std = 1/8. The samples are 0, so that means, outputs and residuals are all exact."""
+    arguments, keep = mask_cells(numel, dtype)
+    mean, old_mean, x_next = (
+        arguments.pop(name) for name in ("prev_sample_mean", "old_prev_sample_mean", "prev_sample")
+    )
+    old = {"mean": old_mean, "output": -4 * old_mean, "residual": (x_next - old_mean) / arguments.pop("std")}[old_form]
+    arguments |= {"sampler": "dance_sde", "sigma": 1.0, "sigma_next": 0.75, "noise_level": 0.25}
+    latents = {"model_output": -4 * mean, "sample": torch.zeros_like(mean), "prev_sample": x_next}
+    return arguments | latents | {OLD_FORMS[old_form]: old}, keep

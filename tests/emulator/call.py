@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from emulator.build import Fault, build
 from launch_arguments import Backward, Forward, Latents, Problem, RowVector, Schedule
 from torch import Tensor
 
@@ -117,6 +118,12 @@ class Server:
             self.process.stdout.close()  # type: ignore[union-attr]
             self.process.wait()
             self.process = None
+
+
+def start(folder: Path, sanitizer: str, fault: Fault | None = None) -> Server:
+    """`folder` is made for the build."""
+    folder.mkdir()
+    return Server(build(folder, sanitizer, fault), threads=64 if sanitizer == "tsan" else 256)
 
 
 @functools.cache
@@ -276,7 +283,9 @@ class Emulated:
             problem.old_form, problem.ref_form = FORMS.index(schedule.old_form), FORMS.index(schedule.ref_form)
             problem.schedule.sampler = 1 + _args.SAMPLERS.index(schedule.sampler)
             at += Problem.schedule.offset
-            given = dict(zip(("sigma", "sigma_next", "noise_level", "sigma_max", "guidance"), schedule[3:], strict=True))
+            given = dict(
+                zip(("sigma", "sigma_next", "noise_level", "sigma_max", "guidance"), schedule[3:], strict=True)
+            )
             for name, value in given.items():
                 launch.row_vector(getattr(problem.schedule, name), at + getattr(Schedule, name).offset, value)
         return launch, rows
