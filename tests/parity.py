@@ -220,7 +220,7 @@ def scales(arguments: dict[str, Any], truth: Results) -> dict[str, Tensor]:
     loss = {"none": row_loss, "mean": row_loss.mean(), "sum": row_loss.sum(), "kept_mean": row_loss.sum() / kept}
     out = {"log_prob": log_prob, "log_ratio": log_ratio, "ratio": ratio, "loss": loss[reduction]}
 
-    # A row's gradient is one coefficient times a latent: it inherits the relative error of its ratio, and of the latent.
+    # A row's gradient is one coefficient times a latent: it inherits the relative error of both.
     for name in wanted:
         gradient = torch.nan_to_num(truth[f"grad {name}"].abs(), nan=0.0, posinf=0.0)
         largest = gradient.reshape(*shape, -1).amax(-1) * (1 + exponent)

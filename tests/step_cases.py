@@ -1,4 +1,4 @@
-"""Inputs for `step_loss`, drawn so that every branch of the objectives is entered, as `cases.draw` draws those of `loss`.
+"""Inputs for `step_loss`, drawn so that every branch of the objectives is entered, as `cases.draw` does for `loss`.
 
 Outputs and samples come first; the old policy is a drift of chosen KL away from the mean that they make, and the next
 sample leans along or against that drift. Whatever a latent is stored as is rounded before others are formed from it.
@@ -76,8 +76,8 @@ def draw_step(
     """Keyword arguments for `step_loss`.
 
     old_form: None draws no old policy. deterministic: every third row has no noise. `options` go to `step_loss`; with a
-    `ref_form` the weight of the reference term is 0.5. The row's number picks its KL (0.1 or 10 thresholds), the side of
-    its ratio and the sign of its advantage, with periods 2, 4 and 12.
+    `ref_form` the weight of the reference term is 0.5. The row's number picks its KL (0.1 or 10 thresholds), the side
+    of its ratio and the sign of its advantage, with periods 2, 4 and 12.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, numel = math.prod(row_shape), math.prod(latent_shape)

@@ -1,4 +1,4 @@
-"""The kernels behind `step_loss`, run by the emulator as those behind `loss` are in test_emulator.py: the whole suite of
+"""The kernels behind `step_loss`, run by the emulator as test_emulator.py runs those behind `loss`: the whole suite of
 `step_loss`, rows cut in every way, sharded latents, races, and planted faults in what a step alone has."""
 
 from __future__ import annotations
@@ -242,8 +242,8 @@ def check_deterministic(server):
             three_way(EmulatedStepLoss(server, splits=1), arguments)
 
 
-def check_clipped_residual(server):
-    """A given old log-prob far off: a blocked policy term, and the drift alone in the gradient of GRPO-Guard."""
+def check_drift_alone(server):
+    """In a deterministic row the log-prob has no gradient, and GRPO-Guard's drift still has."""
     arguments = draw_step(old_form="residual", objective=GUARD, deterministic=True)
     three_way(EmulatedStepLoss(server), arguments)
 
@@ -308,7 +308,7 @@ FAULTS = {
     ),
     "next not read for a residual": (
         Fault(SOURCE, "wanted.innovation || old_form == kResidualForm)", "wanted.innovation)"),
-        "asan", check_clipped_residual, "grad",
+        "asan", check_drift_alone, "grad",
     ),
     "vectors at an odd address": (
         Fault(SOURCE, "sample.aligned() && next.aligned()", "sample.aligned()"), "asan", check_odd_address, "misaligned"

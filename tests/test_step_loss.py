@@ -81,7 +81,7 @@ def test_schedules(step_loss, schedule):
 @old_forms
 @objectives
 def test_deterministic_rows(step_loss, sampler, old_form, objective):
-    """No noise in every third row: finite numbers, as the reference defines them, and no gradient through a log-prob."""
+    """No noise in every third row: finite numbers, as the reference defines them; a Gaussian log-prob is 0."""
     for ref_form in (None, "output"):
         options = {"objective": objective, "ref_form": ref_form, "old_log_prob": ref_form is None}
         arguments = draw_step(sampler=sampler, old_form=old_form, deterministic=True, **options)
