@@ -31,6 +31,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_forward_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_shard_sums_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_backward_cuda, module)?)?;
+    module.add("SDE_STEP_NUMBERS", ops::sde_step::NUMBERS)?;
+    module.add_function(wrap_pyfunction!(python::sde_step::sde_step_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sde_step::sde_step_backward, module)?)?;
     module.add_function(wrap_pyfunction!(python::cuda_images, module)?)?;
     module.add_function(wrap_pyfunction!(python::cuda_entry_points, module)?)
 }

@@ -14,14 +14,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--impl",
         choices=("fused", "reference"),
         default="fused",
-        help="run the tests of `loss` on flowdppo_ops.loss (default) or on flowdppo_ops.reference.loss",
+        help="run the tests on the functions of flowdppo_ops (default) or on those of flowdppo_ops.reference",
     )
 
 
 @pytest.fixture(scope="session")
-def loss(request: pytest.FixtureRequest):
+def api(request: pytest.FixtureRequest):
+    """What holds the functions under test."""
+    return reference if request.config.getoption("--impl") == "reference" else flowdppo_ops
+
+
+@pytest.fixture(scope="session")
+def loss(api):
     """The `loss` under test."""
-    return reference.loss if request.config.getoption("--impl") == "reference" else flowdppo_ops.loss
+    return api.loss
 
 
 @pytest.fixture(scope="session")

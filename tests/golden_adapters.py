@@ -1,8 +1,8 @@
 """How each recorded trainer function is said through this package.
 
 `ADAPTERS[group](case, api, double)` runs a case and returns our results under the names of the recorded ones. `api`
-holds the functions under test. What a trainer calls differently (names, a standard deviation without sqrt(-dt), a
-biased deviation of the ratios, ...) is converted here, and nothing else is.
+holds the functions under test: `flowdppo_ops`, or its `reference`. What a trainer calls differently (names, a standard
+deviation without sqrt(-dt), a biased deviation of the ratios, ...) is converted here, and nothing else is.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from golden.load import Case
 from torch import Tensor
 
-from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, PolicyLoss, reference
+from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, PolicyLoss
 
 Results = dict[str, Tensor | None]
-Loss = Callable[..., PolicyLoss]
+Api = Any
 
 # flow_grpo, verl-omni and Flow-Factory hold log(sqrt(2 pi)) as a float32 tensor, which stays float32 when the rest is
 # double. The two constants round to the same float32 number, so this only shows in double precision.
@@ -64,14 +64,14 @@ def _metrics(result: PolicyLoss, prefix: str = "", rename: dict[str, str] | None
 # ---- losses: a, a2, b, c, g2, i2 -------------------------------------------------------------------------------------
 
 
-def _unirl(case: Case, loss: Loss, double: bool, objective: Any) -> Results:
+def _unirl(case: Case, api: Api, double: bool, objective: Any) -> Results:
     """UniRL `_flowdppo_kl_adv_loss` and `_grpo_clip_loss`: per-element losses, reduced by the caller."""
     given = case.inputs(double)
     shape = case.params.get("new_means_shape")  # means that only matter by their shape are left out of the file
     mean = _leaf(torch.zeros(shape) if shape else given.get("new_means"))
     log_prob = _leaf(given["new_logp"])
     call = partial(
-        loss,
+        api.loss,
         mean,
         torch.zeros(shape) if shape else given.get("old_means"),
         given["advantages"],
@@ -91,14 +91,14 @@ def _unirl(case: Case, loss: Loss, double: bool, objective: Any) -> Results:
     }
 
 
-def _unirl_mask(case: Case, loss: Loss, double: bool) -> Results:
-    return _unirl(case, loss, double, FlowDPPO(kl_mask_threshold=case.number("kl_mask_threshold")))
+def _unirl_mask(case: Case, api: Api, double: bool) -> Results:
+    return _unirl(case, api, double, FlowDPPO(kl_mask_threshold=case.number("kl_mask_threshold")))
 
 
-def _unirl_clip(case: Case, loss: Loss, double: bool) -> Results:
+def _unirl_clip(case: Case, api: Api, double: bool) -> Results:
     low = case.number("clip_range")
     high = case.params.get("clip_range_high")
-    return _unirl(case, loss, double, FlowGRPO(clip_range=(low, low if high is None else high)))
+    return _unirl(case, api, double, FlowGRPO(clip_range=(low, low if high is None else high)))
 
 
 def _rows(given: dict[str, Tensor], *names: str) -> list[Tensor | None]:
@@ -112,13 +112,13 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _one_step(
-    case: Case, loss: Loss, double: bool, objective: Any, **more: Any
+    case: Case, api: Api, double: bool, objective: Any, **more: Any
 ) -> tuple[PolicyLoss, Results, dict[str, Tensor]]:
     """A loss over `[B]` rows of one step, with its gradients, as verl-omni, flow_grpo and Flow-Factory write it."""
     given = case.inputs(double)
     std_dev_t, sqrt_dt = _rows(given, "std_dev_t", "sqrt_dt")
     mean, log_prob = _leaf(given.get("prev_sample_mean")), _leaf(given["log_prob"])
-    result = loss(
+    result = api.loss(
         mean,
         given.get("old_prev_sample_mean"),
         given["advantages"],
@@ -156,17 +156,17 @@ def _verl_metrics(result: PolicyLoss, loss_mode: str) -> Results:
     return values
 
 
-def _verl_loss(case: Case, loss: Loss, double: bool, loss_mode: str) -> Results:
-    result, ours, _ = _one_step(case, loss, double, _verl_objective(case, loss_mode))
+def _verl_loss(case: Case, api: Api, double: bool, loss_mode: str) -> Results:
+    result, ours, _ = _one_step(case, api, double, _verl_objective(case, loss_mode))
     return ours | _verl_metrics(result, loss_mode)
 
 
-def _verl_kl(case: Case, loss: Loss, double: bool) -> Results:
+def _verl_kl(case: Case, api: Api, double: bool) -> Results:
     """`KLLoss` is our reference term with nothing else in the loss."""
     given = case.inputs(double)
     mean = _leaf(given["prev_sample_mean"])
     zeros = torch.zeros(mean.shape[0], dtype=mean.dtype)
-    result = loss(
+    result = api.loss(
         mean,
         None,
         zeros,
@@ -181,7 +181,7 @@ def _verl_kl(case: Case, loss: Loss, double: bool) -> Results:
     return ours | _metrics(result, "actor/")
 
 
-def _script_loss(case: Case, loss: Loss, double: bool) -> Results:
+def _script_loss(case: Case, api: Api, double: bool) -> Results:
     """flow_grpo's `train_sd3.py` and the GRPO-Guard script."""
     kind = GRPOGuard if case.params["rationorm"] else FlowGRPO
     objective = kind(clip_range=case.number("clip_range"), adv_clip_max=case.number("adv_clip_max"))
@@ -192,13 +192,13 @@ def _script_loss(case: Case, loss: Loss, double: bool) -> Results:
         "ref_prev_sample_mean": given.get("ref_prev_sample_mean"),
         "ref_std": given["std_dev_t"],
     }
-    result, ours, _ = _one_step(case, loss, double, objective, **reference_term)
-    policy_loss = _one_step(case, loss, double, objective)[1]["out.loss"]
+    result, ours, _ = _one_step(case, api, double, objective, **reference_term)
+    policy_loss = _one_step(case, api, double, objective)[1]["out.loss"]
     ours |= {"out.policy_loss": policy_loss, "metric.policy_loss": policy_loss, "metric.loss": result.loss}
     return ours | _metrics(result, rename={"clip_fraction": "clipfrac"})
 
 
-def _flowfactory_loss(case: Case, loss: Loss, double: bool) -> Results:
+def _flowfactory_loss(case: Case, api: Api, double: bool) -> Results:
     """Flow-Factory `GRPOTrainer` and `GRPOGuardTrainer`; its guard has no final division by -dt."""
     (low, high), (_, limit) = case.params["clip_range"], case.params["adv_clip_range"]
     given = case.inputs(double)
@@ -206,7 +206,7 @@ def _flowfactory_loss(case: Case, loss: Loss, double: bool) -> Results:
     common = {"clip_range": (-low, high), "adv_clip_max": limit}
     guard = "guard" in case.name
     objective = GRPOGuard(**common, per_row_scale=True) if guard else FlowGRPO(**common)
-    result, ours, _ = _one_step(case, loss, double, objective, std=std_dev_t * (-dt).sqrt(), sqrt_dt=1.0)
+    result, ours, _ = _one_step(case, api, double, objective, std=std_dev_t * (-dt).sqrt(), sqrt_dt=1.0)
     if guard:  # upstream's ratio is [B,1,..,1,B]: the scale of row i with the log-prob of row j
         ours["out.ratio"] = ours["out.ratio"].expand(case.arrays["out.ratio"].shape)
     names = {"clip_fraction": "clip_frac_total", "clipfrac_gt_one": "clip_frac_high"}
@@ -216,10 +216,10 @@ def _flowfactory_loss(case: Case, loss: Loss, double: bool) -> Results:
 # ---- steps: d, d2, e, g, i -------------------------------------------------------------------------------------------
 
 
-def _step(case: Case, double: bool, velocity_name: str, **schedule: Any) -> tuple[Results, Tensor]:
+def _step(case: Case, api: Api, double: bool, velocity_name: str, **schedule: Any) -> tuple[Results, Tensor]:
     given = case.inputs(double)
     velocity = _leaf(given[velocity_name])
-    step = reference.sde_step(velocity, given["sample"], prev_sample=given["prev_sample"], **schedule)
+    step = api.sde_step(velocity, given["sample"], prev_sample=given["prev_sample"], **schedule)
     scores = (step.log_prob * given["w"]).sum()
     ours = {
         "out.log_prob": step.log_prob,
@@ -231,10 +231,11 @@ def _step(case: Case, double: bool, velocity_name: str, **schedule: Any) -> tupl
     return ours, step.std
 
 
-def _unirl_step(case: Case, double: bool) -> Results:
+def _unirl_step(case: Case, api: Api, double: bool) -> Results:
     given = case.inputs(double)
     ours, std = _step(
         case,
+        api,
         double,
         "noise_pred",
         sampler=_SAMPLERS[case.params["canonical_name"]],
@@ -257,13 +258,13 @@ def _schedule(sigmas: Tensor, index: Tensor, sampler: str, noise_level: float | 
     }
 
 
-def _scheduler_step(case: Case, double: bool) -> Results:
+def _scheduler_step(case: Case, api: Api, double: bool) -> Results:
     """verl-omni, flow_grpo, the guard fork, miles: `std_dev_t` of Flow-SDE is without sqrt(-dt)."""
     given, params = case.inputs(double), case.params
     index, noise_level = torch.tensor(params["step_indices"]), given.get("noise_level", params["noise_level"])
     schedule = _schedule(given["sigmas"], index, params.get("sde_type", "sde"), noise_level)
     normalizer = params.get("include_logprob_normalizer", True)
-    ours, std = _step(case, double, "model_output", log_prob_normalizer=normalizer, **schedule)
+    ours, std = _step(case, api, double, "model_output", log_prob_normalizer=normalizer, **schedule)
     if double and normalizer and schedule["sampler"] != "cps":
         ours["out.log_prob"] = ours["out.log_prob"] + NORMALIZER_ERROR * (std > 0)
     if schedule["sampler"] == "flow_sde":
@@ -272,13 +273,14 @@ def _scheduler_step(case: Case, double: bool) -> Results:
     return ours | {"out.std_dev_t": std[0] if one else std}
 
 
-def _flowfactory_step(case: Case, double: bool) -> Results:
+def _flowfactory_step(case: Case, api: Api, double: bool) -> Results:
     """Trainer path: sigma is the timestep over 1000. `std_dev_t` of both SDEs is without sqrt(-dt)."""
     given = case.inputs(double)
     sigma, sigma_next = given["timestep"] / 1000, given["timestep_next"] / 1000
     sampler = _SAMPLERS[case.params["dynamics_type"]]
     ours, std = _step(
         case,
+        api,
         double,
         "model_output",
         sampler=sampler,
@@ -290,23 +292,23 @@ def _flowfactory_step(case: Case, double: bool) -> Results:
     return ours | {"out.std_dev_t": std if sampler == "cps" else std / torch.sqrt(sigma - sigma_next)}
 
 
-def _unirl_sigma_t(case: Case, double: bool) -> Results:
+def _unirl_sigma_t(case: Case, api: Api, double: bool) -> Results:
     """The sigma in `step_loss`'s KL, read back from the KL of two means that are 1 apart, and the transition's."""
     sigmas, index = case.inputs(double)["sigmas"], torch.tensor(case.params["target_steps"])
     zeros = torch.zeros(len(index), 1)
     call = {"sigma": sigmas[index], "sigma_next": sigmas[index + 1], "noise_level": case.number("eta")}
     objective = FlowDPPO(normalize_kl=case.params["add_kl_coefficient"])
-    result = reference.step_loss(
+    result = api.step_loss(
         zeros, zeros, zeros, zeros[:, 0], old_prev_sample_mean=zeros + 1, objective=objective, **call
     )
-    step = reference.sde_step(zeros, zeros, prev_sample=zeros, sigma_max=sigmas[1], **call)
+    step = api.sde_step(zeros, zeros, prev_sample=zeros, sigma_max=sigmas[1], **call)
     return {"out.sigma_t": torch.sqrt(0.5 / result.kl), "aux.replay_transition_std": step.std}
 
 
-def _advantage(case: Case, double: bool) -> Results:
+def _advantage(case: Case, api: Api, double: bool) -> Results:
     std = ("global" if case.params["global_std"] else "group") if case.params["norm_adv_by_std_in_grpo"] else None
     given = case.inputs(double)
-    call = partial(reference.group_advantages, given["sample_level_rewards"], std=std, eps=case.number("epsilon"))
+    call = partial(api.group_advantages, given["sample_level_rewards"], std=std, eps=case.number("epsilon"))
     by_name, by_number = call(case.params["index"]), call(given["group_index"])
     assert torch.equal(by_name.nan_to_num(nan=9), by_number.nan_to_num(nan=9))
     return {"out.advantages": by_name}
@@ -350,8 +352,8 @@ def one_step_training(case: Case, given: dict[str, Tensor]) -> tuple[dict[str, A
     }
 
 
-def end_to_end(case: Case, loss: Loss | None, double: bool, trainers_kl: bool = True) -> Results:
-    """A trainer's training step: through `sde_step` and then `loss`, or through `step_loss` if `loss` is None.
+def end_to_end(case: Case, api: Api, double: bool, one_call: bool = False, trainers_kl: bool = True) -> Results:
+    """A trainer's training step: through `sde_step` and then `loss`, or in one call of `step_loss`.
 
     With `trainers_kl` the two-call form is given what the trainer takes its KL from: UniRL's own sigma and the means as
     stored, verl-omni's product of the standard deviation with sqrt(-dt) for every sampler.
@@ -364,12 +366,12 @@ def end_to_end(case: Case, loss: Loss | None, double: bool, trainers_kl: bool = 
     velocity, latents = _leaf(given["noise_pred"]), (given["sample"], given["prev_sample"])
     old_mean = given.get("old_means", given.get("old_prev_sample_mean"))
     row_dims = policy["advantages"].ndim
-    step = reference.sde_step(velocity, latents[0], prev_sample=latents[1], row_dims=row_dims, **schedule)
+    step = api.sde_step(velocity, latents[0], prev_sample=latents[1], row_dims=row_dims, **schedule)
     mean, std = step.prev_sample_mean, step.std
     std_dev_t = std / sqrt_dt if flow else std
-    if loss is None:
+    if one_call:
         policy |= {"old_prev_sample_mean": old_mean, "ref_std": std_dev_t}
-        result = reference.step_loss(velocity, *latents, **schedule, **policy)
+        result = api.step_loss(velocity, *latents, **schedule, **policy)
     else:
         if trainers_kl and unirl:
             std = case.arrays.get("out.sigma_t")  # its formula is d2_unirl_sigma_t
@@ -377,7 +379,7 @@ def end_to_end(case: Case, loss: Loss | None, double: bool, trainers_kl: bool = 
             mean = mean if stored.dtype == torch.float32 else stored
         elif trainers_kl and not flow:
             std = std * sqrt_dt
-        result = loss(mean, old_mean, log_prob=step.log_prob, std=std, sqrt_dt=sqrt_dt, ref_std=std_dev_t, **policy)
+        result = api.loss(mean, old_mean, log_prob=step.log_prob, std=std, sqrt_dt=sqrt_dt, ref_std=std_dev_t, **policy)
     total = result.loss * (
         case.number("loss_scale") if unirl else 1 / case.params.get("gradient_accumulation_steps", 1)
     )
@@ -408,23 +410,21 @@ def end_to_end(case: Case, loss: Loss | None, double: bool, trainers_kl: bool = 
     return ours
 
 
-# Loss-level groups take `loss`; end-to-end ones `loss`, or None for `step_loss`; the rest are the reference's alone.
-LOSSES: dict[str, Callable[[Case, Loss, bool], Results]] = {
+ADAPTERS: dict[str, Callable[[Case, Api, bool], Results]] = {
     "a_unirl_klmask": _unirl_mask,
     "a2_unirl_clip": _unirl_clip,
     "b_verl_flowdppo": partial(_verl_loss, loss_mode="flow_dppo"),
     "c_verl_flowgrpo": partial(_verl_loss, loss_mode="flow_grpo"),
     "c_verl_guard": partial(_verl_loss, loss_mode="grpo_guard"),
     "c_verl_kl": _verl_kl,
-    "g2_script_loss": _script_loss,
-    "i2_flowfactory_loss": _flowfactory_loss,
-}
-END_TO_END = dict.fromkeys(("f_e2e_unirl", "f_e2e_verl", "f_e2e_guard_script"), end_to_end)
-OTHERS: dict[str, Callable[[Case, bool], Results]] = {
     "d_unirl_step": _unirl_step,
     "d2_unirl_sigma_t": _unirl_sigma_t,
     "e_verl_step": _scheduler_step,
     "g_flowgrpo_step": _scheduler_step,
+    "g2_script_loss": _script_loss,
     "h_verl_advantage": _advantage,
     "i_flowfactory_step": _flowfactory_step,
+    "i2_flowfactory_loss": _flowfactory_loss,
 }
+# These take `one_call` as well.
+END_TO_END = dict.fromkeys(("f_e2e_unirl", "f_e2e_verl", "f_e2e_guard_script"), end_to_end)

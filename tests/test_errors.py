@@ -129,7 +129,7 @@ LOSS = {
         ValueError,
         ("kl_space", "'velocity'", "'latent'", "step_loss"),
     ),
-    "process_group": ({"process_group": "world"}, ValueError, ("process_group", "'world'", "None")),
+    "process_group": ({"process_group": "world"}, TypeError, ("process_group", "str", "ProcessGroup", "None")),
     # types and dtypes
     "objective's class": ({"objective": FlowDPPO}, TypeError, ("objective", "type", "FlowDPPO", "instance")),
     "objective's name": ({"objective": "dppo"}, TypeError, ("objective", "str", "FlowDPPO")),
@@ -294,18 +294,52 @@ STEP_LOSS = {
         TypeError,
         ("model_output", "torch.int64", "float32"),
     ),
-    "reference KL without its mean": ({"ref_kl_weight": 0.1}, ValueError, ("ref_prev_sample_mean is None",)),
+    "no old policy and no old log-prob": (
+        {"old_prev_sample_mean": ..., "objective": GRPO},
+        ValueError,
+        ("none", "exactly one"),
+    ),
+    "reference KL without its policy": (
+        {"ref_kl_weight": 0.1},
+        ValueError,
+        ("none", "reference policy", "ref_prev_sample_mean", "ref_model_output"),
+    ),
+    "two reference policies": (
+        {"ref_kl_weight": 0.1, "ref_prev_sample_mean": latents(), "ref_model_output": latents()},
+        ValueError,
+        ("ref_prev_sample_mean and ref_model_output", "exactly one"),
+    ),
+    "residual of another shape": (
+        {"old_prev_sample_mean": ..., "old_residual": latents((4, 3))},
+        ValueError,
+        ("old_residual", "(4, 3)", "(4, 3, 6, 2)", "model_output"),
+    ),
+    "guidance without its scale": ({"uncond_output": latents()}, ValueError, ("guidance_scale is None", "uncond")),
+    "guidance without its output": ({"guidance_scale": 4.5}, ValueError, ("uncond_output is None", "guidance_scale")),
+    "guidance output of another shape": (
+        {"guidance_scale": 4.5, "uncond_output": latents((4, 3))},
+        ValueError,
+        ("uncond_output", "(4, 3)", "(4, 3, 6, 2)"),
+    ),
+    "guidance scale of other rows": (
+        {"guidance_scale": torch.ones(3), "uncond_output": latents()},
+        ValueError,
+        ("guidance_scale", "(3,)", "(4, 3)"),
+    ),
+    "no sigma": ({"sigma": None}, ValueError, ("sigma is None",)),
+    "no sigma_max": ({"sigma_max": None}, ValueError, ("sigma_max is None",)),
+    "sample on another device": ({"sample": latents(device="meta")}, ValueError, ("sample", "meta", "cpu")),
     "reduction": ({"reduction": "avg"}, ValueError, ("reduction", "'avg'")),
     "latent_reduction": ({"latent_reduction": "max"}, ValueError, ("latent_reduction", "'max'")),
     "objective": ({"objective": None}, TypeError, ("objective", "NoneType")),
-    "process_group": ({"process_group": "world"}, ValueError, ("process_group", "None")),
+    "process_group": ({"process_group": "world"}, TypeError, ("process_group", "str", "ProcessGroup", "None")),
 }
 
 
 @pytest.mark.parametrize(("change", "error", "facts"), STEP_LOSS.values(), ids=STEP_LOSS)
-def test_step_loss(change, error, facts):
+def test_step_loss(api, change, error, facts):
     with pytest.raises(error) as caught:
-        reference.step_loss(**step(**change))
+        api.step_loss(**step(**change))
     says(str(caught.value), ("flowdppo_ops.step_loss", *facts))
 
 
@@ -346,14 +380,48 @@ SDE_STEP = {
         ValueError,
         ("model_output", "(4, 0)", "at least one latent element"),
     ),
+    "guidance without its scale": ({"uncond_output": latents()}, ValueError, ("guidance_scale is None", "uncond")),
+    "guidance without its output": ({"guidance_scale": 4.5}, ValueError, ("uncond_output is None", "guidance_scale")),
+    "no noise level": ({"noise_level": None}, ValueError, ("noise_level is None",)),
+    "generator's seed": ({"generator": 7}, TypeError, ("generator", "int", "torch.Generator")),
+    "integer residual": ({"residual_dtype": torch.int8}, TypeError, ("residual_dtype", "torch.int8", "float16")),
+    "residual wider than the arithmetic": (
+        {"residual_dtype": torch.float64},
+        TypeError,
+        ("residual_dtype", "torch.float64", "float32"),
+    ),
 }
 
 
 @pytest.mark.parametrize(("change", "error", "facts"), SDE_STEP.values(), ids=SDE_STEP)
-def test_sde_step(change, error, facts):
+def test_sde_step(api, change, error, facts):
     with pytest.raises(error) as caught:
-        reference.sde_step(**sde(**change))
+        api.sde_step(**sde(**change))
     says(str(caught.value), ("flowdppo_ops.sde_step", *facts))
+
+
+def test_the_good_steps_are_good():
+    assert math.isfinite(reference.step_loss(**step()).loss)
+    assert torch.isfinite(reference.sde_step(**sde()).log_prob).all()
+
+
+ENCODE = {
+    "latent as a list": ({"prev_sample": [0.0]}, TypeError, ("prev_sample", "list", "torch.Tensor")),
+    "mean of another shape": ({"mean": latents((4, 3))}, ValueError, ("mean", "(4, 3)", "(4, 3, 6, 2)")),
+    "mean on another device": ({"mean": latents(device="meta")}, ValueError, ("mean", "meta", "cpu")),
+    "no std": ({"std": None}, ValueError, ("std is None",)),
+    "std per step": ({"std": torch.ones(3)}, ValueError, ("std", "(3,)", "(4,)")),
+    "std of more dimensions than the latents": ({"std": torch.ones(4, 1, 1, 1, 1)}, ValueError, ("std", "rank 4")),
+    "std as a list": ({"std": [1.0]}, TypeError, ("std", "list", "number")),
+    "dtype": ({"dtype": torch.int8}, TypeError, ("dtype", "torch.int8", "float16")),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "facts"), ENCODE.values(), ids=ENCODE)
+def test_encode_residual(api, change, error, facts):
+    with pytest.raises(error) as caught:
+        api.encode_residual(**({"prev_sample": latents(), "mean": latents(), "std": 0.5} | change))
+    says(str(caught.value), ("flowdppo_ops.encode_residual", *facts))
 
 
 # ---- advantages and objectives --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ precision, in float64 against those.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -363,13 +364,11 @@ def _mismatch(key: str, ours: Tensor | None, want: Tensor | None, allowed: float
 
 
 def _run(case: Case, through: str, double: bool) -> dict[str, Tensor | None]:
-    loss = {"reference": lambda: reference.loss, "fused": lambda: flowdppo_ops.loss, "step_loss": lambda: None}[
-        through
-    ]()
-    for table in (adapters.LOSSES, adapters.END_TO_END):
-        if case.group in table:
-            return table[case.group](case, loss, double)
-    return adapters.OTHERS[case.group](case, double)
+    impl, _, function = through.partition(" ")
+    api = {"reference": reference, "fused": flowdppo_ops}[impl]
+    if case.group in adapters.END_TO_END:
+        return adapters.END_TO_END[case.group](case, api, double, one_call=function == "step_loss")
+    return adapters.ADAPTERS[case.group](case, api, double)
 
 
 def _compare(case: Case, double: bool, ours: dict[str, Any], expected: Expected) -> None:
@@ -387,24 +386,26 @@ def _compare(case: Case, double: bool, ours: dict[str, Any], expected: Expected)
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
 
-def _drives() -> list[Any]:
+def _drives(impl: str) -> list[Any]:
+    """Every case through the reference, and with `--impl fused` through the public functions too."""
     drives = []
-    for name in names():
-        group = name.split("__")[0]
-        ways = ["reference"]
-        if group in adapters.LOSSES or group in adapters.END_TO_END:
-            ways.append("fused")
+    for name, api in itertools.product(names(), dict.fromkeys(("reference", impl))):
+        group, ways = name.split("__")[0], [api]
         if group in adapters.END_TO_END and name not in STEP_LOSS_DIFFERENCES:
-            ways.append("step_loss")
+            ways.append(f"{api} step_loss")
         for through in ways:
             drives.append(pytest.param(name, through, False, id=f"{name}-{through}"))
             # UniRL's double run keeps its float32 sigma in the KL, so it is none for `step_loss`.
-            if load(name).has_double() and not (through == "step_loss" and group == "f_e2e_unirl"):
+            if load(name).has_double() and not (through.endswith("step_loss") and group == "f_e2e_unirl"):
                 drives.append(pytest.param(name, through, True, id=f"{name}-{through}-double"))
     return drives
 
 
-@pytest.mark.parametrize(("name", "through", "double"), _drives())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "through" in metafunc.fixturenames:
+        metafunc.parametrize(("name", "through", "double"), _drives(metafunc.config.getoption("--impl")))
+
+
 def test_agrees_with_the_recorded_trainer(name: str, through: str, double: bool) -> None:
     case, difference = load(name), DIFFERENCES.get(name)
     if difference is None:
@@ -434,7 +435,7 @@ def test_listed_difference_is_one(name: str) -> None:
 @pytest.mark.parametrize("name", STEP_LOSS_DIFFERENCES)
 def test_step_loss_differs_in_the_kl_alone(name: str) -> None:
     case = load(name)
-    ours = _run(case, "step_loss", False)
+    ours = _run(case, "reference step_loss", False)
     for key, want in case.recorded(False).items():
         if key in NOT_OURS:
             continue
@@ -450,7 +451,8 @@ def test_step_loss_differs_in_the_kl_alone(name: str) -> None:
 def test_step_loss_is_sde_step_and_loss(name: str, double: bool) -> None:
     """With the transition's own standard deviation the two ways give the same, recorded or not."""
     case = load(name)
-    one, two = _run(case, "step_loss", double), adapters.end_to_end(case, reference.loss, double, trainers_kl=False)
+    one = _run(case, "reference step_loss", double)
+    two = adapters.end_to_end(case, reference, double, trainers_kl=False)
     assert one.keys() == two.keys()
     for key, want in two.items():
         allowed = 0.0 if want is None else (1e-13 if double else 2.0**-23) * _size(key, want, two)
@@ -459,10 +461,11 @@ def test_step_loss_is_sde_step_and_loss(name: str, double: bool) -> None:
 
 def test_every_case_is_driven_and_every_listed_name_exists() -> None:
     stems = set(names())
-    groups = {*adapters.LOSSES, *adapters.END_TO_END, *adapters.OTHERS}
+    groups = {*adapters.ADAPTERS, *adapters.END_TO_END}
     assert len(stems) == 274
     assert {stem.split("__")[0] for stem in stems} == groups
     assert stems >= DIFFERENCES.keys() | STEP_LOSS_DIFFERENCES.keys()
-    assert {drive.values[0] for drive in _drives()} == stems
+    for through in ("reference", "fused"):
+        assert {drive.values[0] for drive in _drives("fused") if drive.values[1] == through} == stems
     recorded = {key for stem in stems for key in load(stem).recorded(False)}
     assert recorded >= NOT_OURS.keys()

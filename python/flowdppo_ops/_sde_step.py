@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._check import check_step_values
-from ._library import sde_step as _sde_step
+from ._library.sde_step import sde_step as _sde_step
 from ._step_args import check_sde_step
 from ._switches import check_backend, wants_checks, wants_reference
 from ._torch import FAMILY, draw_noise

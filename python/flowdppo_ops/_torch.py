@@ -38,6 +38,6 @@ def draw_noise(like: torch.Tensor, dtype: torch.dtype, generator: torch.Generato
     """Standard normal latents. A generator draws on its own device, as diffusers has it: a CPU generator gives the same
     noise for latents on any GPU."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator is a {type(generator).__name__}, wanted a torch.Generator")
+        raise TypeError(f"flowdppo_ops.sde_step: generator is a {type(generator).__name__}, wanted a torch.Generator")
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, dtype=dtype, device=device).to(like.device)

@@ -116,9 +116,7 @@ def loss(
     grad_mean = np.empty_like(mean) if of_mean else None
     grad_log_prob = np.empty(rows, dtype) if log_prob is not None else None
     gradients = (_array(grad_mean), None), _array(grad_log_prob)
-    _native.policy_loss_backward(
-        arrays, None, 1.0, _address(numbers), rows, numel, call.double, *gradients, threads
-    )
+    _native.policy_loss_backward(arrays, None, 1.0, _address(numbers), rows, numel, call.double, *gradients, threads)
     if grad_log_prob is None:
         return value[()], grad_mean
     grad_log_prob = grad_log_prob.reshape(call.row_shape).astype(log_prob.dtype)
@@ -133,9 +131,7 @@ def _array(array: np.ndarray | None) -> tuple[int, str] | None:
     return None if array is None else (_address(array), _FAMILY.dtypes[array.dtype])
 
 
-def _vector(
-    value: float | np.ndarray | None, row_shape: tuple[int, ...]
-) -> float | tuple[int, str, int, int] | None:
+def _vector(value: float | np.ndarray | None, row_shape: tuple[int, ...]) -> float | tuple[int, str, int, int] | None:
     if value is None or isinstance(value, float):
         return value
     return _address(value), _FAMILY.dtypes[value.dtype], *_args.row_stride(value.shape, row_shape)

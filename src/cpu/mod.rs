@@ -2,4 +2,5 @@
 
 pub mod policy_loss;
 pub mod pool;
+pub mod sde_step;
 pub mod simd;

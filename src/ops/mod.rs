@@ -1,3 +1,4 @@
 //! One file per operator: check, plan, dispatch to a backend.
 
 pub mod policy_loss;
+pub mod sde_step;

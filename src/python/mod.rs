@@ -16,6 +16,7 @@ use crate::tensor::{Dtype, Rows, View};
 use crate::transition::schedule::{Sampler, Schedule};
 
 pub mod policy_loss;
+pub mod sde_step;
 
 impl<'py> FromPyObject<'_, 'py> for Dtype {
     type Error = PyErr;

@@ -36,27 +36,32 @@ def policy_loss(call: LossCall, process_group: ProcessGroup | None = None) -> tu
         sums = _shard_sums(call)
         torch.distributed.all_reduce(sums, group=process_group)
     leaves = latents.output, latents.uncond_output, vectors.log_prob
-    if not torch.is_grad_enabled() or not any([t is not None and t.requires_grad for t in leaves]):
+    if not torch.is_grad_enabled() or not _any_requires_grad(leaves):
         return _forward(call, sums)
     ahead = None if sums is not None else _empty_gradients_ahead(call)
     loss, numbers = _forward(call, sums, ahead)
     return _Eager.apply(*leaves, call, (loss, numbers, ahead)), numbers
 
 
+def _any_requires_grad(leaves: tuple[Tensor | None, ...]) -> bool:
+    return any(leaf is not None and leaf.requires_grad for leaf in leaves)
+
+
 def _through_the_dispatcher(call: LossCall, process_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    latents, vectors, schedule = call.latents, call.vectors, call.schedule
-    like = vectors.advantages
-    rows = [
-        like.new_full((), v, dtype=torch.float64) if isinstance(v, float) else v
-        for v in (*vectors, *(schedule[3:] if schedule else (None,) * len(_SCHEDULE_VECTORS)))
-    ]
-    arguments = *latents, *rows, *(schedule[:3] if schedule else ("", "mean", "mean")), *call.settings
-    sums = None
+    arguments, sums = operator_arguments(call), None
     if process_group is not None:
         from torch.distributed._functional_collectives import all_reduce  # traceable, unlike the one in place
 
         sums = all_reduce(torch.ops.flowdppo_ops.policy_loss_shard_sums(*arguments), "sum", process_group)
     return torch.ops.flowdppo_ops.policy_loss(*arguments, sums)
+
+
+def operator_arguments(call: LossCall) -> tuple:
+    """Of the registered operators, whose schema knows tensors and plain settings; no sampler: there is no schedule."""
+    schedule, like = call.schedule, call.vectors.advantages
+    vectors = *call.vectors, *(schedule[3:] if schedule else (None,) * len(_SCHEDULE_VECTORS))
+    tensors = [like.new_full((), v, dtype=torch.float64) if isinstance(v, float) else v for v in vectors]
+    return *call.latents, *tensors, *(schedule[:3] if schedule else ("", "mean", "mean")), *call.settings
 
 
 class _Saved(NamedTuple):
@@ -102,9 +107,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """`sums`: every row's, of all shards. `ahead`: where the gradients go, if they are wanted already. `operator`:
     called through the dispatcher, where no tensor may outlive the call."""
-    latents, vectors, settings = call.latents, call.vectors, call.settings
-    advantages = vectors.advantages
-    loss, numbers = _empty_outputs(advantages, call.double, settings.reduction, call.schedule is not None)
+    advantages = call.vectors.advantages
+    loss, numbers = _empty_outputs(advantages, call.double, call.settings.reduction, call.schedule is not None)
     out, sums_at = (loss.data_ptr(), numbers.data_ptr()), None if sums is None else sums.data_ptr()
     target, arguments = _cuda.target(advantages), _arguments(call)
     if target is None:
@@ -172,10 +176,9 @@ def _empty_gradients_ahead(call: LossCall) -> tuple[Tensor | None, Tensor | None
     the batch's divisor known beforehand and one `grad_loss` for all rows.
     """
     output, uncond, sample, prev_sample, _, _ = call.latents
-    wanted = [None if t is None or not t.requires_grad else t for t in (output, uncond)]
     if (
         prev_sample is None
-        or not any([t is not None for t in wanted])
+        or not _any_requires_grad((output, uncond))
         or call.settings.reduction not in ("mean", "sum")
         or _cuda.target(output) is not None
     ):
@@ -184,7 +187,7 @@ def _empty_gradients_ahead(call: LossCall) -> tuple[Tensor | None, Tensor | None
     row_bytes = sum([t.nbytes for t in (output, uncond, sample, prev_sample) if t is not None]) // rows
     if not _native.policy_loss_gradient_ahead(rows, row_bytes):
         return None
-    return tuple([None if t is None else torch.empty_like(t) for t in wanted])
+    return tuple([torch.empty_like(t) if t is not None and t.requires_grad else None for t in (output, uncond)])
 
 
 def _backward(
@@ -239,7 +242,7 @@ def _eager_backward(ctx, grad_loss):
         if scale == 1:
             return *ahead, None, None, None
         # Half precision would be rounded twice, and a blocked row's zeros must not become 0 * inf.
-        if math.isfinite(scale) and all([t is None or t.dtype.itemsize >= 4 for t in ahead]):
+        if math.isfinite(scale) and all(t is None or t.dtype.itemsize >= 4 for t in ahead):
             return *[None if t is None else t.mul_(scale) for t in ahead], None, None, None
     latents, saved = Latents(*tensors), ctx.saved
     wants_output, wants_uncond, wants_log_prob, _, _ = ctx.needs_input_grad
@@ -297,6 +300,17 @@ def _policy_loss_shard_sums(*args):
 @torch.library.register_fake("flowdppo_ops::policy_loss_shard_sums")
 def _policy_loss_shard_sums_fake(*args):
     return _empty_sums(args[len(Latents._fields)])
+
+
+def _shard_sums_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output)  # the gradient is `policy_loss`'s, which takes the same latents
+
+
+torch.library.register_autograd(
+    "flowdppo_ops::policy_loss_shard_sums",
+    lambda ctx, _: (None,) * len(_ARGUMENTS),
+    setup_context=_shard_sums_context,
+)
 
 
 @torch.library.impl("flowdppo_ops::policy_loss", ("cpu", "cuda"))
