@@ -187,7 +187,7 @@ def scales(arguments: dict[str, Any], truth: dict[str, Tensor | None], through: 
     added = magnitudes(arguments) + stored.abs()  # to give x' - mu
 
     def over_latents(latents: Tensor) -> Tensor:
-        return latents.reshape(latents.shape[:row_dims] + (-1,)).mean(-1)
+        return latents.reshape((*latents.shape[:row_dims], -1)).mean(-1)
 
     error = over_latents((stored - mean).abs() * added)
     rows = std.reshape(error.shape)
