@@ -21,12 +21,15 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("METRICS", objective::METRICS.to_vec())?;
     module.add("FIELDS", objective::FIELDS)?;
+    module.add("STEP_FIELDS", objective::STEP_FIELDS)?;
     module.add("BATCH_LEN", objective::BATCH_LEN)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_gradient_ahead, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_shard_sums, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_backward, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_workspace_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_forward_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_shard_sums_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_backward_cuda, module)?)?;
     module.add("SDE_STEP_NUMBERS", ops::sde_step::NUMBERS)?;
     module.add_function(wrap_pyfunction!(python::sde_step::sde_step_forward, module)?)?;

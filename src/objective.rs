@@ -7,6 +7,8 @@
 use std::f64::consts::TAU;
 
 use crate::tensor::{Host, Rows};
+use crate::transition::schedule::Transition;
+use crate::transition::step::Step;
 
 /// Names of the metrics, in the order in which every backend writes them.
 pub const METRICS: [&str; 18] = [
@@ -47,19 +49,30 @@ pub enum Field {
     Loss,
     /// `mean (mu - mu_ref)^2 / (2 ref_std^2)`, without its weight.
     RefKl,
-    /// d loss / d mu_j = `CoefInnovation` (x'_j - mu_j) + `CoefDrift` (mu_j - mu°_j) + `CoefRef` (mu_j - mu_ref_j); the
-    /// first two still to be divided by the batch's divisor.
+    /// d loss / d mu_j, with a schedule d loss / d v_j, is `CoefInnovation` (x'_j - mu_j) + `CoefDrift` (mu_j - mu°_j) +
+    /// `CoefRef` (mu_j - mu_ref_j); the first two still to be divided by the batch's divisor.
     CoefInnovation,
     CoefDrift,
     CoefRef,
     /// d loss / d log_prob, still to be divided by the batch's divisor.
     CoefLogProb,
+    /// With a schedule alone, for the backward: the row's `mu = a x + b v`, what residuals are measured in, and guidance.
+    StepA,
+    StepB,
+    StepUnit,
+    StepGuidance,
 }
 pub const FIELDS: usize = Field::CoefLogProb as usize + 1;
+/// Of a call with a schedule.
+pub const STEP_FIELDS: usize = Field::StepGuidance as usize + 1;
 
-/// Length of a call's numbers: `[FIELDS, rows]`, then the batch's.
-pub fn numbers_len(rows: usize) -> Option<usize> {
-    rows.checked_mul(FIELDS)?.checked_add(BATCH_LEN)
+pub fn fields(has_schedule: bool) -> usize {
+    if has_schedule { STEP_FIELDS } else { FIELDS }
+}
+
+/// Length of a call's numbers: `[fields, rows]`, then the batch's.
+pub fn numbers_len(rows: usize, has_schedule: bool) -> Option<usize> {
+    rows.checked_mul(fields(has_schedule))?.checked_add(BATCH_LEN)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,9 +89,20 @@ pub struct Clip {
     pub adv_clip_max: f64,
 }
 
+/// What the squared drift is divided by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum KlDivisor {
+    /// 2 std^2: the KL of two Gaussians.
+    Gaussian,
+    /// 2
+    Constant,
+    /// b^2: the mean squared difference of the model outputs.
+    Velocity,
+}
+
 #[derive(Clone, Copy, Debug)]
 pub enum Objective {
-    FlowDppo { threshold: f64, normalize_kl: bool, mask: Mask, keep_nan_kl: bool },
+    FlowDppo { threshold: f64, kl_divisor: KlDivisor, mask: Mask, keep_nan_kl: bool },
     FlowGrpo(Clip),
     GrpoGuard { clip: Clip, per_row_scale: bool },
 }
@@ -120,6 +144,7 @@ impl Sums {
 #[derive(Clone, Copy, Debug)]
 pub struct Problem<'a, Space = Host> {
     pub rows: usize,
+    /// Elements of a row over which its statistics are taken.
     pub numel: usize,
     pub objective: Objective,
     pub density: Density,
@@ -128,9 +153,11 @@ pub struct Problem<'a, Space = Host> {
     pub ref_kl_weight: f64,
     /// Outputs are float64; float32 otherwise.
     pub double: bool,
-    /// An old mean was read, and there is a std to measure the drift with.
+    /// An old policy was read, and there is a std to measure the drift with.
     pub has_kl: bool,
     pub has_ref: bool,
+    /// Of `step_loss`: stands for `std` and `sqrt_dt`.
+    pub step: Option<Step<'a, Space>>,
     pub advantages: Rows<'a, Space>,
     pub log_prob: Option<Rows<'a, Space>>,
     pub old_log_prob: Option<Rows<'a, Space>>,
@@ -140,8 +167,8 @@ pub struct Problem<'a, Space = Host> {
     pub ref_std: Option<Rows<'a, Space>>,
 }
 
-/// What one row becomes, by `Field`.
-pub type Row = [f64; FIELDS];
+/// What one row becomes, by `Field`; the last four with a schedule alone.
+pub type Row = [f64; STEP_FIELDS];
 
 /// GRPO-Guard's batch means, taken before any row is looked at.
 #[derive(Clone, Copy, Debug)]
@@ -180,13 +207,28 @@ impl Problem<'_> {
         vector.map_or(f64::NAN, |vector| self.round(vector.get(row)))
     }
 
+    /// Of a call with a schedule.
+    pub fn transition(&self, row: usize) -> Option<Transition> {
+        self.step.map(|step| step.schedule.transition(row, self.double))
+    }
+
+    /// (std, sqrt_dt), from the schedule if there is one.
+    fn deviations(&self, row: usize, transition: Option<Transition>) -> (f64, f64) {
+        match transition {
+            Some(step) => (step.std, step.sqrt_dt),
+            None => (self.read(self.std, row), self.read(self.sqrt_dt, row)),
+        }
+    }
+
     pub fn guard_scale(&self) -> GuardScale {
         if !self.needs_batch_means() {
             return GuardScale { c: 1.0, outer: 1.0 };
         }
-        let mean = |value: &dyn Fn(usize) -> f64| (0..self.rows).map(value).sum::<f64>() / self.rows as f64;
-        let sqrt_dt = mean(&|row| self.read(self.sqrt_dt, row));
-        let std_dev = mean(&|row| self.read(self.std, row) / self.read(self.sqrt_dt, row));
+        let mean = |value: &dyn Fn((f64, f64)) -> f64| {
+            (0..self.rows).map(|row| value(self.deviations(row, self.transition(row)))).sum::<f64>() / self.rows as f64
+        };
+        let sqrt_dt = mean(&|(_, sqrt_dt)| sqrt_dt);
+        let std_dev = mean(&|(std, sqrt_dt)| std / sqrt_dt);
         GuardScale { c: sqrt_dt * std_dev, outer: 1.0 / (sqrt_dt * sqrt_dt) }
     }
 
@@ -197,36 +239,50 @@ impl Problem<'_> {
         let (divisor, elements) =
             if self.latent_sum { (1.0, self.numel as f64) } else { (self.numel.max(1) as f64, 1.0) };
         let (q, d, cross) = (sums.q / divisor, sums.d / divisor, sums.cross / divisor);
-        let std = self.read(self.std, row);
+        let transition = self.transition(row);
+        let (std, sqrt_dt) = self.deviations(row, transition);
         let variance = std * std;
         let cps = self.density == Density::Cps;
+        // Nothing was random in a deterministic step: its density and the ratio of two policies there are 1.
+        let deterministic = transition.is_some_and(|step| step.is_deterministic());
 
         let log_prob = self.round(match self.log_prob {
             Some(given) => given.get(row),
             None if cps => -q,
+            None if deterministic => 0.0,
             None => -q / (2.0 * variance) - elements * (std.ln() + 0.5 * TAU.ln()),
         });
         let log_ratio = self.round(match self.old_log_prob {
             Some(old) => log_prob - self.round(old.get(row)),
             // p / std^2 - d / (2 std^2) with p = cross + d; exactly 0 when the means are equal.
             None if cps => 2.0 * cross + d,
+            None if deterministic => 0.0,
             None => (cross + 0.5 * d) / variance,
         });
 
         let advantage = self.round(self.advantages.get(row));
         let weights = self.weights.map_or(1.0, |weights| self.round(weights.get(row)));
         // exponent = (log_ratio + drift / (2 c^2)) scale; scale is 1 and the drift absent but for GRPO-Guard.
-        let (scale, centre, outer) = match self.objective {
-            Objective::GrpoGuard { per_row_scale: true, .. } => {
-                (std, d / (2.0 * variance), self.read(self.sqrt_dt, row).powi(-2))
-            }
-            Objective::GrpoGuard { .. } => (guard.c, d / (2.0 * guard.c * guard.c), guard.outer),
-            _ => (1.0, 0.0, 1.0),
+        let (scale, outer) = match self.objective {
+            Objective::GrpoGuard { per_row_scale: true, .. } => (std, sqrt_dt.powi(-2)),
+            Objective::GrpoGuard { .. } => (guard.c, guard.outer),
+            _ => (1.0, 1.0),
         };
+        let is_guard = matches!(self.objective, Objective::GrpoGuard { .. });
+        // A scale of 0 comes from deterministic steps alone.
+        let drifts = is_guard && !(scale == 0.0 && transition.is_some());
+        let centre = if drifts { d / (2.0 * scale * scale) } else { 0.0 };
         let ratio = self.round(((log_ratio + centre) * scale).exp());
-        let normalize = !matches!(self.objective, Objective::FlowDppo { normalize_kl: false, .. });
+        let kl_divisor = match self.objective {
+            Objective::FlowDppo { kl_divisor: KlDivisor::Constant, .. } => 2.0,
+            Objective::FlowDppo { kl_divisor: KlDivisor::Velocity, .. } => {
+                transition.map_or(f64::NAN, |step| step.b * step.b)
+            }
+            _ => 2.0 * variance,
+        };
         // What is absent is 0, not NaN: nobody is shown it, and NaN would not compare equal to itself in opcheck.
-        let kl = if !self.has_kl { 0.0 } else { self.round(d / if normalize { 2.0 * variance } else { 2.0 }) };
+        let has_kl = self.has_kl && !(kl_divisor == 0.0 && transition.is_some());
+        let kl = if has_kl { self.round(d / kl_divisor) } else { 0.0 };
 
         let (advantage, blocked, blocked_loss) = match self.objective {
             Objective::FlowDppo { mask, .. } => {
@@ -253,25 +309,33 @@ impl Problem<'_> {
 
         // d loss / d exponent is the loss itself (it is minus A exp(exponent)), and 0 when blocked.
         let slope = if blocked { 0.0 } else { open_loss * scale };
-        let innovation = slope * if cps { 2.0 } else { 1.0 / variance } / divisor;
-        let drift = match self.objective {
-            Objective::GrpoGuard { per_row_scale: true, .. } => slope / (variance * divisor),
-            Objective::GrpoGuard { .. } => slope / (guard.c * guard.c * divisor),
-            _ => 0.0,
+        let innovation = if cps {
+            slope * 2.0 / divisor
+        } else if deterministic {
+            0.0
+        } else {
+            slope * (1.0 / variance) / divisor
         };
-        let ref_std = self.read(self.ref_std, row);
+        let drift = if drifts { slope / (scale * scale * divisor) } else { 0.0 };
+        let ref_std = self.ref_std.map_or(std, |ref_std| self.round(ref_std.get(row)));
         let over_rows = match self.reduction {
             Reduction::Mean | Reduction::KeptMean => self.rows as f64,
             Reduction::Sum | Reduction::None => 1.0,
         };
-        let (ref_kl, reference) = if self.has_ref {
+        let has_ref = self.has_ref && !(ref_std == 0.0 && transition.is_some());
+        let (ref_kl, reference) = if has_ref {
             let per_element = 1.0 / (ref_std * ref_std * divisor);
             (0.5 * sums.f * per_element, self.ref_kl_weight * per_element / over_rows)
         } else {
             (0.0, 0.0)
         };
 
-        let mut out = [0.0; FIELDS];
+        // What the gradient goes to is mu, or v in mu = a x + b v.
+        let (a, b, unit, guidance) = match transition {
+            Some(step) => (step.a, step.b, step.residual_unit(), step.guidance),
+            None => (0.0, 1.0, 0.0, 0.0),
+        };
+        let mut out = [0.0; STEP_FIELDS];
         let fields = [
             (Field::LogProb, log_prob),
             (Field::LogRatio, log_ratio),
@@ -280,10 +344,14 @@ impl Problem<'_> {
             (Field::Keep, f64::from(u8::from(!blocked))),
             (Field::Loss, loss),
             (Field::RefKl, ref_kl),
-            (Field::CoefInnovation, if self.log_prob.is_some() { 0.0 } else { innovation }),
-            (Field::CoefDrift, drift),
-            (Field::CoefRef, reference),
+            (Field::CoefInnovation, if self.log_prob.is_some() { 0.0 } else { innovation * b }),
+            (Field::CoefDrift, drift * b),
+            (Field::CoefRef, reference * b),
             (Field::CoefLogProb, slope),
+            (Field::StepA, a),
+            (Field::StepB, b),
+            (Field::StepUnit, unit),
+            (Field::StepGuidance, guidance),
         ];
         for (field, value) in fields {
             out[field as usize] = self.round(value);

@@ -30,6 +30,17 @@ pub struct Stretch {
     pub len: usize,
 }
 
+impl Stretch {
+    /// In pieces of at most `len` elements.
+    pub fn parts(self, len: usize) -> impl Iterator<Item = Stretch> {
+        (0..self.len).step_by(len).map(move |offset| Stretch {
+            first: self.first + offset,
+            len: len.min(self.len - offset),
+            ..self
+        })
+    }
+}
+
 impl Plan {
     pub fn new(rows: usize, numel: usize) -> Plan {
         let chunks_per_row = numel.div_ceil(CHUNK).max(1);

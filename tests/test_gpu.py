@@ -346,10 +346,10 @@ def test_compile(mode):
 
 def test_opcheck():
     arguments = moved(draw())
-    latents = (leaf(arguments), arguments["prev_sample"], arguments["old_prev_sample_mean"], None)
-    vectors = (arguments["advantages"], None, None, None, arguments["std"], None, None)
-    settings = (*arguments["objective"]._native, "gaussian", "mean", "mean", 0.0)
-    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*latents, *vectors, *settings))
+    latents = (leaf(arguments), None, None, arguments["prev_sample"], arguments["old_prev_sample_mean"], None)
+    vectors = (arguments["advantages"], None, None, None, arguments["std"], *(None,) * 7)
+    settings = ("", "mean", "mean", *arguments["objective"]._native, "gaussian", "mean", "mean", 0.0)
+    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*latents, *vectors, *settings, None))
 
 
 # ---- what a training step must not pay for ---------------------------------------------------------------------------

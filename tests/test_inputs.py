@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +163,66 @@ def test_check_values(fused, monkeypatch, name, place, bad):
         fused(**arguments)
     monkeypatch.delenv("FLOWDPPO_OPS_CHECK")
     fused(**arguments)  # values are not looked at unless asked
+
+
+def step_call(function: str) -> dict[str, Any]:
+    """A good call of `step_loss` or `sde_step` for [4, 3] rows."""
+    generator = torch.Generator().manual_seed(0)
+    latents = ("model_output", "uncond_output", "sample", "prev_sample", "old_residual", "ref_model_output")
+    call = {name: torch.randn(4, 3, 5, generator=generator) for name in latents}
+    call |= {"sigma": torch.full((4, 3), 0.8), "sigma_next": torch.full((4, 3), 0.6)}
+    call |= {"noise_level": torch.full((4, 3), 0.7), "guidance_scale": torch.full((4, 3), 2.0)}
+    if function == "sde_step":
+        del call["old_residual"], call["ref_model_output"]
+        return call | {"row_dims": 2}
+    call |= {"ref_std": torch.full((4, 3), 0.5), "ref_kl_weight": 0.1}
+    return call | {"advantages": torch.ones(4, 3)}
+
+
+BAD_STEPS = [
+    ("sigma", 1.5, "sigma is not in [0, 1]"),
+    ("sigma", 0.5, "sigma_next is not < sigma"),
+    ("sigma_next", 0.8, "sigma_next is not < sigma"),
+    ("sigma_next", -0.1, "sigma_next is not in [0, 1]"),
+    ("noise_level", -0.7, "noise_level is not >= 0"),
+    ("guidance_scale", float("nan"), "guidance_scale is not finite"),
+    ("model_output", float("inf"), "model_output is not finite"),
+    ("uncond_output", float("nan"), "uncond_output is not finite"),
+    ("prev_sample", float("nan"), "prev_sample is not finite"),
+    ("old_residual", float("inf"), "old_residual is not finite"),
+    ("ref_model_output", float("nan"), "ref_model_output is not finite"),
+    ("ref_std", -0.5, "ref_std is not >= 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "bad", "wanted"),
+    [(function, *row) for function in ("step_loss", "sde_step") for row in BAD_STEPS if row[0] in step_call(function)],
+)
+def test_check_values_of_steps(fused, monkeypatch, function, name, bad, wanted):
+    call, run_it = step_call(function), getattr(flowdppo_ops, function)
+    monkeypatch.setenv("FLOWDPPO_OPS_CHECK", "1")
+    run_it(**call)
+    call["noise_level"][0] = 0.0  # deterministic, which is allowed
+    if function == "step_loss":
+        call["ref_std"][0] = 0.0
+    run_it(**call)
+    call[name][1, 2] = bad
+    with pytest.raises(ValueError, match=re.escape(f"{function}: {wanted} in 1 of 12 rows: 5")):
+        run_it(**call)
+    monkeypatch.delenv("FLOWDPPO_OPS_CHECK")
+    run_it(**call)
+
+
+@pytest.mark.parametrize("function", ["step_loss", "sde_step"])
+def test_backend_reference_of_steps(monkeypatch, function):
+    monkeypatch.setenv("FLOWDPPO_OPS_BACKEND", "reference")
+    call = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in step_call(function).items()}
+    result = getattr(flowdppo_ops, function)(**call)
+    assert result.log_prob.device.type == "meta"
+    monkeypatch.delenv("FLOWDPPO_OPS_BACKEND")
+    with pytest.raises(RuntimeError, match=rf"device meta.*flowdppo_ops\.reference\.{function} "):
+        getattr(flowdppo_ops, function)(**call)
 
 
 # ---- more than 2^31 elements -----------------------------------------------------------------------------------------

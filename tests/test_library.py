@@ -123,13 +123,14 @@ def checked(differentiable: dict, constant: dict, objective, reduction="mean") -
 def test_opcheck(objective, source, reduction):
     differentiable, constant = inputs(source)
     call = checked({k: v.requires_grad_() for k, v in differentiable.items()}, constant, objective, reduction)
-    vectors = [torch.tensor(v) if isinstance(v, float) else v for v in call.vectors]
-    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*call.latents, *vectors, *call.settings))
+    arguments = _library.operator_arguments(call)
+    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*arguments, None))
+    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss_shard_sums.default, arguments)
 
     loss, numbers = _library.policy_loss(call)
     latents = [None if t is None else t.detach() for t in call.latents]
     wants_log_prob = source == "log_prob"
-    args = (torch.ones_like(loss), numbers, *latents, True, wants_log_prob)
+    args = (torch.ones_like(loss), numbers, *latents, "", "", True, False, wants_log_prob)
     torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss_backward.default, args)
 
 
@@ -222,14 +223,16 @@ def test_native_code_refuses_memory_that_is_not_there():
     settings = FlowDPPO()._native
     with pytest.raises(ValueError, match=r"prev_sample_mean has 32 elements and no memory"):
         native.policy_loss_forward(
-            ((0, "float32"), None, None, None),
-            ((numbers.data_ptr(), "float32", 1), None, None, None, None, None, None),
+            ((0, "float32"), None, None, None, None, None),
+            ((numbers.data_ptr(), "float32", 1, 4), None, None, None, None, None, None),
+            None,
             4,
             8,
             False,
             settings,
             ("gaussian", "mean", "mean", 0.0),
             (numbers.data_ptr(), numbers.data_ptr()),
+            None,
             None,
             1,
         )
@@ -299,10 +302,12 @@ def test_lazily_negated_views_have_their_own_sign():
 def test_the_operator_takes_any_strides():
     differentiable, constant = inputs("prev_sample")
     call = checked(differentiable, {**constant, "sqrt_dt": torch.tensor(0.3)}, FlowDPPO())
-    strided = [None if t is None else t.t().contiguous().t() for t in call.latents]
+    arguments = _library.operator_arguments(call)
+    latents = len(call.latents)
+    strided = [None if t is None else t.t().contiguous().t() for t in arguments[:latents]]
     assert not strided[0].is_contiguous()
-    wanted = torch.ops.flowdppo_ops.policy_loss(*call.latents, *call.vectors, *call.settings)
-    mine = torch.ops.flowdppo_ops.policy_loss(*strided, *call.vectors, *call.settings)
+    wanted = torch.ops.flowdppo_ops.policy_loss(*arguments, None)
+    mine = torch.ops.flowdppo_ops.policy_loss(*strided, *arguments[latents:], None)
     assert torch.equal(mine[0], wanted[0])
 
 

@@ -21,10 +21,9 @@ def target(tensor: Tensor) -> Target | None:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def workspace(
-    like: Tensor, target: Target, rows: int, numel: int, needs_batch_means: bool, may_keep: bool
-) -> tuple[Tensor, Tensor]:
-    """Partial sums (float32, uninitialised) and `rows + 1` tickets (zero), from PyTorch's allocator.
+class Workspace:
+    """Addresses and lengths of partial sums (float32, uninitialised) and of `rows + 1` tickets (zero), for the native
+    call inside the `with`; both from PyTorch's allocator.
 
     Both are given back while the kernel may still be running: the allocator hands them out again to the same stream
     only, where whatever comes next runs after it. For the same reason the calls of a stream can share their tickets,
@@ -35,12 +34,22 @@ def workspace(
     And one inside `torch.compile` (`may_keep=False`): its CUDA-graph trees warm up in the graph's memory pool, and
     refuse tensors that stay behind there.
     """
-    partials, is_capturing = _native.policy_loss_workspace_cuda(target, rows, numel, needs_batch_means)
-    keep = may_keep and not is_capturing
-    tickets = _tickets.get(target) if keep else None
-    if tickets is None or tickets.numel() <= rows:
-        # Kept ones grow by powers of two: no new ones for every batch size.
-        tickets = like.new_zeros(max(1024, 1 << rows.bit_length()) if keep else rows + 1, dtype=torch.int32)
-        if keep:
-            _tickets[target] = tickets
-    return like.new_empty(partials, dtype=torch.float32), tickets
+
+    def __init__(
+        self, like: Tensor, target: Target, rows: int, numel: int, needs_batch_means: bool, may_keep: bool
+    ) -> None:
+        partials, is_capturing = _native.policy_loss_workspace_cuda(target, rows, numel, needs_batch_means)
+        keep = may_keep and not is_capturing
+        tickets = _tickets.get(target) if keep else None
+        if tickets is None or tickets.numel() <= rows:
+            # Kept ones grow by powers of two: no new ones for every batch size.
+            tickets = like.new_zeros(max(1024, 1 << rows.bit_length()) if keep else rows + 1, dtype=torch.int32)
+            if keep:
+                _tickets[target] = tickets
+        self._tensors = like.new_empty(partials, dtype=torch.float32), tickets
+
+    def __enter__(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return tuple([(t.data_ptr(), t.numel()) for t in self._tensors])
+
+    def __exit__(self, *_: object) -> None:
+        pass

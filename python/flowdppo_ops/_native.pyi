@@ -3,39 +3,58 @@
 Array = tuple[int, str]
 # address, dtype, and row r has element r // divide % modulo
 Vector = float | tuple[int, str, int, int]
-Latents = tuple[Array | None, Array | None, Array | None, Array | None]
+# _args.Latents, Vectors and Schedule
+Latents = tuple[Array | None, Array | None, Array | None, Array | None, Array | None, Array | None]
 Vectors = tuple[Vector, Vector | None, Vector | None, Vector | None, Vector | None, Vector | None, Vector | None]
+Schedule = tuple[str, str, str, Vector, Vector, Vector, Vector, Vector | None]
 
-Objective = tuple[str, float, float, float, str, bool, bool, bool]
+Objective = tuple[str, float, float, float, str, str, bool, bool]
 Options = tuple[str, str, str, float]
 Target = tuple[int, int]
+Memory = tuple[int, int]  # address, elements
 
 __version__: str
 METRICS: list[str]
 FIELDS: int
+STEP_FIELDS: int
 BATCH_LEN: int
 
 def policy_loss_gradient_ahead(rows: int, row_bytes: int) -> bool: ...
 def policy_loss_forward(
     arrays: Latents,
     vectors: Vectors,
+    schedule: Schedule | None,
     rows: int,
     numel: int,
     double: bool,
     objective: Objective,
     options: Options,
     out: tuple[int, int],
-    gradient_ahead: Array | None,
+    gradients_ahead: tuple[Array | None, Array | None] | None,
+    shard_sums: int | None,
+    threads: int,
+) -> None: ...
+def policy_loss_shard_sums(
+    arrays: Latents,
+    vectors: Vectors,
+    schedule: Schedule | None,
+    rows: int,
+    numel: int,
+    double: bool,
+    objective: Objective,
+    options: Options,
+    out: int,
     threads: int,
 ) -> None: ...
 def policy_loss_backward(
     arrays: Latents,
+    forms: tuple[str, str] | None,
     grad_loss: Vector,
     numbers: int,
     rows: int,
     numel: int,
     double: bool,
-    grad_mean: Array | None,
+    gradients: tuple[Array | None, Array | None],
     grad_log_prob: Array | None,
     threads: int,
 ) -> None: ...
@@ -44,22 +63,38 @@ def policy_loss_forward_cuda(
     target: Target,
     arrays: Latents,
     vectors: Vectors,
+    schedule: Schedule | None,
     rows: int,
     numel: int,
     objective: Objective,
     options: Options,
     out: tuple[int, int],
-    partials: tuple[int, int],
-    tickets: tuple[int, int],
+    shard_sums: int | None,
+    partials: Memory,
+    tickets: Memory,
+) -> None: ...
+def policy_loss_shard_sums_cuda(
+    target: Target,
+    arrays: Latents,
+    vectors: Vectors,
+    schedule: Schedule | None,
+    rows: int,
+    numel: int,
+    objective: Objective,
+    options: Options,
+    out: int,
+    partials: Memory,
+    tickets: Memory,
 ) -> None: ...
 def policy_loss_backward_cuda(
     target: Target,
     arrays: Latents,
+    forms: tuple[str, str] | None,
     grad_loss: Vector,
     numbers: int,
     rows: int,
     numel: int,
-    grad_mean: Array | None,
+    gradients: tuple[Array | None, Array | None],
     grad_log_prob: Array | None,
 ) -> None: ...
 def cuda_images() -> list[tuple[str, int, bool, bytes]]: ...

@@ -93,20 +93,21 @@ def loss(
     latents, vectors, settings = call.latents, call.vectors, call.settings
     mean, rows = latents.output, advantages.size
     numel = 0 if mean is None else mean.size // rows
-    arrays = tuple(_array(t) for t in (latents.output, latents.prev_sample, latents.old, latents.ref))
-    vectors = [_whole(v, call.row_shape) for v in vectors]
+    arrays = tuple(_array(t) for t in latents)
     dtype = np.float64 if call.double else np.float32
     value = np.empty(call.row_shape if reduction == "none" else (), dtype)
     numbers = np.empty(rows * _native.FIELDS + _native.BATCH_LEN, dtype)
     _native.policy_loss_forward(
         arrays,
-        tuple(_vector(v) for v in vectors),
+        tuple(_vector(v, call.row_shape) for v in vectors),
+        None,
         rows,
         numel,
         call.double,
-        (*settings[:5], settings.kl_divisor == "gaussian", *settings[6:8]),
+        settings[:8],
         settings[8:],
         (_address(value), _address(numbers)),
+        None,
         None,
         threads,
     )
@@ -114,9 +115,8 @@ def loss(
     of_mean = _args.differentiates_mean(latents, settings.objective)
     grad_mean = np.empty_like(mean) if of_mean else None
     grad_log_prob = np.empty(rows, dtype) if log_prob is not None else None
-    _native.policy_loss_backward(
-        arrays, 1.0, _address(numbers), rows, numel, call.double, _array(grad_mean), _array(grad_log_prob), threads
-    )
+    gradients = (_array(grad_mean), None), _array(grad_log_prob)
+    _native.policy_loss_backward(arrays, None, 1.0, _address(numbers), rows, numel, call.double, *gradients, threads)
     if grad_log_prob is None:
         return value[()], grad_mean
     grad_log_prob = grad_log_prob.reshape(call.row_shape).astype(log_prob.dtype)
@@ -131,13 +131,7 @@ def _array(array: np.ndarray | None) -> tuple[int, str] | None:
     return None if array is None else (_address(array), _FAMILY.dtypes[array.dtype])
 
 
-def _whole(value: float | np.ndarray | None, shape: tuple[int, ...]) -> float | np.ndarray | None:
-    if not isinstance(value, np.ndarray) or value.size in (1, np.prod(shape)):
-        return value
-    return np.ascontiguousarray(np.broadcast_to(value.reshape(value.shape[: len(shape)]), shape))
-
-
-def _vector(value: float | np.ndarray | None) -> float | tuple[int, str, int] | None:
+def _vector(value: float | np.ndarray | None, row_shape: tuple[int, ...]) -> float | tuple[int, str, int, int] | None:
     if value is None or isinstance(value, float):
         return value
-    return _address(value), _FAMILY.dtypes[value.dtype], 1, value.size
+    return _address(value), _FAMILY.dtypes[value.dtype], *_args.row_stride(value.shape, row_shape)

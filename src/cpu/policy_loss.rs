@@ -1,15 +1,15 @@
 //! `policy_loss` on the CPU: row sums over a source, the objective, and the streaming backward.
 //!
-//! in  latents `[rows, numel]`, contiguous, any dtype each; row vectors.   out `Field` x rows, batch numbers, gradient.
+//! in  latents `[rows, numel]`, contiguous, any dtype each; row vectors.  out `Field` x rows, batch numbers, gradients.
 //! Sums are float32 (float64 for float64 latents) over `BLOCK` elements in `LANES` interleaved lanes, then float64 over
 //! lanes, blocks and chunks, always in the same order: the bits depend on neither thread count nor schedule.
 
 use super::pool::for_each;
 use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, narrow};
-use crate::objective::{Field, Problem, Row, Sums};
+use crate::objective::{Field, Problem, Row, Sums, fields};
 use crate::plan::{CHUNK, Plan, Stretch};
-use crate::tensor::{Element, ViewMut};
-use crate::transition::means::{Block, Moments, Scratch, Source};
+use crate::tensor::{Element, Host, ViewMut};
+use crate::transition::{Block, Moments, Scratch, Source};
 
 /// Sums over every row's latents.
 pub fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, threads: usize) -> Vec<Sums> {
@@ -50,19 +50,19 @@ impl<F: Real, S: Source<F>, const REF: bool> Kernel for SumKernel<'_, F, S, REF>
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Sums {
-        let SumKernel { source, stretch: Stretch { first, len, .. }, scratch } = self;
+        let SumKernel { source, stretch, scratch } = self;
         // Lane by lane to the end: adding up 32 lanes in every block would cost a fifth of the time.
         let mut total = LaneSums::<f64>::default();
-        for offset in (0..len).step_by(BLOCK) {
-            let block = source.block(first + offset, BLOCK.min(len - offset), scratch);
+        for part in stretch.parts(BLOCK) {
+            let block = source.block(part, scratch);
             let mut sums = LaneSums::<F>::default();
             // The tail stands apart: a call inside the loop would push the sums out of their registers, every time.
             let full = block.elements() / LANES * LANES;
             for at in (0..full).step_by(LANES) {
-                sums = sums.plus::<FMA, REF>(block.moments(at));
+                sums = sums.plus::<FMA, REF>(block.moments::<FMA>(at));
             }
             if full < block.elements() {
-                sums = sums.plus::<FMA, REF>(block.tail(full));
+                sums = sums.plus::<FMA, REF>(block.tail::<FMA>(full));
             }
             for lane in 0..LANES {
                 total.q[lane] += sums.q[lane].to_f64();
@@ -119,7 +119,7 @@ pub fn row_objective<F: Real>(problem: &Problem<'_>, sums: &[Sums], rows: &ViewM
             for row in task * per_task..problem.rows.min((task + 1) * per_task) {
                 let sums = sums.get(row).copied().unwrap_or_default();
                 // SAFETY: tasks own disjoint rows.
-                unsafe { write_row::<F>(problem.row(row, sums, guard), problem.rows, row, rows) };
+                unsafe { write_row::<F>(problem, problem.row(row, sums, guard), row, rows) };
             }
         },
     );
@@ -127,10 +127,10 @@ pub fn row_objective<F: Real>(problem: &Problem<'_>, sums: &[Sums], rows: &ViewM
 
 /// # Safety
 /// Nobody else writes this row.
-unsafe fn write_row<F: Real>(numbers: Row, rows: usize, row: usize, out: &ViewMut<'_>) {
-    for (field, number) in numbers.into_iter().enumerate() {
+unsafe fn write_row<F: Real>(problem: &Problem<'_>, numbers: Row, row: usize, out: &ViewMut<'_>) {
+    for (field, number) in numbers.into_iter().take(fields(problem.step.is_some())).enumerate() {
         // SAFETY: passed on from the caller; the fields of a row are apart from those of all others.
-        unsafe { out.part_mut::<F>(field * rows + row, 1)[0] = F::from_f64(number) };
+        unsafe { out.part_mut::<F>(field * problem.rows + row, 1)[0] = F::from_f64(number) };
     }
 }
 
@@ -142,7 +142,7 @@ pub fn rows_with_gradient<F: Real, S: Source<F>>(
     plan: Plan,
     divisor: f64,
     numbers: &ViewMut<'_>,
-    out: &ViewMut<'_>,
+    targets: &Targets<'_>,
     threads: usize,
 ) {
     let guard = problem.guard_scale();
@@ -153,14 +153,15 @@ pub fn rows_with_gradient<F: Real, S: Source<F>>(
                 .fold(Sums::default(), |total, stretch| total.plus(&stretch_sums(source, stretch, scratch)));
             let row_numbers = problem.row(row, sums, guard);
             // SAFETY: tasks own disjoint rows.
-            unsafe { write_row::<F>(row_numbers, problem.rows, row, numbers) };
+            unsafe { write_row::<F>(problem, row_numbers, row, numbers) };
             let stored = |field: Field| F::from_f64(row_numbers[field as usize]).to_f64();
             let coefficients = Coefficients {
                 innovation: stored(Field::CoefInnovation) / divisor,
                 drift: stored(Field::CoefDrift) / divisor,
                 reference: stored(Field::CoefRef),
+                guidance: if problem.step.is_some() { stored(Field::StepGuidance) } else { 1.0 },
             };
-            row_gradient(source, plan.stretches_of(row), coefficients, scratch, output, out);
+            row_gradient(source, plan.stretches_of(row), coefficients, scratch, output, targets);
         }
     });
 }
@@ -171,6 +172,37 @@ pub struct Coefficients {
     pub innovation: f64,
     pub drift: f64,
     pub reference: f64,
+    /// What the output's gradient is multiplied with; the unconditional output's with 1 less this.
+    pub guidance: f64,
+}
+
+impl Coefficients {
+    fn times(self, factor: f64) -> Self {
+        // A coefficient of 0 stays 0, whatever it is multiplied with.
+        let scaled = |coefficient: f64| if coefficient == 0.0 { 0.0 } else { coefficient * factor };
+        Coefficients {
+            innovation: scaled(self.innovation),
+            drift: scaled(self.drift),
+            reference: scaled(self.reference),
+            ..self
+        }
+    }
+}
+
+/// Where gradients go, each in the dtype of what it belongs to.
+#[derive(Default)]
+pub struct Targets<'a, Space = Host> {
+    /// Of `prev_sample_mean` or `model_output`, `[rows, numel]`.
+    pub output: Option<ViewMut<'a, Space>>,
+    pub uncond_output: Option<ViewMut<'a, Space>>,
+}
+
+impl Targets<'_> {
+    /// With the factors of a row.
+    fn of_row(&self, guidance: f64) -> impl Iterator<Item = (&ViewMut<'_>, f64)> {
+        let pair = [(&self.output, guidance), (&self.uncond_output, 1.0 - guidance)];
+        pair.into_iter().filter_map(|(view, factor)| Some((view.as_ref()?, factor)))
+    }
 }
 
 /// `gradient = innovation (x' - mu) + drift (mu - mu°) + reference (mu - mu_ref)`, row by row.
@@ -181,12 +213,12 @@ pub fn gradient<F: Real, S: Source<F>>(
     source: &S,
     coefficients: &(impl Fn(usize) -> Coefficients + Sync),
     plan: Plan,
-    out: &ViewMut<'_>,
+    targets: &Targets<'_>,
     threads: usize,
 ) {
     for_each(plan.tasks(), threads, <(Scratch<F>, Output<S::Gradient>)>::default, |(scratch, output), task| {
         for stretch in plan.stretches(task) {
-            row_gradient(source, [stretch], coefficients(stretch.row), scratch, output, out);
+            row_gradient(source, [stretch], coefficients(stretch.row), scratch, output, targets);
         }
     });
 }
@@ -198,21 +230,23 @@ fn row_gradient<F: Real, S: Source<F>>(
     coefficients: Coefficients,
     scratch: &mut Scratch<F>,
     output: &mut Output<S::Gradient>,
-    out: &ViewMut<'_>,
+    targets: &Targets<'_>,
 ) {
-    let Coefficients { innovation, drift, reference } = coefficients;
+    let Coefficients { innovation, drift, reference, guidance } = coefficients;
     let source = &source.only(innovation != 0.0, drift != 0.0, reference != 0.0);
     for stretch in stretches {
-        let (scratch, output) = (&mut *scratch, &mut *output);
-        if drift == 0.0 && reference == 0.0 {
-            dispatch(GradientKernel::<_, _, false> { source, stretch, coefficients, scratch, output, out });
-        } else {
-            dispatch(GradientKernel::<_, _, true> { source, stretch, coefficients, scratch, output, out });
+        for (out, factor) in targets.of_row(guidance) {
+            let (coefficients, scratch, output) = (coefficients.times(factor), &mut *scratch, &mut *output);
+            if drift == 0.0 && reference == 0.0 {
+                dispatch(GradientKernel::<_, _, false> { source, stretch, coefficients, scratch, output, out });
+            } else {
+                dispatch(GradientKernel::<_, _, true> { source, stretch, coefficients, scratch, output, out });
+            }
         }
     }
 }
 
-/// One block of gradient before it is converted to the dtype of the mean.
+/// One block of gradient before it is converted to the dtype that it is wanted in.
 struct Output<T>(Box<[T]>);
 
 impl<T: Storage> Default for Output<T> {
@@ -236,13 +270,12 @@ impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S,
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Coefficients { innovation, drift, reference } = self.coefficients;
+        let Coefficients { innovation, drift, reference, .. } = self.coefficients;
         let blocked = innovation == 0.0 && drift == 0.0 && reference == 0.0;
         let factors = [F::from_f64(innovation), F::from_f64(drift), F::from_f64(reference)];
         let direct = self.out.dtype() == S::Gradient::DTYPE;
-        let Stretch { first, len, .. } = self.stretch;
-        for offset in (0..len).step_by(BLOCK) {
-            let (first, len) = (first + offset, BLOCK.min(len - offset));
+        for part in self.stretch.parts(BLOCK) {
+            let Stretch { first, len, .. } = part;
             let target: &mut [S::Gradient] = if direct {
                 // SAFETY: stretches do not overlap, and every task runs once.
                 unsafe { self.out.part_mut(first, len) }
@@ -252,13 +285,13 @@ impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S,
             if blocked {
                 target.fill(S::Gradient::default());
             } else {
-                let block = self.source.block(first, len, self.scratch);
+                let block = self.source.block(part, self.scratch);
                 let full = len / LANES * LANES;
                 for at in (0..full).step_by(LANES) {
-                    combine::<F, _, FMA, ALL>(factors, block.moments(at), &mut target[at..at + LANES]);
+                    combine::<F, _, FMA, ALL>(factors, block.moments::<FMA>(at), &mut target[at..at + LANES]);
                 }
                 if full < len {
-                    combine::<F, _, FMA, ALL>(factors, block.tail(full), &mut target[full..]);
+                    combine::<F, _, FMA, ALL>(factors, block.tail::<FMA>(full), &mut target[full..]);
                 }
             }
             if !direct {

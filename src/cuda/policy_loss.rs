@@ -7,7 +7,7 @@ use super::arguments::{LatentArgument, RowArgument, dtype_number, latent_argumen
 use super::device::{Device, PerDevice};
 use super::launch::{Grid, Kernel, Target, launch};
 use crate::error::Error;
-use crate::objective::{Clip, Density, Mask, Objective, Problem, Reduction};
+use crate::objective::{Clip, Density, KlDivisor, Mask, Objective, Problem, Reduction};
 use crate::ops::policy_loss::{Backward, Latents, Outputs};
 use crate::plan::GridPlan;
 use crate::tensor::{Dtype, Gpu, View, ViewMut};
@@ -129,12 +129,11 @@ fn kernels(ordinal: usize) -> Result<&'static Kernels, Error> {
 
 /// The variant for these latents; what is absent fits every variant.
 fn variant(latents: &Latents<'_, Gpu>) -> usize {
-    let Latents { prev_sample_mean, prev_sample, old_prev_sample_mean, ref_prev_sample_mean } = latents;
+    let Latents { output, prev_sample, old, reference, .. } = latents;
     let fits = |view: &Option<View<'_, Gpu>>, dtype| view.is_none_or(|view| view.dtype() == dtype);
     let matching = |&(_, dtypes): &(_, Option<(Dtype, Dtype)>)| {
         dtypes.is_none_or(|(mean, others)| {
-            fits(prev_sample_mean, mean)
-                && [prev_sample, old_prev_sample_mean, ref_prev_sample_mean].into_iter().all(|view| fits(view, others))
+            fits(output, mean) && [prev_sample, old, reference].into_iter().all(|view| fits(view, others))
         })
     };
     VARIANTS.iter().position(matching).expect("the last variant fits everything")
@@ -162,8 +161,12 @@ pub fn forward(
     problem: &Problem<'_, Gpu>,
     latents: &Latents<'_, Gpu>,
     outputs: &Outputs<'_, Gpu>,
+    sums: Option<View<'_, Gpu>>,
     workspace: &Workspace<'_>,
 ) -> Result<(), Error> {
+    if problem.step.is_some() || sums.is_some() {
+        return Err(Error::Missing { name: "a kernel" });
+    }
     let Kernels { device, forward, .. } = kernels(target.device)?;
     let plan = GridPlan::new(problem.rows, problem.numel, device.multiprocessors)?;
     // Made elsewhere, hence measured: a kernel that ran past their end would not be noticed.
@@ -190,6 +193,16 @@ pub fn forward(
     unsafe { launch(&forward[variant(latents)], device, target.stream, grid, &arguments) }
 }
 
+pub fn shard_sums(
+    _: Target,
+    _: &Problem<'_, Gpu>,
+    _: &Latents<'_, Gpu>,
+    _: &ViewMut<'_, Gpu>,
+    _: &Workspace<'_>,
+) -> Result<(), Error> {
+    Err(Error::Missing { name: "a kernel" })
+}
+
 fn long_enough(name: &'static str, view: &ViewMut<'_, Gpu>, wanted: usize) -> Result<(), Error> {
     let came = view.elements();
     if came < wanted { Err(Error::Workspace { name, came, wanted }) } else { Ok(()) }
@@ -198,7 +211,7 @@ fn long_enough(name: &'static str, view: &ViewMut<'_, Gpu>, wanted: usize) -> Re
 /// Launches the backward.
 pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, Gpu>) -> Result<(), Error> {
     let Kernels { device, backward, .. } = kernels(target.device)?;
-    let plan = match call.grad_mean {
+    let plan = match call.targets.output {
         Some(_) => GridPlan::new(call.rows, call.numel, device.multiprocessors)?,
         None => GridPlan::of_rows(call.rows)?,
     };
@@ -211,8 +224,8 @@ pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, 
         reference,
         grad_loss: row_argument(Some(call.grad_loss)),
         numbers: call.numbers.address(),
-        grad_mean: address(&call.grad_mean),
-        grad_dtype: call.grad_mean.as_ref().map_or(0, |view| dtype_number(view.dtype())),
+        grad_mean: address(&call.targets.output),
+        grad_dtype: call.targets.output.as_ref().map_or(0, |view| dtype_number(view.dtype())),
         splits: plan.splits.cast_signed(),
         grad_log_prob: address(&call.grad_log_prob),
         rows: call.rows as i64,
@@ -227,15 +240,15 @@ pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, 
 
 /// In the order of the structures: mean, next, old, reference.
 fn latent_arguments(latents: &Latents<'_, Gpu>) -> [LatentArgument; 4] {
-    let Latents { prev_sample_mean, prev_sample, old_prev_sample_mean, ref_prev_sample_mean } = latents;
-    [prev_sample_mean, prev_sample, old_prev_sample_mean, ref_prev_sample_mean].map(|view| latent_argument(*view))
+    let Latents { output, prev_sample, old, reference, .. } = latents;
+    [output, prev_sample, old, reference].map(|view| latent_argument(*view))
 }
 
 fn problem_argument(problem: &Problem<'_, Gpu>) -> ProblemArgument {
     let no_clip = Clip { low: 0.0, high: 0.0, adv_clip_max: f64::INFINITY };
     let (objective, mask, clip, normalize_kl, keep_nan_kl, per_row_scale) = match problem.objective {
-        Objective::FlowDppo { threshold, normalize_kl, mask, keep_nan_kl } => {
-            (0, mask, Clip { low: threshold, ..no_clip }, normalize_kl, keep_nan_kl, false)
+        Objective::FlowDppo { threshold, kl_divisor, mask, keep_nan_kl } => {
+            (0, mask, Clip { low: threshold, ..no_clip }, kl_divisor == KlDivisor::Gaussian, keep_nan_kl, false)
         }
         Objective::FlowGrpo(clip) => (1, Mask::Asymmetric, clip, true, false, false),
         Objective::GrpoGuard { clip, per_row_scale } => (2, Mask::Asymmetric, clip, true, false, per_row_scale),

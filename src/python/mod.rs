@@ -13,6 +13,7 @@ use crate::cuda;
 use crate::cuda::image::{IMAGES, Image};
 use crate::error::Error;
 use crate::tensor::{Dtype, Rows, View};
+use crate::transition::schedule::{Sampler, Schedule};
 
 pub mod policy_loss;
 pub mod sde_step;
@@ -66,6 +67,29 @@ unsafe fn vector<'a, Space>(name: &'static str, vector: Vector, rows: usize) -> 
             let view = unsafe { View::new(name, address, dtype, modulo) }?;
             Rows::Array { view, divide, modulo }
         }
+    })
+}
+
+/// sampler, sigma, sigma_next, noise_level, sigma_max, guidance_scale
+type ScheduleTuple<'a> = (&'a str, Vector, Vector, Vector, Vector, Option<Vector>);
+
+/// # Safety
+/// As `vector`.
+unsafe fn schedule<'a, Space>(
+    (sampler, sigma, sigma_next, noise_level, sigma_max, guidance_scale): ScheduleTuple<'_>,
+    rows: usize,
+) -> Result<Schedule<'a, Space>, Error> {
+    let read = |name, given| {
+        // SAFETY: passed on from the caller.
+        unsafe { vector(name, given, rows) }
+    };
+    Ok(Schedule {
+        sampler: option("sampler", sampler, Sampler::NAMES, Sampler::parse)?,
+        sigma: read("sigma", sigma)?,
+        sigma_next: read("sigma_next", sigma_next)?,
+        noise_level: read("noise_level", noise_level)?,
+        sigma_max: read("sigma_max", sigma_max)?,
+        guidance_scale: guidance_scale.map(|given| read("guidance_scale", given)).transpose()?,
     })
 }
 

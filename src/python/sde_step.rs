@@ -2,17 +2,13 @@
 
 use pyo3::prelude::*;
 
-use super::{Array, Vector, elements, guarded, option, vector};
+use super::{Array, ScheduleTuple, elements, guarded, schedule};
 use crate::error::Error;
 use crate::ops::sde_step::{Backward, NUMBERS, Next, Outputs, Step, backward, forward};
 use crate::tensor::{Dtype, View, ViewMut};
-use crate::transition::schedule::{Sampler, Schedule};
 
 /// model_output, uncond_output, sample, prev_sample, noise: one of the last two
 type LatentArrays = (Array, Option<Array>, Array, Option<Array>, Option<Array>);
-
-/// sampler, sigma, sigma_next, noise_level, sigma_max, guidance_scale
-type ScheduleTuple<'a> = (&'a str, Vector, Vector, Vector, Vector, Option<Vector>);
 
 /// prev_sample, prev_sample_mean, residual, and the addresses of log_prob, std, numbers
 type OutputArrays = (Option<Array>, usize, Option<Array>, usize, usize, usize);
@@ -22,24 +18,6 @@ type SavedArrays = (Option<usize>, Option<usize>, Array, usize, usize);
 
 fn arithmetic(double: bool) -> Dtype {
     if double { Dtype::F64 } else { Dtype::F32 }
-}
-
-/// # Safety
-/// As `vector`.
-unsafe fn schedule<'a, Space>(
-    (sampler, sigma, sigma_next, noise_level, sigma_max, guidance_scale): ScheduleTuple<'_>,
-    rows: usize,
-) -> Result<Schedule<'a, Space>, Error> {
-    // SAFETY: passed on from the caller.
-    let row = |name, given| unsafe { vector(name, given, rows) };
-    Ok(Schedule {
-        sampler: option("sampler", sampler, Sampler::NAMES, Sampler::parse)?,
-        sigma: row("sigma", sigma)?,
-        sigma_next: row("sigma_next", sigma_next)?,
-        noise_level: row("noise_level", noise_level)?,
-        sigma_max: row("sigma_max", sigma_max)?,
-        guidance_scale: guidance_scale.map(|scale| row("guidance_scale", scale)).transpose()?,
-    })
 }
 
 /// # Safety

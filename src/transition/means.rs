@@ -1,58 +1,11 @@
 //! The source of `loss`: means as given.
-//!
-//! The twin of `kernels/transition.cuh`. A `Source` is the only thing in which the operators over row statistics
-//! differ: everything behind it sees differences, `LANES` elements at a time. `loss` reads given means (`Means`).
 
 use std::marker::PhantomData;
 
+use super::{Block, Moments, Scratch, Source, lanes, padded};
 use crate::cpu::simd::{BLOCK, LANES, Real, Storage, widen};
+use crate::plan::Stretch;
 use crate::tensor::{Dtype, View};
-
-/// Buffers for what must be converted before it is used; one per thread.
-pub struct Scratch<F>(Box<[[F; BLOCK]; 4]>);
-
-impl<F: Real> Default for Scratch<F> {
-    fn default() -> Self {
-        // From a zeroed vector, so that pages nobody converts into are never touched.
-        let zeros: Box<[[F; BLOCK]]> = vec![[F::default(); BLOCK]; 4].into_boxed_slice();
-        Scratch(zeros.try_into().unwrap_or_else(|_| unreachable!("the vector has four elements")))
-    }
-}
-
-/// The differences that every statistic and gradient is made of.
-#[derive(Clone, Copy)]
-pub struct Moments<F> {
-    /// `x' - mu`
-    pub innovation: [F; LANES],
-    /// `mu - mu°`
-    pub drift: [F; LANES],
-    /// `mu - mu_ref`
-    pub ref_drift: [F; LANES],
-}
-
-/// At most `BLOCK` elements of one row.
-pub trait Block<F> {
-    fn elements(&self) -> usize;
-    /// Elements `at .. at + LANES`, all of which exist.
-    fn moments(&self, at: usize) -> Moments<F>;
-    /// Elements from `at` on, fewer than `LANES`; past the end every difference is 0, which adds nothing to any sum.
-    fn tail(&self, at: usize) -> Moments<F>;
-}
-
-pub trait Source<F: Real>: Sync {
-    type Block<'a>: Block<F>
-    where
-        Self: 'a,
-        F: 'a;
-    /// What gradients are written as; converted afterwards where the gradient has another dtype.
-    type Gradient: Storage;
-    /// Whether `ref_drift` is more than zeros.
-    fn has_reference(&self) -> bool;
-    /// The same without the differences that are not asked for: they become 0.
-    fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self;
-    /// Elements `first .. first + len`, counted over all rows; inside one row, and no more than `BLOCK`.
-    fn block<'a>(&'a self, first: usize, len: usize, scratch: &'a mut Scratch<F>) -> Self::Block<'a>;
-}
 
 /// Means as given, of any dtypes. What is absent stands for `mu` itself: its difference is 0 and its loads hit the
 /// first-level cache, which costs less than a second copy of the loop would.
@@ -78,7 +31,7 @@ impl Means<'_> {
 pub struct MeansOf<'a, T>(pub Means<'a>, pub PhantomData<T>);
 
 /// Runs `$body` with `$source` bound to the fastest source of `$means`.
-macro_rules! with_source {
+macro_rules! with_means {
     ($means:expr, $source:ident => $body:expr) => {{
         use std::marker::PhantomData;
         use $crate::tensor::{Bf16, Dtype, F16};
@@ -103,7 +56,7 @@ macro_rules! with_source {
         }
     }};
 }
-pub(crate) use with_source;
+pub(crate) use with_means;
 
 pub struct MeansBlock<'a, T> {
     mean: &'a [T],
@@ -134,8 +87,8 @@ impl<F: Real> Source<F> for Means<'_> {
     }
 
     #[inline(always)]
-    fn block<'a>(&'a self, first: usize, len: usize, scratch: &'a mut Scratch<F>) -> MeansBlock<'a, F> {
-        let [b0, b1, b2, b3] = &mut *scratch.0;
+    fn block<'a>(&'a self, Stretch { first, len, .. }: Stretch, scratch: &'a mut Scratch<F>) -> MeansBlock<'a, F> {
+        let [b0, b1, b2, b3, ..] = &mut *scratch.0;
         let mean = widen(self.prev_sample_mean, first, len, b0);
         let or_mean = |view: Option<View<'a>>, buffer: &'a mut [F; BLOCK]| match view {
             Some(view) => widen(view, first, len, buffer),
@@ -167,7 +120,7 @@ impl<F: Real, T: Storage> Source<F> for MeansOf<'_, T> {
     }
 
     #[inline(always)]
-    fn block<'a>(&'a self, first: usize, len: usize, _scratch: &'a mut Scratch<F>) -> MeansBlock<'a, T> {
+    fn block<'a>(&'a self, Stretch { first, len, .. }: Stretch, _: &'a mut Scratch<F>) -> MeansBlock<'a, T> {
         let mean = self.0.prev_sample_mean.slice(first, len);
         let or_mean = |view: Option<View<'a>>| match view {
             Some(view) => view.slice(first, len),
@@ -189,33 +142,14 @@ impl<F: Real, T: Storage> Block<F> for MeansBlock<'_, T> {
     }
 
     #[inline(always)]
-    fn moments(&self, at: usize) -> Moments<F> {
+    fn moments<const FMA: bool>(&self, at: usize) -> Moments<F> {
         differences(lanes(self.mean, at), lanes(self.next, at), lanes(self.old, at), lanes(self.reference, at))
     }
 
     #[inline(always)]
-    fn tail(&self, at: usize) -> Moments<F> {
+    fn tail<const FMA: bool>(&self, at: usize) -> Moments<F> {
         differences(padded(self.mean, at), padded(self.next, at), padded(self.old, at), padded(self.reference, at))
     }
-}
-
-#[inline(always)]
-fn lanes<T: Storage, F: Real>(values: &[T], at: usize) -> [F; LANES] {
-    let values = &values[at..at + LANES];
-    let mut out = [F::default(); LANES];
-    for lane in 0..LANES {
-        out[lane] = values[lane].load();
-    }
-    out
-}
-
-#[inline(always)]
-fn padded<T: Storage, F: Real>(values: &[T], at: usize) -> [F; LANES] {
-    let mut out = [F::default(); LANES];
-    for (out, value) in out.iter_mut().zip(&values[at..]) {
-        *out = value.load();
-    }
-    out
 }
 
 #[inline(always)]

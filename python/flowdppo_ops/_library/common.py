@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .._args import row_stride
+from .._args import Schedule, row_stride
 from .._torch import FAMILY
 
 _DTYPE_NAMES = FAMILY.dtypes
@@ -33,10 +33,21 @@ def array(tensor: Tensor | None) -> tuple[int, str] | None:
     return None if tensor is None else (tensor.data_ptr(), _DTYPE_NAMES[tensor.dtype])
 
 
-def vector(value: float | Tensor | None, row_shape: tuple[int, ...]) -> float | tuple[int, str, int, int] | None:
+def vector(
+    value: float | Tensor | None, rows: int, row_shape: tuple[int, ...] | None = None
+) -> float | tuple[int, str, int, int] | None:
+    """`row_shape`: needed for what has neither one element nor one per row."""
     if value is None or isinstance(value, float):
         return value
-    return value.data_ptr(), _DTYPE_NAMES[value.dtype], *row_stride(value.shape, row_shape)
+    elements = value.numel()
+    if elements == rows or elements == 1:
+        return value.data_ptr(), _DTYPE_NAMES[value.dtype], 1, elements
+    return value.data_ptr(), _DTYPE_NAMES[value.dtype], *row_stride(tuple(value.shape), row_shape)
+
+
+def schedule_tuple(schedule: Schedule, rows: int, row_shape: tuple[int, ...]) -> tuple:
+    """Sampler and forms, then the row vectors."""
+    return *schedule[:3], *[vector(v, rows, row_shape) for v in schedule[3:]]
 
 
 def contiguous(values: Iterable) -> list:

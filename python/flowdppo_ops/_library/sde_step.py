@@ -103,7 +103,7 @@ def _forward(inputs: Inputs, options: Options) -> Outputs:
     row_shape, rows = out.std.shape, out.std.numel()
     _native.sde_step_forward(
         tuple([array(t) for t in inputs[:5]]),
-        (options.sampler, *[vector(v, row_shape) for v in inputs[5:]]),
+        (options.sampler, *[vector(v, rows, row_shape) for v in inputs[5:]]),
         rows,
         inputs.sample.numel() // rows,
         out.std.dtype == torch.float64,
