@@ -43,7 +43,7 @@ $(BIN)/python:
 sanitize: $(VENV)/.test
 	for tool in memcheck racecheck synccheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    --kernel-name kns=policy_loss $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py \
+	    --kernel-name kns=policy_loss $(BIN)/python -m pytest -q -m gpu tests/test_gpu*.py \
 	    -k "options or dtypes or sizes or alignment" || exit 1; \
 	done
 

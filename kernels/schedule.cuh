@@ -4,6 +4,7 @@
 // Formed in float64 from numbers of float32 and rounded once, so that every backend has the same coefficients.
 #pragma once
 
+#include "common/parts.cuh"
 #include "common/rows.cuh"
 
 // kNoSampler: means are given, there is no schedule.
@@ -55,6 +56,15 @@ struct StepRow {
 __device__ __forceinline__ StepRow step_row(const Schedule& schedule, const Transition& t, long long row) {
   const double guidance = schedule.guidance.present ? read_row(schedule.guidance, row) : 1.0;
   return {static_cast<float>(t.a), static_cast<float>(t.b), static_cast<float>(t.std), static_cast<float>(guidance)};
+}
+
+// The same, formed by one thread for all that share the row. By all threads of the block.
+__device__ __forceinline__ StepRow shared_step(const Schedule& schedule, long long rows, const Part& part) {
+  SHARED(StepRow, s_steps, kWarps);
+  StepRow& s_step = s_steps[part.threads == kWarpSize ? threadIdx.x / kWarpSize : 0];
+  if (part.thread == 0 && part.row < rows) s_step = step_row(schedule, transition_of(schedule, part.row), part.row);
+  __syncthreads();
+  return s_step;
 }
 
 // Nothing is random in such a row: noise level 0, or the last step of CPS.

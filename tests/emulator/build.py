@@ -32,15 +32,19 @@ class Fault(NamedTuple):
     new: str
 
 
-def build(folder: Path, sanitizer: str = "plain", fault: Fault | None = None) -> Path:
-    """The server (server.cpp) as an executable in `folder`, an empty one of its own."""
+def build(folder: Path, sanitizer: str = "plain", fault: Fault | None = None, variant: str = "") -> Path:
+    """The server (server.cpp) as an executable in `folder`, an empty one of its own.
+
+    `variant`: the only one of the kernels, enough where a planted fault is looked for: most of the time to compile.
+    """
     kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
     if fault:
         kernels = folder / "kernels"
         shutil.copytree(KERNELS, kernels)
         _edit(kernels / fault.file, lambda text: _replace(text, fault))
-        _edit(kernels / "policy_loss.cu", _only_f32)
-        flags += ("-DEMULATE_F32_ALONE",)
+        if variant:
+            _edit(kernels / "policy_loss.cu", functools.partial(_only, variant))
+            flags += (f"-DEMULATE_ALONE={variant}",)
     include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
     _run(cxx(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
     _run(cxx(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
@@ -70,8 +74,8 @@ def _replace(text: str, fault: Fault) -> str:
     return text.replace(fault.old, fault.new)
 
 
-def _only_f32(text: str) -> str:
-    """Without the entry points of the other variants, which are most of the time to compile."""
+def _only(variant: str, text: str) -> str:
+    """Without the entry points of the other variants."""
     lines = text.splitlines(keepends=True)
-    kept = ("POLICY_LOSS(f32,", "POLICY_LOSS(step_f32,")
+    kept = f"POLICY_LOSS({variant},"
     return "".join(line for line in lines if not line.startswith("POLICY_LOSS(") or line.startswith(kept))

@@ -120,10 +120,10 @@ class Server:
             self.process = None
 
 
-def start(folder: Path, sanitizer: str, fault: Fault | None = None) -> Server:
-    """`folder` is made for the build."""
+def start(folder: Path, sanitizer: str, fault: Fault | None = None, variant: str = "") -> Server:
+    """`folder` is made for the build; `variant` as there."""
     folder.mkdir()
-    return Server(build(folder, sanitizer, fault), threads=64 if sanitizer == "tsan" else 256)
+    return Server(build(folder, sanitizer, fault, variant), threads=64 if sanitizer == "tsan" else 256)
 
 
 @functools.cache
