@@ -46,3 +46,32 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+# ---- the emulator: built once for all files of tests -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory):
+    """Where executables are made."""
+    return tmp_path_factory.mktemp("emulator")
+
+
+def _server(folder, sanitizer: str):
+    from emulator.call import start
+
+    server = start(folder, sanitizer)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def asan(builds):
+    """The kernels under the address and the undefined-behaviour sanitizer."""
+    yield from _server(builds / "asan", "asan")
+
+
+@pytest.fixture(scope="session")
+def tsan(builds):
+    """The kernels under the thread sanitizer."""
+    yield from _server(builds / "tsan", "tsan")

@@ -15,8 +15,8 @@ import torch
 from cases import CELLS, DTYPES, OBJECTIVES, draw, mask_cells
 from compilers import needs_cxx
 from emulator import call
-from emulator.build import Fault, build
-from emulator.call import EmulatedLoss, Float64, Server
+from emulator.build import Fault
+from emulator.call import EmulatedLoss, Float64, start
 from parity import equal_bits, run, three_way
 from test_policy_loss import (  # noqa: F401
     test_anchors_get_no_gradient,
@@ -57,31 +57,6 @@ pytestmark = [
 ]
 
 objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-
-
-@pytest.fixture(scope="session")
-def builds(tmp_path_factory):
-    """Where executables are made."""
-    return tmp_path_factory.mktemp("emulator")
-
-
-def start(folder, sanitizer, fault=None):
-    folder.mkdir()
-    return Server(build(folder, sanitizer, fault), threads=64 if sanitizer == "tsan" else 256)
-
-
-@pytest.fixture(scope="session")
-def asan(builds):
-    server = start(builds / "asan", "asan")
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
-def tsan(builds):
-    server = start(builds / "tsan", "tsan")
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -32,15 +32,15 @@ class Fault(NamedTuple):
     new: str
 
 
-def build(folder: Path, sanitizer: str = "plain", fault: Fault | None = None) -> Path:
-    """The server (server.cpp) as an executable in `folder`, an empty one of its own."""
+def build(folder: Path, sanitizer: str = "plain", fault: Fault | None = None, unit: str = "policy_loss") -> Path:
+    """The server (server.cpp) as an executable in `folder`, an empty one of its own. `unit`: who sees the fault."""
     kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
     if fault:
         kernels = folder / "kernels"
         shutil.copytree(KERNELS, kernels)
         _edit(kernels / fault.file, lambda text: _replace(text, fault))
-        _edit(kernels / "policy_loss.cu", _only_f32)
-        flags += ("-DEMULATE_F32_ALONE",)
+        _edit(kernels / f"{unit}.cu", _only_f32)
+        flags += (f"-DEMULATE_{unit.upper()}_ALONE",)
     include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
     _run(cxx(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
     _run(cxx(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
@@ -73,5 +73,7 @@ def _replace(text: str, fault: Fault) -> str:
 def _only_f32(text: str) -> str:
     """Without the entry points of the other variants, which are most of the time to compile."""
     lines = text.splitlines(keepends=True)
-    kept = ("POLICY_LOSS(f32,", "POLICY_LOSS(step_f32,")
-    return "".join(line for line in lines if not line.startswith("POLICY_LOSS(") or line.startswith(kept))
+    kept = ("POLICY_LOSS(f32,", "POLICY_LOSS(step_f32,", "SDE_STEP(f32,")
+    return "".join(
+        line for line in lines if not line.startswith(("POLICY_LOSS(", "SDE_STEP(")) or line.startswith(kept)
+    )

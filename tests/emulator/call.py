@@ -23,6 +23,8 @@ from torch import Tensor
 from flowdppo_ops import FlowDPPO, PolicyLoss, _args, _native
 from flowdppo_ops._torch import FAMILY
 
+from .build import Fault, build
+
 SHORT_ROW = 512  # kShortRow
 _LATENTS = ("mean", "next", "old", "ref")
 CANARY = 0xA5
@@ -103,6 +105,12 @@ class Server:
             self.process.stdout.close()  # type: ignore[union-attr]
             self.process.wait()
             self.process = None
+
+
+def start(folder: Path, sanitizer: str, fault: Fault | None = None, unit: str = "policy_loss") -> Server:
+    """Of kernels that are built into `folder`, a new one; see `build`."""
+    folder.mkdir()
+    return Server(build(folder, sanitizer, fault, unit), threads=64 if sanitizer == "tsan" else 256)
 
 
 @functools.cache

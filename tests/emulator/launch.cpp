@@ -1,12 +1,19 @@
-// The kernels of kernels/policy_loss.cu, compiled for the emulator, and a table of their names.
+// The kernels of kernels/, compiled for the emulator, and a table of their names.
 //
 // g++ -std=c++20 -DFLOWDPPO_EMULATOR -I <kernels> -I <this folder> launch.cpp scheduler.cpp
 #include "launch.h"
 
 #include <cstring>
 
-#include "policy_loss.cu"
 #include "scheduler.h"
+
+// Of one unit, float32 alone, where a planted fault is looked for: a small part of the time to compile.
+#ifndef EMULATE_SDE_STEP_ALONE
+#include "policy_loss.cu"
+#endif
+#ifndef EMULATE_POLICY_LOSS_ALONE
+#include "sde_step.cu"
+#endif
 
 namespace {
 
@@ -26,8 +33,14 @@ Kernel kernel(const char* name) {
   kernel<PolicyLossForward, policy_loss_forward_##variant>("policy_loss_forward_" #variant), \
       kernel<PolicyLossBackward, policy_loss_backward_##variant>("policy_loss_backward_" #variant)
 
-#ifdef EMULATE_F32_ALONE  // enough where only a planted fault is looked for, and a sixth of the time to compile
+#define BOTH_OF_STEP(variant)                                                       \
+  kernel<SdeStepForward, sde_step_forward_##variant>("sde_step_forward_" #variant), \
+      kernel<SdeStepBackward, sde_step_backward_##variant>("sde_step_backward_" #variant)
+
+#if defined(EMULATE_POLICY_LOSS_ALONE)
 const Kernel kKernels[] = {BOTH(f32), BOTH(step_f32)};
+#elif defined(EMULATE_SDE_STEP_ALONE)
+const Kernel kKernels[] = {BOTH_OF_STEP(f32)};
 #else
 const Kernel kKernels[] = {
     BOTH(f32),
@@ -43,6 +56,11 @@ const Kernel kKernels[] = {
     BOTH(step_bf16_f32_bf16),
     BOTH(step_bf16_f32_f16),
     BOTH(step_mixed),
+    BOTH_OF_STEP(f32),
+    BOTH_OF_STEP(bf16_f32),
+    BOTH_OF_STEP(bf16),
+    BOTH_OF_STEP(f16),
+    BOTH_OF_STEP(mixed),
 };
 #endif
 
