@@ -31,6 +31,12 @@ def loss(api):
 
 
 @pytest.fixture(scope="session")
+def step_loss(request: pytest.FixtureRequest):
+    """The `step_loss` under test."""
+    return reference.step_loss if request.config.getoption("--impl") == "reference" else flowdppo_ops.step_loss
+
+
+@pytest.fixture(scope="session")
 def fused(request: pytest.FixtureRequest):
     """The native `loss`, for what the reference does not promise."""
     if request.config.getoption("--impl") == "reference":
@@ -48,7 +54,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(threads)
 
 
-# ---- the emulator: built once for all files of tests -----------------------------------------------------------------
+# ---- emulated kernels: built once, whatever module asks --------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -57,21 +63,21 @@ def builds(tmp_path_factory: pytest.TempPathFactory):
     return tmp_path_factory.mktemp("emulator")
 
 
-def _server(folder, sanitizer: str):
+@pytest.fixture(scope="session")
+def asan(builds):
+    """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
     from emulator.call import start
 
-    server = start(folder, sanitizer)
+    server = start(builds / "asan", "asan")
     yield server
     server.close()
 
 
 @pytest.fixture(scope="session")
-def asan(builds):
-    """The kernels under the address and the undefined-behaviour sanitizer."""
-    yield from _server(builds / "asan", "asan")
-
-
-@pytest.fixture(scope="session")
 def tsan(builds):
-    """The kernels under the thread sanitizer."""
-    yield from _server(builds / "tsan", "tsan")
+    """The kernels under ThreadSanitizer."""
+    from emulator.call import start
+
+    server = start(builds / "tsan", "tsan")
+    yield server
+    server.close()

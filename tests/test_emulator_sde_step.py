@@ -146,7 +146,7 @@ def test_rows_without_a_coefficient_are_not_read(asan, monkeypatch, upstream):
     output = arguments["model_output"].requires_grad_()
     step = EmulatedSdeStep(asan, splits=2)(**arguments)
     content = call._bytes
-    monkeypatch.setattr(call_sde_step, "_bytes", lambda t: b"" if t.shape[1:] == (300,) else content(t))
+    monkeypatch.setattr(call, "_bytes", lambda t: b"" if t.shape[1:] == (300,) else content(t))
     (grad,) = torch.autograd.grad(step.log_prob, output, torch.full((4,), upstream))
     assert (grad == 0).all()
 

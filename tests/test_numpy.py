@@ -118,6 +118,15 @@ def test_memory_layouts():
         same_bits(mine, other)
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (4, 1), (1, 3, 1, 1), (1, 1)], ids=str)
+def test_small_row_vectors(shape):
+    arguments = arrays(draw((4, 3), (6, 8)))
+    small = np.linspace(0.3, 0.9, np.prod(shape), dtype=np.float32).reshape(shape)
+    full = np.broadcast_to(small.reshape(shape[:2]), (4, 3))
+    for mine, other in zip(*(fnp.loss(**(arguments | {"std": std})) for std in (small, full)), strict=True):
+        same_bits(mine, other)
+
+
 def test_inputs_are_not_written():
     arguments = arrays(draw(ref_kl_weight=0.5, weights=True))
     before = {name: value.copy() for name, value in arguments.items() if isinstance(value, np.ndarray)}
@@ -141,6 +150,7 @@ ERRORS = {
     "no rows": ({"advantages": np.zeros(0, np.float32)}, ValueError, ("advantages", "(0,)", "at least one row")),
     "reduction": ({"reduction": "avg"}, ValueError, ("reduction", "'avg'", "'mean'")),
     "objective": ({"objective": "dppo"}, TypeError, ("objective", "str", "FlowDPPO")),
+    "process_group": ({"process_group": "world"}, ValueError, ("process_group", "'world'", "None", "one process")),
 }
 
 

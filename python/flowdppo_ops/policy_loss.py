@@ -71,7 +71,11 @@ def loss(
         latent_reduction: "mean" over the latents, as all trainers do, or "sum" for joint log-probs and KLs.
         reduction: over rows. "mean", "sum", "none" (row-shaped), or "kept_mean": the kept rows' losses over their
             count. The reference term is summed with "sum", averaged over all rows otherwise.
-        process_group: None, or the `torch.distributed` group whose ranks each hold a shard of every row's latents.
+        process_group: the `torch.distributed` group whose ranks hold shards of the same rows' latents, as sequence or
+            context parallelism leaves them; the shards may differ in size, everything else is the same on all ranks,
+            which must all call. The rows' sums are added up in one collective of `4 rows + 1` float64; the loss is that
+            of the whole latents on every rank, and the gradient its derivative in the rank's own shard: nothing is left
+            to be reduced over this group. Rows are data-parallel: each rank of another dimension has its own.
 
     Returns:
         `PolicyLoss`. `.loss` is differentiable in `prev_sample_mean` (given `prev_sample`, a reference term or
@@ -113,7 +117,7 @@ def loss(
         reduction=reduction,
         process_group=process_group,
     )
-    return _run(where, call)
+    return _run(where, call, process_group)
 
 
 def step_loss(
@@ -220,14 +224,14 @@ def step_loss(
         reduction=reduction,
         process_group=process_group,
     )
-    return _run(where, call)
+    return _run(where, call, process_group)
 
 
-def _run(where: str, call: LossCall) -> PolicyLoss:
+def _run(where: str, call: LossCall, process_group: ProcessGroup | None) -> PolicyLoss:
     check_backend(where, call.vectors.advantages.device)
     if wants_checks():
         check_values(where, call)
-    value, numbers = policy_loss(call)
+    value, numbers = policy_loss(call, process_group)
     latents = call.latents
     return PolicyLoss(value, numbers, call.row_shape, latents.old is not None, latents.ref is not None)
 

@@ -1,7 +1,8 @@
 """The executable specification: every function of the package in plain PyTorch.
 
-Any float dtype and any device; half precision is widened to float32, float64 stays. Gradients are autograd's. The
-native backends are tested against this module, and this module against numbers recorded from the public trainers.
+Any float dtype and any device (one with float64, for the coefficients of a step); half precision is widened to float32,
+float64 stays. Gradients are autograd's. The native backends are tested against this module, and this module against
+numbers recorded from the public trainers.
 
 Notation, for a row (one sample at one denoising step) with `N` latent elements: `x` sample, `v` model output, `x'`
 next sample, `mu` its mean, `mu°` the old policy's mean, `sigma` the transition's standard deviation, `A` advantage.
@@ -74,8 +75,8 @@ class _Rows(NamedTuple):
 def _schedule_rows(
     schedule: Schedule | StepCall, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> _Rows:
-    """Formed in float64 from values rounded to `dtype`, then rounded to it: where `mu` and its parts cancel, as in the
-    `b` of CPS, the coefficients carry half an ulp and no more."""
+    """Formed in float64 from values rounded to `dtype`, then rounded to it: half an ulp, where float32 all the way is
+    up to 5 times as far (the terms of CPS's `b` cancel), and every backend comes to the same."""
 
     def rows(value: RowVector) -> Tensor:
         return row_tensor(value, row_shape, dtype, device).double()
@@ -109,7 +110,7 @@ class _Statistics(NamedTuple):
     d: Tensor | None  # mean (mu - mu°)^2
     p: Tensor | None  # mean (mu - mu°)(x' - mu°)
     f: Tensor | None  # mean (mu - mu_ref)^2
-    scale: float  # 1, or N with latent_reduction="sum": the weight of a per-element constant
+    scale: float | Tensor  # 1, or N with latent_reduction="sum": the weight of a per-element constant
 
 
 def _statistics(
@@ -118,22 +119,34 @@ def _statistics(
     ref_drift: Tensor | None,
     row_shape: tuple[int, ...],
     latent_reduction: str,
+    process_group: Any = None,
 ) -> _Statistics:
-    """From `innovation = x' - mu`, `drift = mu - mu°` and `ref_drift = mu - mu_ref`."""
+    """From `innovation = x' - mu`, `drift = mu - mu°` and `ref_drift = mu - mu_ref`; of all ranks' latents."""
+    some = next((t for t in (innovation, drift, ref_drift) if t is not None), None)
+    if some is None:
+        return _Statistics(None, None, None, None, 1.0)
+    numel = _over_ranks(some.new_tensor(some.numel() // max(1, math.prod(row_shape))), process_group)
 
     def over_latents(product: Tensor) -> Tensor:
-        product = product.reshape(*row_shape, -1)
-        return product.mean(-1) if latent_reduction == "mean" else product.sum(-1)
+        total = _over_ranks(product.reshape(*row_shape, -1).sum(-1), process_group)
+        return total / numel if latent_reduction == "mean" else total
 
-    some = next((t for t in (innovation, drift, ref_drift) if t is not None), None)
-    numel = 0 if some is None else some.numel() // max(1, math.prod(row_shape))
     return _Statistics(
         q=None if innovation is None else over_latents(innovation**2),
         d=None if drift is None else over_latents(drift**2),
         p=None if innovation is None or drift is None else over_latents(drift * (innovation + drift)),
         f=None if ref_drift is None else over_latents(ref_drift**2),
-        scale=float(numel) if latent_reduction == "sum" else 1.0,
+        scale=numel if latent_reduction == "sum" else 1.0,
     )
+
+
+def _over_ranks(value: Tensor, process_group: Any) -> Tensor:
+    """The sum over the ranks of the group, with this rank's gradient."""
+    if process_group is None:
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total, group=process_group)
+    return value + (total - value.detach())
 
 
 def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
@@ -147,8 +160,13 @@ def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
     )
 
 
+def _per_std(std: Tensor) -> Tensor:
+    """1/std, formed in float64; 0 where std is 0. Residuals are multiplied with it, everywhere: the same bits."""
+    return torch.where(std == 0, torch.zeros_like(std), std.double().reciprocal().to(std.dtype))
+
+
 def _log_prob(
-    q: Tensor, std: Tensor, density: str, scale: float, normalizer: bool = True, zero_defined: bool = False
+    q: Tensor, std: Tensor, density: str, scale: float | Tensor, normalizer: bool = True, zero_defined: bool = False
 ) -> Tensor:
     """Gaussian log-density, or CPS's own: minus the squared error, no scale and no normaliser."""
     if density == "cps":
@@ -355,6 +373,7 @@ def loss(
         None if ref_mean is None else mean - ref_mean,
         call.row_shape,
         latent_reduction,
+        process_group,
     )
 
     def rows(value: float | Tensor | None) -> Tensor | None:
@@ -453,7 +472,7 @@ def step_loss(
             return _wide(b, x) * (velocity - other)
         # "residual": mu° = x' - std e. A residual stored from this very mean gives its rounding error and no more.
         wide_std = _wide(std, x)
-        drifted = -wide_std * (_quotient(innovation, wide_std, True) - other)
+        drifted = -wide_std * (innovation * _wide(_per_std(std), x) - other)
         return torch.where(wide_std == 0, -innovation, drifted)
 
     stats = _statistics(
@@ -462,6 +481,7 @@ def step_loss(
         None if ref is None else drift(schedule.ref_form, ref),
         row_shape,
         latent_reduction,
+        process_group,
     )
 
     def rows(value: RowVector | None) -> Tensor | None:
@@ -554,7 +574,7 @@ def sde_step(
     log_prob = _log_prob(q, std, density, 1.0, log_prob_normalizer, zero_defined=True)
     residual = None
     if residual_dtype is not None:
-        residual = _quotient(innovation.detach(), _wide(std, sample), True).to(residual_dtype)
+        residual = (innovation.detach() * _wide(_per_std(std), sample)).to(residual_dtype)
     return SdeStep(stored, log_prob, mean, std, residual)
 
 
@@ -590,6 +610,5 @@ def encode_residual(prev_sample: Tensor, mean: Tensor, std: RowVector, dtype: to
     require(where, "std", std, "the standard deviation of the transition")
     std = check_row_vector(where, FAMILY, "std", std, "prev_sample", prev_sample, row_shape, len(shape))
     wide = torch.float64 if torch.float64 in (prev_sample.dtype, mean.dtype) else torch.float32
-    divisor = row_tensor(std, row_shape, wide, prev_sample.device)
-    divisor = _wide(divisor.masked_fill(divisor == 0, math.inf), prev_sample)
-    return prev_sample.detach().to(wide, copy=True).sub_(mean.detach()).div_(divisor).to(dtype)
+    per_std = _wide(_per_std(row_tensor(std, row_shape, wide, prev_sample.device)), prev_sample)
+    return prev_sample.detach().to(wide, copy=True).sub_(mean.detach()).mul_(per_std).to(dtype)

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from ._native import METRICS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+    from torch.distributed import ProcessGroup
 
 # The numbers of a call are one flat tensor: these fields first, one value per row each; the metrics last. The operators
 # put the gradient coefficients, which only the backward reads, between them.
@@ -73,7 +76,7 @@ class PolicyLoss:
     def keep(self) -> torch.Tensor:
         return self._field(_KEEP) != 0
 
-    def metrics(self, prefix: str = "") -> dict[str, float]:
+    def metrics(self, prefix: str = "", group: ProcessGroup | None = None) -> dict[str, float]:
         """The trainers' logging values, as Python floats; the one device-to-host copy happens here.
 
         `ratio_mean ratio_std ratio_min ratio_max approx_kl ppo_kl`; `kl_new_old_mean kl_new_old_max
@@ -85,10 +88,45 @@ class PolicyLoss:
 
         Args:
             prefix: put before every name, as in `"actor/"`.
+            group: a `torch.distributed` group of data-parallel ranks, all of which must call: the values are those of
+                all their rows together, not averages of each rank's. One collective of 19 float64 a rank. (Ranks that
+                hold shards of the same rows have the same metrics already.)
         """
-        values = dict(zip(METRICS, self._numbers[-len(METRICS) :].tolist(), strict=True))
+        names = len(METRICS)
+        if group is None:
+            numbers = self._numbers[-names:].tolist()
+        else:
+            numbers = _over_ranks(self._numbers[-names:], math.prod(self._row_shape), group)
+        values = dict(zip(METRICS, numbers, strict=True))
         absent = (() if self._has_kl else _KL_METRICS) + (() if self._has_ref else _REF_METRICS)
         return {prefix + name: value for name, value in values.items() if name not in absent}
 
     def __repr__(self) -> str:
         return f"PolicyLoss(loss={self.loss}, rows={self._row_shape})"
+
+
+def _over_ranks(numbers: torch.Tensor, rows: int, group: ProcessGroup) -> list[float]:
+    """The metrics of all ranks' rows, in the order of `METRICS`."""
+    from torch import distributed, float64
+
+    mine = numbers.new_full((len(METRICS) + 1,), rows, dtype=float64)
+    mine[:-1] = numbers
+    ranks = mine.new_empty(distributed.get_world_size(group) * len(mine))
+    distributed.all_gather_into_tensor(ranks, mine, group=group)
+    *columns, counts = zip(*ranks.view(-1, len(mine)).tolist(), strict=True)
+    of = dict(zip(METRICS, columns, strict=True))
+    total = math.fsum(counts)
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(n * value for n, value in zip(counts, values, strict=True)) / total
+
+    merged = {name: mean(values) for name, values in of.items()}
+    # Of the squares around the common mean: those around each rank's own, and what lies between the ranks.
+    between = [(value - merged["ratio_mean"]) ** 2 for value in of["ratio_mean"]]
+    within = [(n - 1) / n * std**2 for n, std in zip(counts, of["ratio_std"], strict=True)]
+    variance = (mean(within) + mean(between)) * total / (total - 1) if total > 1 else 0.0
+    merged["ratio_std"] = math.sqrt(variance)
+    for name, extreme in (("ratio_min", min), ("ratio_max", max), ("kl_new_old_max", max)):
+        values = of[name]
+        merged[name] = math.nan if any(map(math.isnan, values)) else extreme(values)
+    return [merged[name] for name in METRICS]

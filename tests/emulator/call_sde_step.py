@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from flowdppo_ops import SdeStep, _args, _native, _step_args
 from flowdppo_ops._torch import FAMILY
 
-from .call import CANARY, DTYPES, SHORT_ROW, Server, _Buffer, _bytes
+from .call import DTYPES, SHORT_ROW, Launch, Server
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
 # (model outputs, sample): the variant, and the dtypes that the next latent or the noise may have in it
@@ -69,7 +68,7 @@ class EmulatedSdeStep:
         numel = call.sample.numel() // rows
         splits, blocks = self.plan(rows, numel)
         argument = Forward(rows=rows, numel=numel, splits=splits, normalizer=call.log_prob_normalizer)
-        launch = _Launch(argument, self.offsets)
+        launch = Launch(argument, self.offsets, call.row_shape)
         following = call.noise if call.prev_sample is None else call.prev_sample
         argument.draws = call.prev_sample is None
         latents = {"output": call.model_output, "uncond": call.uncond_output, "sample": call.sample, "next": following}
@@ -80,7 +79,8 @@ class EmulatedSdeStep:
         argument.schedule.sampler = 1 + _args.SAMPLERS.index(call.sampler)
         vectors = call.sigma, call.sigma_next, call.noise_level, call.sigma_max, call.guidance_scale
         for name, value in zip(("sigma", "sigma_next", "noise_level", "sigma_max", "guidance"), vectors, strict=True):
-            launch.row_vector(name, value, call.row_shape)
+            at = Forward.schedule.offset + getattr(Schedule, name).offset
+            launch.row_vector(getattr(argument.schedule, name), at, value)
         if call.prev_sample is None or call.prev_sample.dtype != call.sample.dtype:
             launch.output("stored", call.sample.dtype, rows * numel)
         if call.residual_dtype is not None:
@@ -115,7 +115,7 @@ class EmulatedSdeStep:
         numel = mean.numel() // rows
         splits, blocks = self.plan(rows, numel)
         argument = Backward(rows=rows, numel=numel, splits=splits)
-        launch = _Launch(argument, self.offsets)
+        launch = Launch(argument, self.offsets, (rows,))
         argument.next.dtype = DTYPES[stored.dtype]
         inputs = {"next": stored, "mean": mean, "numbers": numbers}
         inputs |= {"grad_log_prob": grad_log_prob, "grad_mean": grad_mean}
@@ -129,41 +129,6 @@ class EmulatedSdeStep:
         wanted = {dtype for dtype in dtypes if dtype is not None}
         kernel = self.kernel("backward", wanted.pop() if len(wanted) == 1 else None, stored.dtype, stored.dtype)
         return launch.run(self.server, kernel, blocks, next(self.seeds))
-
-
-class _Launch:
-    """An argument under construction: its scalars, and the buffers that its pointers will point to."""
-
-    def __init__(self, argument: ctypes.Structure, offsets: dict[str, int]) -> None:
-        self.argument, self.offsets = argument, offsets
-        self.buffers: list[_Buffer] = []
-        self.outputs: dict[str, torch.dtype] = {}
-
-    def input(self, name: str, tensor: Tensor) -> None:
-        offset = self.offsets.get(name, 0) * tensor.element_size()
-        self.buffers.append(_Buffer(_bytes(tensor), [getattr(type(self.argument), name).offset], offset))
-
-    def row_vector(self, name: str, value: float | Tensor | None, row_shape: tuple[int, ...]) -> None:
-        struct = getattr(self.argument.schedule, name)
-        struct.present = value is not None
-        if isinstance(value, Tensor):
-            struct.dtype = DTYPES[value.dtype]
-            struct.divide, struct.modulo = _args.row_stride(tuple(value.shape), row_shape)
-            self.buffers.append(_Buffer(_bytes(value), [Forward.schedule.offset + getattr(Schedule, name).offset]))
-        elif value is not None:
-            struct.value = value
-
-    def output(self, name: str, dtype: torch.dtype, count: int, fill: int = CANARY) -> None:
-        """Filled with canaries: an element that is not written does not pass for a result."""
-        size = torch.empty(0, dtype=dtype).element_size()
-        at, offset = getattr(type(self.argument), name).offset, self.offsets.get(name, 0) * size
-        self.buffers.append(_Buffer(bytes([fill]) * (count * size), [at], offset, is_output=True))
-        self.outputs[name] = dtype
-
-    def run(self, server: Server, kernel: str, blocks: int, seed: int) -> dict[str, Tensor]:
-        replies = server.launch(kernel, self.argument, self.buffers, blocks, seed)
-        pairs = zip(self.outputs.items(), replies, strict=True)
-        return {name: torch.frombuffer(bytearray(data), dtype=dtype) for (name, dtype), data in pairs}
 
 
 class _Function(torch.autograd.Function):

@@ -44,7 +44,7 @@ def policy_loss(call: LossCall, process_group: ProcessGroup | None = None) -> tu
 
 
 def _any_requires_grad(leaves: tuple[Tensor | None, ...]) -> bool:
-    return any(t is not None and t.requires_grad for t in leaves)
+    return any(leaf is not None and leaf.requires_grad for leaf in leaves)
 
 
 def _through_the_dispatcher(call: LossCall, process_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,8 @@ def _workspace(call: LossCall, target: _cuda.Target, may_keep: bool) -> _cuda.Wo
     rows = advantages.numel()
     needs_batch_means = settings.objective == "grpo_guard" and not settings.per_row_scale
     numel = _latent_elements(call.latents, rows)
-    return _cuda.Workspace(advantages, target, rows, numel, needs_batch_means, may_keep)
+    needed = _native.policy_loss_workspace_cuda(target, rows, numel, needs_batch_means)
+    return _cuda.Workspace(advantages, target, rows, needed, may_keep)
 
 
 def _empty_outputs(advantages: Tensor, double: bool, reduction: str, has_schedule: bool) -> tuple[Tensor, Tensor]:
@@ -176,10 +177,9 @@ def _empty_gradients_ahead(call: LossCall) -> tuple[Tensor | None, Tensor | None
     the batch's divisor known beforehand and one `grad_loss` for all rows.
     """
     output, uncond, sample, prev_sample, _, _ = call.latents
-    wanted = [None if t is None or not t.requires_grad else t for t in (output, uncond)]
     if (
         prev_sample is None
-        or wanted == [None, None]
+        or not _any_requires_grad((output, uncond))
         or call.settings.reduction not in ("mean", "sum")
         or _cuda.target(output) is not None
     ):
@@ -188,7 +188,7 @@ def _empty_gradients_ahead(call: LossCall) -> tuple[Tensor | None, Tensor | None
     row_bytes = sum([t.nbytes for t in (output, uncond, sample, prev_sample) if t is not None]) // rows
     if not _native.policy_loss_gradient_ahead(rows, row_bytes):
         return None
-    return tuple([None if t is None else torch.empty_like(t) for t in wanted])
+    return tuple([torch.empty_like(t) if t is not None and t.requires_grad else None for t in (output, uncond)])
 
 
 def _backward(
