@@ -58,7 +58,8 @@ def test_every_entry_point_is_in_the_image(driver, capability):
 
 @needs_images
 @pytest.mark.parametrize(
-    "scenario", ["forward_arguments", "objectives", "backward_arguments", "grids", "bad_arguments"]
+    "scenario",
+    ["forward_arguments", "step_arguments", "shards", "objectives", "backward_arguments", "grids", "bad_arguments"],
 )
 def test_arguments(driver, scenario):
     harness.run(scenario, driver)
@@ -90,7 +91,9 @@ def test_driver_errors_become_exceptions(driver):
 
 
 @needs_images
-@pytest.mark.parametrize("scenario", ["parity", "clip_limits", "kept_tickets", "float64_from_python"])
+@pytest.mark.parametrize(
+    "scenario", ["parity", "step_parity", "sharded_parity", "clip_limits", "kept_tickets", "float64_from_python"]
+)
 def test_loss_with_emulated_kernels(driver, kernels, scenario):
     harness.run(scenario, driver, kernels=kernels)
 
