@@ -53,12 +53,13 @@ __device__ __forceinline__ void stream(Work& work, const Part& part) {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// One row's step, from some element on.
-template <int kOutput, int kSample, int kNext>
+// One row's step, from some element on. `next` is of any dtype in every variant: a latent that was drawn with float32
+// noise is summed in the same order when it is scored again.
+template <int kOutput, int kSample>
 struct Step {
   Tensor<kOutput> output, uncond;
   Tensor<kSample> sample;
-  Tensor<kNext> next;
+  Tensor<kAny> next;
   Target<kSample> stored;
   Target<kFloat32> mean;
   Target<kAny> residual;
@@ -69,7 +70,7 @@ struct Step {
   struct Raw {
     Pack<kOutput, kVector> output, uncond;
     Pack<kSample, kVector> sample;
-    Pack<kNext, kVector> next;
+    Pack<kAny, kVector> next;
   };
 
   __device__ __forceinline__ Step(const SdeStepForward& p, long long first, const StepRow& row)
@@ -198,14 +199,14 @@ __device__ __noinline__ void write_row(const SdeStepForward& p, long long row, d
   p.numbers[kNumberGuidance * p.rows + row] = step.guidance;
 }
 
-template <int kOutput, int kSample, int kNext>
+template <int kOutput, int kSample>
 __device__ __forceinline__ void forward(const SdeStepForward& p) {
   SHARED(float, s_sums, kWarps);
   const Part part = part_of_thread(p.rows, p.numel, p.splits);
   const StepRow step = shared_step(p.schedule, p.rows, part);
   float sum[1] = {};
   if (part.count > 0) {
-    Step<kOutput, kSample, kNext> work(p, part.row * p.numel + part.first, step);
+    Step<kOutput, kSample> work(p, part.row * p.numel + part.first, step);
     stream(work, part);
     sum[0] = work.sum;
   }
@@ -308,18 +309,18 @@ __device__ __forceinline__ void backward(const SdeStepBackward& p) {
 // ---- entry points --------------------------------------------------------------------------------------------------
 
 // Two blocks on a multiprocessor at least, as for policy_loss.
-#define SDE_STEP(variant, output, sample, next)                                \
+#define SDE_STEP(variant, output, sample)                                      \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                    \
       sde_step_forward_##variant(const __grid_constant__ SdeStepForward p) {   \
-    sde_step::forward<output, sample, next>(p);                                \
+    sde_step::forward<output, sample>(p);                                      \
   }                                                                            \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                    \
       sde_step_backward_##variant(const __grid_constant__ SdeStepBackward p) { \
     sde_step::backward<output, sample>(p);                                     \
   }
 
-SDE_STEP(f32, kFloat32, kFloat32, kFloat32)
-SDE_STEP(bf16_f32, kBfloat16, kFloat32, kFloat32)
-SDE_STEP(bf16, kBfloat16, kBfloat16, kAny)
-SDE_STEP(f16, kFloat16, kFloat16, kAny)
-SDE_STEP(mixed, kAny, kAny, kAny)
+SDE_STEP(f32, kFloat32, kFloat32)
+SDE_STEP(bf16_f32, kBfloat16, kFloat32)
+SDE_STEP(bf16, kBfloat16, kBfloat16)
+SDE_STEP(f16, kFloat16, kFloat16)
+SDE_STEP(mixed, kAny, kAny)
