@@ -98,6 +98,26 @@ def test_loss_with_emulated_kernels(driver, kernels, scenario):
     harness.run(scenario, driver, kernels=kernels)
 
 
+@needs_images
+@pytest.mark.parametrize("capability", ["80", "90", "100", "120", "200"])
+def test_every_entry_point_of_sde_step_is_in_its_image(driver, capability):
+    harness.run("every_entry_point", driver, capability, script="sde_step.py")
+
+
+@needs_images
+@pytest.mark.parametrize(
+    "scenario", ["its_image_alone", "forward_arguments", "backward_arguments", "grids", "bad_arguments"]
+)
+def test_arguments_of_sde_step(driver, scenario):
+    harness.run(scenario, driver, script="sde_step.py")
+
+
+@needs_images
+@pytest.mark.parametrize("scenario", ["parity", "launches", "float64_from_python"])
+def test_sde_step_with_emulated_kernels(driver, kernels, scenario):
+    harness.run(scenario, driver, kernels=kernels, script="sde_step.py")
+
+
 def test_a_device_that_is_not_there(driver):
     harness.run("no_such_device", driver)
 

@@ -144,9 +144,24 @@ def test_rows_without_a_coefficient_are_not_read():
     arguments["prev_sample"][[1, 2]] = torch.inf
     output = arguments["model_output"].requires_grad_()
     step = sde_step(**arguments)
-    (grad,) = torch.autograd.grad(step.log_prob, output, torch.tensor([1.0, 1.0, 0.0, 1.0]))
-    assert (grad[[1, 2]] == 0).all()
-    assert grad[[0, 3]].isfinite().all()
+    for upstream in (1.0, torch.inf, torch.nan):  # of the row that is deterministic
+        (grad,) = torch.autograd.grad(step.log_prob, output, torch.tensor([1.0, upstream, 0.0, 1.0]), retain_graph=True)
+        assert (grad[[1, 2]] == 0).all()
+        assert grad[[0, 3]].isfinite().all()
+    upstream = [torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.ones_like(output)]
+    (grad,) = torch.autograd.grad([step.log_prob, step.prev_sample_mean], output, upstream)
+    assert grad.isfinite().all()
+
+
+def test_a_deterministic_row_that_overflows_as_it_is_stored_has_no_residual():
+    arguments = draw(residual=True, dtypes={"*": torch.float16})
+    arguments["noise_level"][1] = 0.0
+    arguments["sample"][1] = 6e4
+    arguments["model_output"][1] = -6e4
+    step = sde_step(**arguments)
+    assert (step.prev_sample[1] == torch.inf).all()
+    assert step.log_prob[1] == 0
+    assert (step.residual[1] == 0).all()
 
 
 @samplers
