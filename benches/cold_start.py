@@ -1,10 +1,12 @@
 """A provider's first call in a fresh process, with every compiler's cache empty.
 
-    python benches/cold_start.py triton 16x65536 fp32 cuda      # the process that `cold_start` starts: one JSON object
+    python benches/cold_start.py bench_policy_loss step_loss triton 16x65536 fp32 cuda
+
+is the process that `cold_start` starts; it prints one JSON object.
 
 The clock starts before torch is imported; the interpreter's own start is left out. `ready` is when the inputs are on
-the device, `finished` when the first loss and gradient are. Triton tunes and torch.compile compiles in between. Making
-the inputs has loaded some of PyTorch's elementwise kernels: that favours eager.
+the device, `finished` when the first results are. Triton tunes and torch.compile compiles in between. Making the inputs
+has loaded some of PyTorch's elementwise kernels: that favours eager.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 
 START = time.perf_counter()
 
+import importlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import subprocess  # noqa: E402
@@ -22,9 +25,11 @@ import tempfile  # noqa: E402
 CACHE_FOLDERS = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
 
 
-def cold_start(provider: str, shape: tuple[int, ...], dtype: str, device: str) -> dict[str, float]:
+def cold_start(
+    module: str, operation: str, provider: str, shape: tuple[int, ...], dtype: str, device: str
+) -> dict[str, float]:
     """Seconds from the first import, in a process of its own: `{"ready": ..., "finished": ...}`."""
-    command = [sys.executable, __file__, provider, "x".join(map(str, shape)), dtype, device]
+    command = [sys.executable, __file__, module, operation, provider, "x".join(map(str, shape)), dtype, device]
     with tempfile.TemporaryDirectory() as empty:
         folders = {name: os.path.join(empty, name.lower()) for name in CACHE_FOLDERS}
         done = subprocess.run(command, env=os.environ | folders, capture_output=True, text=True, check=False)
@@ -33,15 +38,16 @@ def cold_start(provider: str, shape: tuple[int, ...], dtype: str, device: str) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(provider: str, shape: str, dtype: str, device: str) -> None:
-    from bench_policy_loss import DTYPES, MACHINES, forward_backward, make_inputs, providers
+def main(module: str, operation: str, provider: str, shape: str, dtype: str, device: str) -> None:
+    from runner import MACHINES
 
+    op = importlib.import_module(module).OPERATIONS[operation]
     machine = MACHINES[device]()
     with machine.session():
-        i = make_inputs(tuple(int(n) for n in shape.split("x")), DTYPES[dtype], machine.device)
+        i = op.make_inputs(tuple(int(n) for n in shape.split("x")), dtype, machine.device)
         machine.synchronize()
         ready = time.perf_counter() - START
-        forward_backward(providers([provider])[0], i)
+        op.run(op.passes[-1], op.make_providers([provider])[0].call, i)
         machine.synchronize()
     print(json.dumps({"ready": ready, "finished": time.perf_counter() - START}))
 

@@ -59,7 +59,7 @@ class Captured(NamedTuple):
 class Cpu:
     name = "cpu"
     device = torch.device("cpu")
-    providers = ("eager", "compile", "fused")
+    lacks = ("triton",)
     sizes = ("sd35", "rows", "flux", "wan", "small")
     full, quick = FULL, QUICK
     cold_starts = 0
@@ -88,7 +88,7 @@ class Cpu:
 
 class Cuda:
     name = "cuda"
-    providers = ("eager", "compile", "triton", "fused")
+    lacks = ()
     sizes = ("sd35", "flux", "wan", "video", "video64", "small")
     # A device's clock is steadier than a shared machine's: half the rounds, half the time in each, and no libgomp.
     full, quick = Effort(rounds=10, block_us=5_000, settle_us=2_000), QUICK

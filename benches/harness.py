@@ -114,11 +114,16 @@ class Row:
     cores_elsewhere: float | None  # processors busy with anything but this process while it was measured
     timing: str = "call"  # see `devices.Mode`; "cold start" and "first call": in a process of its own
     cache: str = "warm"
-    launches: int | None = None  # this and the rest: `devices.Costs` of one call
+    launches: int | None = None  # this and the next four: `devices.Costs` of one call
     sync_warnings: int | None = None
     stream_syncs: int | None = None
     dtoh_copies: int | None = None
     peak_bytes: int | None = None
+    ops: int | None = None  # this and the rest: `counting.Counts` of one call
+    latent_ops: int | None = None
+    host_syncs: int | None = None
+    latent_allocations: int | None = None
+    bytes_moved: int | None = None
 
     @property
     def gb_per_s(self) -> float:

@@ -2,8 +2,8 @@
 
     python benches/report.py benches/results/h200.json [FILE...] [--plot PLOT.png]
 
-A section per run, a table per shape and dtype, a line per pass and provider; times are medians. The plot, share of the
-copy's bandwidth, goes beside the first file unless told otherwise; it is not committed.
+A section per run, a table per operation, shape and dtype, a line per pass and provider; times are medians. The plot,
+share of the copy's bandwidth, goes beside the first file unless told otherwise; it is not committed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_of(row: Row) -> str:
 
 
 class Case:
-    """The rows of one run, shape and dtype: microseconds and share of the copy by mode, pass and provider."""
+    """The rows of one run, operation, shape and dtype: microseconds and share of the copy by mode, pass, provider."""
 
     def __init__(self, rows: list[Row]):
         self.rows = {((row.timing, row.cache), row.pass_, row.provider): row for row in rows}
@@ -42,6 +42,10 @@ class Case:
         if any(timing == "graph" for timing, _ in self.modes):
             self.series += [("backward", provider) for pass_, provider in self.series if pass_ == "forward"]
         self.series.sort(key=lambda one: PASSES.index(one[0]))
+
+    def _any_row(self, pass_: str, provider: str) -> Row | None:
+        """Of whatever mode: what was counted is the same in all."""
+        return next((row for mode in self.modes if (row := self.rows.get((mode, pass_, provider)))), None)
 
     def cost(self, mode: tuple[str, str], pass_: str, provider: str) -> tuple[float, int] | None:
         """Microseconds and bytes; those of `backward` are forward+backward less forward."""
@@ -60,16 +64,25 @@ class Case:
             return None
         return (cost[1] / cost[0]) / (copy[1] / copy[0])
 
-    def fused_is(self, pass_: str, provider: str) -> float | None:
-        """How many times as fast fused is, in the first mode."""
-        cost, fused = self.cost(self.modes[0], pass_, provider), self.cost(self.modes[0], pass_, "fused")
-        if provider in ("copy", "fused") or cost is None or fused is None or fused[0] <= 0:
-            return None
-        return cost[0] / fused[0]
+    def fused_is(self, pass_: str, provider: str) -> str:
+        """How many times as fast fused is, in the first mode that has both: who waits has no time in a graph."""
+        for mode in self.modes if provider not in ("copy", "fused") else []:
+            cost, fused = self.cost(mode, pass_, provider), self.cost(mode, pass_, "fused")
+            if cost is not None and fused is not None and fused[0] > 0:
+                return f"{cost[0] / fused[0]:.2f}x as fast" + (f" ({', '.join(mode)})" if mode != self.modes[0] else "")
+        return ""
+
+    def dispatched(self, pass_: str, provider: str) -> list[str]:
+        """`counting.Counts`; the bytes as a multiple of those that must move."""
+        row = self._any_row(pass_, provider)
+        if row is None or row.ops is None:
+            return [""] * 5
+        counted = [row.ops, row.latent_ops, row.host_syncs, row.latent_allocations]
+        return [*map(str, counted), f"{row.bytes_moved / row.bytes:.1f}x"]
 
     def counts(self, pass_: str, provider: str) -> list[str]:
         """Launches, waits of the host, copies to it, and peak memory in bytes per latent element."""
-        row = self.rows.get((self.modes[0], pass_, provider))
+        row = self._any_row(pass_, provider)
         if row is None or row.peak_bytes is None:
             return [""] * 4
         elements = 1
@@ -83,11 +96,13 @@ class Case:
 def case_table(rows: list[Row]) -> list[str]:
     case = Case(rows)
     shared = [mode for mode in case.modes if mode[0] == "graph"] or case.modes  # where bandwidth means something
+    dispatched = any(row.ops is not None for row in rows)
     counted = any(row.peak_bytes is not None for row in rows)
     head = ["pass", "provider"]
     for mode in case.modes:
         head += [", ".join(mode) + ", us", *(["of copy"] if mode in shared else [])]
     head += ["fused is" + (f" ({', '.join(case.modes[0])})" if len(case.modes) > 1 else "")]
+    head += ["operators", "on latents", "host syncs", "latent allocations", "bytes"] if dispatched else []
     head += ["launches", "waits", "copies to host", "peak B/element"] if counted else []
     lines = [_line(head), _line(["---"] * 2 + ["--:"] * (len(head) - 2))]
     for pass_, provider in case.series:
@@ -97,7 +112,8 @@ def case_table(rows: list[Row]) -> list[str]:
             cells.append("" if cost is None else f"{cost[0]:.1f}")
             if mode in shared:
                 cells.append(_format(case.of_copy(mode, pass_, provider), "{:.0%}"))
-        cells.append(_format(case.fused_is(pass_, provider), "{:.2f}x as fast"))
+        cells.append(case.fused_is(pass_, provider))
+        cells += case.dispatched(pass_, provider) if dispatched else []
         lines.append(_line(cells + (case.counts(pass_, provider) if counted else [])))
     return lines
 
@@ -114,11 +130,11 @@ def tables(rows: list[Row]) -> str:
     lines: list[str] = []
     for run, of_run in grouped(rows, run_of).items():
         lines += [f"## {run}", ""]
-        for (shape, dtype, fresh), of_case in grouped(of_run, _case_key).items():
-            title = f"### `{list(shape)}` {dtype}"
+        for (op, shape, dtype, fresh), of_case in grouped(of_run, _case_key).items():
+            title = f"### {op} `{list(shape)}` {dtype}"
             if fresh:
                 repeats = of_case[0].repeats
-                title += f": first loss and gradient in a fresh process, caches empty, median of {repeats}"
+                title += f": first results in a fresh process, caches empty, median of {repeats}"
             lines += [title, "", *(fresh_table(of_case) if fresh else case_table(of_case)), ""]
     return "\n".join(lines)
 
@@ -135,7 +151,10 @@ def plot(rows: list[Row], file: Path) -> None:
     figure, axes = pyplot.subplots(len(runs), 2, figsize=(14, 4.5 * len(runs)), squeeze=False, sharey="row")
     for line, (run, of_run) in zip(axes, runs.items(), strict=True):
         cases = {key: Case(of_case) for key, of_case in grouped(of_run, _case_key).items()}
-        labels = [f"{'x'.join(map(str, key[0]))}\n{key[1]} {', '.join(case.modes[0])}" for key, case in cases.items()]
+        labels = [
+            f"{op} {'x'.join(map(str, shape))}\n{dtype} {', '.join(case.modes[0])}"
+            for (op, shape, dtype, _), case in cases.items()
+        ]
         providers = [name for name in dict.fromkeys(row.provider for row in of_run) if name != "copy"]
         width = 0.8 / max(1, len(providers))
         for axis, pass_ in zip(line, passes, strict=True):
@@ -154,7 +173,7 @@ def plot(rows: list[Row], file: Path) -> None:
 
 
 def _case_key(row: Row) -> tuple:
-    return row.shape, row.dtype, row.timing in FRESH
+    return row.op, row.shape, row.dtype, row.timing in FRESH
 
 
 def _format(value: float | None, form: str) -> str:

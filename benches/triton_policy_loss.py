@@ -1,4 +1,4 @@
-"""The Flow-DPPO loss in Triton: the strongest alternative we could write, for the benches alone.
+"""The Flow-DPPO loss in Triton, from the mean or from the model's output: the strongest alternative we could write.
 
 For a row of `N` latent elements, with `mu` the new mean, `mu°` the old, `x'` the next sample, `A` the advantage:
 
@@ -8,19 +8,23 @@ For a row of `N` latent elements, with `mu` the new mean, `mu°` the old, `x'` t
     loss = mean over rows of (0 if blocked else -A ratio)
     d loss / d mu_j = c (x'_j - mu_j),   c = 0 if blocked else -A ratio / (rows N std^2)
 
+With STEP the mean is that of Flow-SDE, `mu = a x + b v`, formed from the model's output `v` and the sample `x` as they
+are read; `a`, `b` and `std` come from the row's sigmas in every program, and the gradient is multiplied by `b`.
+
 Forward, one launch: a row is split over SPLITS programs, each leaves (sum of d, sum of p) in `partials`; the program
 that draws the last ticket adds them up in a fixed order and ends with the loss. A second kernel for that would cost a
-launch (1 to 2 us inside a CUDA graph) beside a forward of 3 us. Backward, one launch: reads `mu` and `x'`, writes the
-gradient in the dtype of `mu`; a blocked row is written without being read.
+launch (1 to 2 us inside a CUDA graph) beside a forward of 3 us. Backward, one launch: reads `mu` (or `v` and `x`) and
+`x'`, writes the gradient in the dtype of `mu` or `v`; a blocked row is written without being read.
 
-Against `flowdppo_ops.loss` it leaves out the log-prob, all metrics, every check and every option. It needs contiguous
-latents and one stream at a time (the tickets are shared by all calls on a device).
+For the benches alone. Against `flowdppo_ops` it leaves out the log-prob, all metrics, every check and every option. It
+needs contiguous latents and one stream at a time (the tickets are shared by all calls on a device).
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -51,7 +55,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU nothing can
 def _worthwhile(configs, arguments, **_):
     """Keeps the splits that make one, two or four programs per multiprocessor, none of them without work."""
     rows, numel = arguments["rows"], arguments["numel"]
-    processors = torch.cuda.get_device_properties(arguments["mean"].device).multi_processor_count
+    processors = torch.cuda.get_device_properties(arguments["source"].device).multi_processor_count
 
     def wanted(config) -> set[int]:
         most = min(MAX_SPLITS, _power_of_2_up_to(triton.cdiv(numel, config.kwargs["BLOCK"])))
@@ -64,19 +68,34 @@ def _power_of_2_up_to(n: int) -> int:
     return 1 << (n.bit_length() - 1)
 
 
+@triton.jit
+def _flow_sde(sigma, sigma_next, noise_level, sigma_max):
+    """`a`, `b` and the variance of a step."""
+    dt = sigma_next - sigma
+    q_squared = noise_level * noise_level * sigma / (1.0 - tl.where(sigma == 1.0, sigma_max, sigma))
+    a = 1.0 + q_squared / (2.0 * sigma) * dt
+    b = (1.0 + q_squared * (1.0 - sigma) / (2.0 * sigma)) * dt
+    return a, b, -q_squared * dt
+
+
 @triton.autotune(
     configs=_FORWARD[:1] if _INTERPRETED else _FORWARD,
-    key=["rows", "numel"],
+    key=["rows", "numel", "STEP"],
     prune_configs_by={"early_config_prune": _worthwhile},
     do_bench=_TIMED,
 )
 @triton.jit
 def _forward_kernel(
-    mean,  # [rows, numel] fp32, bf16 or fp16, as the next two
-    old_mean,
+    source,  # [rows, numel] fp32, bf16 or fp16, as the next three: mean, or with STEP the model's output
+    sample,  # read with STEP alone
     prev_sample,
+    old_mean,
     advantages,  # [rows] fp32
-    std,  # [rows] fp32
+    std,  # [rows] fp32; read without STEP alone
+    sigma,  # [rows] fp32; this and the next three are read with STEP alone
+    sigma_next,
+    noise_level,
+    sigma_max,
     threshold,
     loss,  # [1] fp32, out
     numbers,  # [4, rows] fp32, out: ratio, kl, keep, coefficient
@@ -88,6 +107,7 @@ def _forward_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     program = tl.program_id(0)
     row, split = program // SPLITS, program % SPLITS
@@ -95,13 +115,17 @@ def _forward_kernel(
     span = tl.cdiv(tl.cdiv(numel, SPLITS), BLOCK) * BLOCK
     begin = split * span
     end = tl.minimum(begin + span, numel)
+    if STEP:
+        a, b, _ = _flow_sde(tl.load(sigma + row), tl.load(sigma_next + row), noise_level, sigma_max)
 
     drift_squared = tl.zeros([BLOCK], dtype=tl.float32)
     drift_innovation = tl.zeros([BLOCK], dtype=tl.float32)
     for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
         inside = column < numel  # a span ends at a block's end, only the row can end earlier
-        mu = tl.load(mean + base + column, mask=inside, other=0.0).to(tl.float32)
+        mu = tl.load(source + base + column, mask=inside, other=0.0).to(tl.float32)
+        if STEP:
+            mu = a * tl.load(sample + base + column, mask=inside, other=0.0).to(tl.float32) + b * mu
         old = tl.load(old_mean + base + column, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(prev_sample + base + column, mask=inside, other=0.0).to(tl.float32)
         drift = mu - old
@@ -123,8 +147,12 @@ def _forward_kernel(
             d = tl.sum(d, axis=1) / numel
             p = tl.sum(p, axis=1) / numel
             advantage = tl.load(advantages + r, mask=here, other=0.0)
-            sigma = tl.load(std + r, mask=here, other=1.0)
-            variance = sigma * sigma
+            if STEP:
+                now, following = tl.load(sigma + r, mask=here, other=0.5), tl.load(sigma_next + r, mask=here, other=0.0)
+                _shift, slope, variance = _flow_sde(now, following, noise_level, sigma_max)
+            else:
+                deviation = tl.load(std + r, mask=here, other=1.0)
+                slope, variance = 1.0, deviation * deviation
 
             ratio = tl.exp((p - 0.5 * d) / variance)
             kl = d / (2.0 * variance)
@@ -136,26 +164,32 @@ def _forward_kernel(
             tl.store(numbers + r, ratio, mask=here)
             tl.store(numbers + rows + r, kl, mask=here)
             tl.store(numbers + 2 * rows + r, keep.to(tl.float32), mask=here)
-            tl.store(numbers + 3 * rows + r, row_loss / (variance * rows * numel), mask=here)
+            tl.store(numbers + 3 * rows + r, slope * row_loss / (variance * rows * numel), mask=here)
         tl.store(loss, tl.sum(total, axis=0) / rows)
         tl.store(ticket, 0)
 
 
 @triton.autotune(
     configs=_BACKWARD[:1] if _INTERPRETED else _BACKWARD,
-    key=["rows", "numel"],
+    key=["rows", "numel", "STEP"],
     do_bench=_TIMED,
 )
 @triton.jit
 def _backward_kernel(
-    mean,
+    source,  # as in the forward
+    sample,
     prev_sample,
+    sigma,
+    sigma_next,
+    noise_level,
+    sigma_max,
     coefficients,  # [rows] fp32
     grad_loss,  # [1] fp32
-    grad_mean,  # [rows, numel], out
+    grad_source,  # [rows, numel], out
     numel,
     rows,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     per_row = tl.cdiv(numel, BLOCK)
     row = tl.program_id(0) // per_row
@@ -166,10 +200,13 @@ def _backward_kernel(
     grad = tl.zeros([BLOCK], dtype=tl.float32)
     if coefficient != 0.0:
         coefficient *= tl.load(grad_loss)
-        mu = tl.load(mean + base + column, mask=inside, other=0.0).to(tl.float32)
+        mu = tl.load(source + base + column, mask=inside, other=0.0).to(tl.float32)
+        if STEP:
+            a, b, _ = _flow_sde(tl.load(sigma + row), tl.load(sigma_next + row), noise_level, sigma_max)
+            mu = a * tl.load(sample + base + column, mask=inside, other=0.0).to(tl.float32) + b * mu
         x = tl.load(prev_sample + base + column, mask=inside, other=0.0).to(tl.float32)
         grad = coefficient * (x - mu)
-    tl.store(grad_mean + base + column, grad.to(grad_mean.dtype.element_ty), mask=inside)
+    tl.store(grad_source + base + column, grad.to(grad_source.dtype.element_ty), mask=inside)
 
 
 @functools.cache
@@ -177,68 +214,89 @@ def _ticket(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
+class _Schedule(NamedTuple):
+    sigma: Tensor  # [rows] fp32
+    sigma_next: Tensor
+    noise_level: float
+    sigma_max: float
+
+
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mean, old_mean, prev_sample, advantages, std, threshold):
+    def forward(ctx, source, sample, prev_sample, old_mean, advantages, std, schedule, threshold):
         rows = advantages.numel()
-        numel = mean.numel() // rows
-        results = torch.empty(1 + 4 * rows, dtype=torch.float32, device=mean.device)
+        numel = source.numel() // rows
+        results = torch.empty(1 + 4 * rows, dtype=torch.float32, device=source.device)
         loss, numbers = results[0], results[1:]
-        partials = torch.empty(2 * rows * MAX_SPLITS, dtype=torch.float32, device=mean.device)
+        partials = torch.empty(2 * rows * MAX_SPLITS, dtype=torch.float32, device=source.device)
+        # What a kernel does not read must be a tensor all the same.
+        ctx.step = schedule is not None
+        ctx.schedule = schedule or _Schedule(advantages, advantages, 0.0, 0.0)
+        ctx.sample = source if sample is None else sample
 
         def grid(config):
             return (rows * config["SPLITS"],)
 
         _forward_kernel[grid](
-            mean,
-            old_mean,
+            source,
+            ctx.sample,
             prev_sample,
+            old_mean,
             advantages,
-            std,
+            advantages if std is None else std,
+            *ctx.schedule,
             threshold,
             loss,
             numbers,
             partials,
-            _ticket(mean.device),
+            _ticket(source.device),
             rows,
             numel,
             TILE_ROWS=min(triton.next_power_of_2(rows), _EPILOGUE_TILE // MAX_SPLITS),
+            STEP=ctx.step,
         )
-        ctx.save_for_backward(mean, prev_sample, numbers)
+        ctx.save_for_backward(source, prev_sample, numbers)
         ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)
         return loss, numbers
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_numbers):
-        mean, prev_sample, numbers = ctx.saved_tensors
+        source, prev_sample, numbers = ctx.saved_tensors
         rows = numbers.numel() // 4
-        numel = mean.numel() // rows
-        grad_mean = torch.empty_like(mean)
+        numel = source.numel() // rows
+        grad_source = torch.empty_like(source)
 
         def grid(config):
             return (rows * triton.cdiv(numel, config["BLOCK"]),)
 
         coefficients = numbers[3 * rows :]
-        _backward_kernel[grid](mean, prev_sample, coefficients, grad_loss, grad_mean, numel, rows)
-        return grad_mean, None, None, None, None, None
+        latents = (source, ctx.sample, prev_sample)
+        _backward_kernel[grid](
+            *latents, *ctx.schedule, coefficients, grad_loss, grad_source, numel, rows, STEP=ctx.step
+        )
+        return grad_source, *(None,) * 7
 
 
-def policy_loss_and_numbers(
-    prev_sample_mean: Tensor,
-    old_prev_sample_mean: Tensor,
+def loss_and_numbers(
+    source: Tensor,
+    sample: Tensor | None,
     prev_sample: Tensor,
+    old_mean: Tensor,
     advantages: Tensor,
-    std: Tensor,
+    std: Tensor | None,
+    schedule: tuple | None,
     threshold: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `triton_policy_loss`, and `[4, rows]`: ratio, kl, keep (1 or 0), gradient coefficient."""
-    for latents in (prev_sample_mean, old_prev_sample_mean, prev_sample):
-        if not latents.is_contiguous():
+    """The loss, and `[4, rows]`: ratio, kl, keep (1 or 0), gradient coefficient.
+
+    `source` is the mean, with `std`; or the model's output, with `sample` and `schedule`.
+    """
+    for latents in (source, sample, prev_sample, old_mean):
+        if latents is not None and not latents.is_contiguous():
             raise ValueError("triton_policy_loss: latents must be contiguous")
-    loss, numbers = _PolicyLoss.apply(
-        prev_sample_mean, old_prev_sample_mean, prev_sample, advantages, std.reshape(-1), threshold
-    )
+    schedule = None if schedule is None else _Schedule(*schedule)
+    loss, numbers = _PolicyLoss.apply(source, sample, prev_sample, old_mean, advantages, std, schedule, threshold)
     return loss, numbers.view(4, -1)
 
 
@@ -258,4 +316,29 @@ def triton_policy_loss(
         std: `[rows]` or `[rows, 1, ...]` fp32, of the transition.
         threshold: nats per latent element; a row of a KL not below it may be blocked.
     """
-    return policy_loss_and_numbers(prev_sample_mean, old_prev_sample_mean, prev_sample, advantages, std, threshold)[0]
+    latents = (prev_sample_mean, None, prev_sample, old_prev_sample_mean)
+    return loss_and_numbers(*latents, advantages, std.reshape(-1), None, threshold)[0]
+
+
+def triton_step_loss(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_prev_sample_mean: Tensor,
+    advantages: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    noise_level: float,
+    sigma_max: float,
+    threshold: float,
+) -> Tensor:
+    """The same from one Flow-SDE step, differentiable in `model_output`.
+
+    Args:
+        model_output, sample, prev_sample, old_prev_sample_mean: `[rows, ...]`, contiguous, fp32, bf16 or fp16 each.
+        advantages, sigma, sigma_next: `[rows]` fp32.
+        noise_level, sigma_max: as `flowdppo_ops.step_loss` takes them.
+        threshold: nats per latent element; a row of a KL not below it may be blocked.
+    """
+    latents = (model_output, sample, prev_sample, old_prev_sample_mean)
+    return loss_and_numbers(*latents, advantages, None, (sigma, sigma_next, noise_level, sigma_max), threshold)[0]

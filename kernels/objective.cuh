@@ -9,6 +9,7 @@
 #include "common/numeric.cuh"
 #include "common/reduce.cuh"
 #include "policy_loss.cuh"
+#include "schedule.cuh"
 
 // Rows of `numbers`, in order.
 enum Field : int {
@@ -19,13 +20,20 @@ enum Field : int {
   kKeep,
   kLoss,   // the row's policy loss, before any reduction
   kRefKl,  // mean (mu - mu_ref)^2 / (2 ref_std^2), without its weight
-  // d loss / d mu_j = kCoefInnovation (x'_j - mu_j) + kCoefDrift (mu_j - mu_old_j) + kCoefRef (mu_j - mu_ref_j); the
-  // first two, and kCoefLogProb = d loss / d log_prob, still to be divided by the batch's divisor
+  // G_j = kCoefInnovation (x'_j - mu_j) + kCoefDrift (mu_j - mu_old_j) + kCoefRef (mu_j - mu_ref_j) is d loss / d mu_j,
+  // or, with a schedule, d loss / d v_j; the first two, and kCoefLogProb = d loss / d log_prob, still to be divided by
+  // the batch's divisor
   kCoefInnovation,
   kCoefDrift,
   kCoefRef,
   kCoefLogProb,
   kFields,
+  // With a schedule the row's step as well, so that the backward needs no schedule: `StepRow`, in order.
+  kStepA = kFields,
+  kStepB,
+  kStepStd,
+  kStepGuidance,
+  kStepFields,
 };
 
 // After the rows: the divisor, then the metrics in the order of objective::METRICS.
@@ -52,6 +60,12 @@ enum BatchNumber : int {
   kBatchLen,
 };
 
+__device__ __forceinline__ bool has_schedule(const Problem& problem) { return problem.schedule.sampler != kNoSampler; }
+
+__device__ __forceinline__ float* batch_of(const Problem& problem, float* numbers) {
+  return numbers + (has_schedule(problem) ? kStepFields : kFields) * problem.rows;
+}
+
 // GRPO-Guard's batch means, taken before any row is looked at.
 struct GuardScale {
   double c;      // mean(sqrt_dt) mean(std / sqrt_dt)
@@ -76,17 +90,24 @@ struct RowSums {
   double f;      // f^2
 };
 
-// One row, before any reduction over rows.
-__device__ __noinline__ void row_numbers(const Problem& problem, long long row, RowSums sums, GuardScale guard,
-                                         float* numbers) {
+// What a row's sums are measured with. Of a mean that is given, `b`, the derivative with respect to it, is 1.
+__device__ __forceinline__ Transition row_transition(const Problem& problem, long long row) {
+  if (has_schedule(problem)) return transition_of(problem.schedule, row);
+  return {0.0, 1.0, read_row(problem.std, row), read_row(problem.sqrt_dt, row)};
+}
+
+// One row, before any reduction over rows. `numel`: the elements that were summed, over all shards.
+__device__ __noinline__ void row_numbers(const Problem& problem, long long row, RowSums sums, double numel,
+                                         GuardScale guard, float* numbers) {
   // "mean": per-element numbers; "sum": joint ones, where the normaliser counts once per element. Divided, not
   // multiplied with 1 / numel: that misses a KL equal to its threshold by an ulp.
-  const double numel = static_cast<double>(problem.numel);
-  const double divisor = problem.latent_sum || problem.numel == 0 ? 1.0 : numel;
+  const double divisor = problem.latent_sum || numel == 0.0 ? 1.0 : numel;
   const double elements = problem.latent_sum ? numel : 1.0;
   const double q = sums.q / divisor, d = sums.d / divisor, cross = sums.cross / divisor;
-  const double std = read_row(problem.std, row);
-  const double variance = std * std;
+  const Transition transition = row_transition(problem, row);
+  const double std = transition.std, variance = std * std;
+  // A step may have no randomness in it: what would be divided by 0 is 0 then, and so is its gradient.
+  const bool step = has_schedule(problem), fixed = step && is_deterministic(transition);
   const bool cps = problem.density == kCps, given = problem.log_prob.present;
   constexpr double kHalfLogTau = 0.91893853320467274178;  // log(2 pi) / 2
 
@@ -94,14 +115,15 @@ __device__ __noinline__ void row_numbers(const Problem& problem, long long row, 
   if (given) {
     log_prob = read_row(problem.log_prob, row);
   } else {
-    log_prob = rounded(cps ? -q : -q / (2.0 * variance) - elements * (log(std) + kHalfLogTau));
+    const double gaussian = fixed ? 0.0 : -q / (2.0 * variance) - elements * (log(std) + kHalfLogTau);
+    log_prob = rounded(cps ? -q : gaussian);
   }
   double log_ratio;
   if (problem.old_log_prob.present) {
     log_ratio = rounded(log_prob - read_row(problem.old_log_prob, row));
   } else {
     // p / std^2 - d / (2 std^2) with p = cross + d; exactly 0 when the means are equal.
-    log_ratio = rounded(cps ? 2.0 * cross + d : (cross + 0.5 * d) / variance);
+    log_ratio = rounded(cps ? 2.0 * cross + d : fixed ? 0.0 : (cross + 0.5 * d) / variance);
   }
 
   double advantage = read_row(problem.advantages, row);
@@ -112,16 +134,18 @@ __device__ __noinline__ void row_numbers(const Problem& problem, long long row, 
     double c = guard.c;
     outer = guard.outer;
     if (problem.per_row_scale) {
-      const double sqrt_dt = read_row(problem.sqrt_dt, row);
       c = std;
-      outer = 1.0 / (sqrt_dt * sqrt_dt);
+      outer = 1.0 / (transition.sqrt_dt * transition.sqrt_dt);
     }
     scale = c;
-    centre = d / (2.0 * (c * c));
+    centre = step && c == 0.0 ? 0.0 : d / (2.0 * (c * c));
   }
   const double ratio = rounded(exp((log_ratio + centre) * scale));
   // What is absent is 0, not NaN: nobody is shown it.
-  const double kl = problem.has_kl ? rounded(d / (problem.normalize_kl ? 2.0 * variance : 2.0)) : 0.0;
+  const double kl_divisor = problem.kl_divisor == kGaussianKl   ? 2.0 * variance
+                            : problem.kl_divisor == kVelocityKl ? transition.b * transition.b
+                                                                : 2.0;
+  const double kl = !problem.has_kl || (step && kl_divisor == 0.0) ? 0.0 : rounded(d / kl_divisor);
 
   bool blocked;
   double blocked_loss = 0.0;
@@ -142,20 +166,31 @@ __device__ __noinline__ void row_numbers(const Problem& problem, long long row, 
 
   // d loss / d exponent is the loss itself (it is minus A exp(exponent)), and 0 when blocked.
   const double slope = blocked ? 0.0 : open_loss * scale;
-  const double innovation = given ? 0.0 : slope * (cps ? 2.0 : 1.0 / variance) / divisor;
-  const double drift = problem.objective == kGrpoGuard ? slope / (scale * scale * divisor) : 0.0;
+  const bool still = given || (fixed && !cps), no_drift = problem.objective != kGrpoGuard || (step && scale == 0.0);
+  const double innovation = still ? 0.0 : slope * (cps ? 2.0 : 1.0 / variance) / divisor;
+  const double drift = no_drift ? 0.0 : slope / (scale * scale * divisor);
   double ref_kl = 0.0, reference = 0.0;
-  if (problem.has_ref) {
-    const double ref_std = read_row(problem.ref_std, row), per_element = 1.0 / (ref_std * ref_std * divisor);
+  const double ref_std = problem.ref_std.present ? read_row(problem.ref_std, row) : std;
+  if (problem.has_ref && !(step && ref_std == 0.0)) {
+    const double per_element = 1.0 / (ref_std * ref_std * divisor);
     const bool averaged = problem.reduction == kReduceMean || problem.reduction == kReduceKeptMean;
     ref_kl = 0.5 * sums.f * per_element;
     reference = problem.ref_kl_weight * per_element / (averaged ? static_cast<double>(problem.rows) : 1.0);
   }
 
-  const double out[kFields] = {log_prob,   log_ratio, ratio,     kl,   blocked ? 0.0 : 1.0, loss, ref_kl,
-                               innovation, drift,     reference, slope};
+  const double b = transition.b;
+  const double out[kFields] = {log_prob,       log_ratio, ratio,         kl,   blocked ? 0.0 : 1.0, loss, ref_kl,
+                               innovation * b, drift * b, reference * b, slope};
 #pragma unroll
   for (int field = 0; field < kFields; ++field) numbers[field * problem.rows + row] = static_cast<float>(out[field]);
+  if (step) {
+    const StepRow used = step_row(problem.schedule, transition, row);
+    float* fields = numbers + kStepA * problem.rows + row;
+    fields[0] = used.a;
+    fields[problem.rows] = used.b;
+    fields[2 * problem.rows] = used.std;
+    fields[3 * problem.rows] = used.guidance;
+  }
 }
 
 // The row's own loss, for a call without a reduction.
@@ -193,9 +228,9 @@ __device__ __forceinline__ GuardScale guard_scale(const Problem& problem, double
   double sums[2] = {0.0, 0.0};
 #pragma unroll 1
   for (long long row = threadIdx.x; row < problem.rows; row += kThreads) {
-    const double sqrt_dt = read_row(problem.sqrt_dt, row);
-    sums[0] += sqrt_dt;
-    sums[1] += read_row(problem.std, row) / sqrt_dt;
+    const Transition transition = row_transition(problem, row);
+    sums[0] += transition.sqrt_dt;
+    sums[1] += transition.std / transition.sqrt_dt;
   }
   block_reduce(sums, s_numbers);
   __syncthreads();
@@ -263,7 +298,7 @@ __device__ __noinline__ void batch_numbers(const Problem& problem, float* number
 
   const double kept = rows - sums[kSumBlocked], ref_kl = sums[kSumRefKl] / rows;
   const double divisor = problem.reduction == kReduceMean ? rows : kept_only ? (kept > 1.0 ? kept : 1.0) : 1.0;
-  float* batch = numbers + kFields * problem.rows;
+  float* batch = batch_of(problem, numbers);
   const auto write = [&](int number, double value) { batch[number] = static_cast<float>(value); };
   const double inverse_rows = 1.0 / rows;
   const auto mean = [&](double sum) { return sum * inverse_rows; };

@@ -1,5 +1,5 @@
-// policy_loss: the kernels behind `loss`. Shapes, dtypes and the launch are in policy_loss.cuh, the sources in
-// transition.cuh, the formulas of a row in objective.cuh.
+// policy_loss: the kernels behind `loss` and `step_loss`, one body over two sources. Shapes, dtypes and the launch are
+// in policy_loss.cuh, the sources in transition.cuh, the formulas of a row in objective.cuh.
 //
 // Forward. Per row q = sum (x' - mu)^2, d = sum (mu - mu_old)^2, cross = sum (x' - mu)(mu - mu_old) and
 // f = sum (mu - mu_ref)^2, in one pass: float32 per thread, a fixed tree over the block, float64 over the splits of a
@@ -7,19 +7,28 @@
 // forms the loss and the metrics. Hence one launch, no float atomics, and the same bits in whatever order blocks run.
 //   warp w of a block: vectors 64 w .. 64 w + 63 of the block's part, a lane two of them, 32 apart; then 2 kThreads
 //   further on; at last the tail, a thread an element. (Where dtypes differ: 32 vectors, a lane one.)
+// Latents that are sharded over several GPUs take two launches (`Stage`): the sums of a shard, and, when those have
+// been added up over the shards, the objective.
 //
-// Backward. grad_mu = innovation (x' - mu) + drift (mu - mu_old) + reference (mu - mu_ref), streaming; same mapping.
-// Reads what has a coefficient: mu and x' alone for FlowDPPO and FlowGRPO; of a blocked row nothing.
+// Backward. G = innovation (x' - mu) + drift (mu - mu_old) + reference (mu - mu_ref), streaming; same mapping.
+// Reads what has a coefficient: mu and x' alone for FlowDPPO and FlowGRPO; of a blocked row nothing. The gradient is G,
+// with guidance its share of G for each of the two outputs.
 #include "common/parts.cuh"
 #include "common/reduce.cuh"
 #include "objective.cuh"
 #include "policy_loss.cuh"
 #include "transition.cuh"
 
-// Vector steps whose loads are issued together: 6 loads of 16 bytes where all dtypes are one, 4 to 6 for a mix (the
-// reference mean not counted).
+// Vector steps whose loads are issued together. Two where all dtypes are one, 6 or 8 loads of 16 bytes; one for a mix,
+// 4 to 6 loads, and where a step has more than 32 elements: two of 48 spill. (The reference policy and the
+// unconditional output not counted.)
 template <class Source>
-constexpr int kUnroll = sizeof(typename Source::Raw) > 4 * 16 ? 1 : 2;
+constexpr int kUnroll =
+    sizeof(typename Source::Raw) > Source::kTensors * 16 || Source::kTensors* Source::kVector > 32 ? 1 : 2;
+
+// Rows of `numbers`.
+template <class Source>
+constexpr int kNumbers = Source::kIsStep ? kStepFields : kFields;
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -97,7 +106,9 @@ __device__ __forceinline__ RowSums sum_of_splits(const float4* partials, int spl
 }
 
 __device__ __forceinline__ void write_row(const PolicyLossForward& p, long long row, RowSums sums, GuardScale guard) {
-  row_numbers(p.problem, row, sums, guard, p.numbers);
+  const Problem& problem = p.problem;
+  const double numel = p.stage == kObjectiveAlone ? p.row_sums[4 * problem.rows] : static_cast<double>(problem.numel);
+  row_numbers(problem, row, sums, numel, guard, p.numbers);
   if (p.problem.reduction == kReduceNone) p.loss[row] = row_loss(p.problem, p.numbers, row);
 }
 
@@ -108,7 +119,14 @@ __device__ __forceinline__ float4* waiting_sums(const PolicyLossForward& p, long
 
 // By the one thread that has a row's sums.
 __device__ __forceinline__ void finish_row(const PolicyLossForward& p, long long row, RowSums sums) {
-  if (needs_batch_means(p.problem)) {
+  if (p.stage == kSumsAlone) {
+    double* out = p.row_sums + 4 * row;
+    out[0] = sums.q;
+    out[1] = sums.d;
+    out[2] = sums.cross;
+    out[3] = sums.f;
+    if (row == p.problem.rows - 1) out[4] = static_cast<double>(p.problem.numel);
+  } else if (needs_batch_means(p.problem)) {
     *waiting_sums(p, row) = make_float4(static_cast<float>(sums.q), static_cast<float>(sums.d),
                                         static_cast<float>(sums.cross), static_cast<float>(sums.f));
   } else {
@@ -130,18 +148,33 @@ __device__ __noinline__ void finish_batch(const PolicyLossForward& p, double* s_
   batch_numbers(problem, p.numbers, p.loss, s_numbers);
 }
 
-template <int kMean, int kAnchor>
+// A row's step, formed by one thread for all that share the row.
+template <class Source>
+__device__ __forceinline__ StepRow shared_step(const Problem& problem, const Part& part) {
+  if constexpr (Source::kIsStep) {
+    SHARED(StepRow, s_steps, kWarps);
+    StepRow& s_step = s_steps[part.threads == kWarpSize ? threadIdx.x / kWarpSize : 0];
+    if (part.thread == 0 && part.row < problem.rows)
+      s_step = step_row(problem.schedule, transition_of(problem.schedule, part.row), part.row);
+    __syncthreads();
+    return s_step;
+  } else {
+    return {};
+  }
+}
+
+template <class Source>
 __device__ __forceinline__ void forward(const PolicyLossForward& p) {
-  using Source = Means<kMean, kAnchor, Cache::kKeep>;
   SHARED(double, s_numbers, kSharedNumbers);
   const Problem& problem = p.problem;
   const Part part = part_of_thread(problem.rows, problem.numel, p.splits);
 
   float sums[kSums] = {};
-  if (p.mean.data && part.count > 0) {
+  if (p.latents.output.data && p.stage != kObjectiveAlone) {
+    const StepRow step = shared_step<Source>(problem, part);
+    const Demand wanted = {problem.old_form, problem.ref_form, true, true, true};
     const long long first = part.row * problem.numel + part.first;
-    const Source source = {{p.mean, first}, {p.next, first}, {p.old, first}, {p.ref, first}};
-    thread_sums(source, part, sums);
+    if (part.count > 0) thread_sums(Source(p.latents, first, step, wanted), part, sums);
   }
 
   bool owner;  // of the row: the one thread that finishes it
@@ -160,7 +193,14 @@ __device__ __forceinline__ void forward(const PolicyLossForward& p) {
     if (!comes_last(p.tickets + part.row, p.splits)) return;
     row_sums = sum_of_splits(partials, p.splits);
   }
-  if (owner) finish_row(p, part.row, row_sums);
+  if (owner) {
+    if (p.stage == kObjectiveAlone) {
+      const double* of_row = p.row_sums + 4 * part.row;
+      row_sums = {of_row[0], of_row[1], of_row[2], of_row[3]};
+    }
+    finish_row(p, part.row, row_sums);
+  }
+  if (p.stage == kSumsAlone) return;
 
   // With a warp per row the blocks are counted, else the rows: a million rows would queue for one address.
   const long long count = p.splits == 0 ? static_cast<long long>(gridDim.x) : problem.rows;
@@ -179,17 +219,16 @@ __device__ __forceinline__ float scaled(double grad_loss, float stored, double d
   return stored == 0.f ? 0.f : static_cast<float>(grad_loss * stored / divisor);
 }
 
-__device__ __forceinline__ void write_grad_log_prob(const PolicyLossBackward& p, long long row) {
-  const float stored = p.numbers[kCoefLogProb * p.rows + row], divisor = p.numbers[kFields * p.rows + kPolicyDivisor];
+__device__ __forceinline__ void write_grad_log_prob(const PolicyLossBackward& p, long long row, float divisor) {
+  const float stored = p.numbers[kCoefLogProb * p.rows + row];
   p.grad_log_prob[row] = scaled(read_row(p.grad_loss, row), stored, divisor);
 }
 
-__device__ __forceinline__ Coefficients coefficients(const PolicyLossBackward& p, long long row) {
+__device__ __forceinline__ Coefficients coefficients(const PolicyLossBackward& p, long long row, float divisor) {
   // All loads first: waiting for one after the other would cost a block 1 us before it streams.
   const float innovation = p.numbers[kCoefInnovation * p.rows + row];
   const float drift = p.numbers[kCoefDrift * p.rows + row];
   const float reference = p.numbers[kCoefRef * p.rows + row];
-  const float divisor = p.numbers[kFields * p.rows + kPolicyDivisor];
   const double grad_loss = read_row(p.grad_loss, row);
   return {scaled(grad_loss, innovation, divisor), scaled(grad_loss, drift, divisor), scaled(grad_loss, reference, 1.0)};
 }
@@ -198,22 +237,75 @@ __device__ __forceinline__ float gradient(Coefficients c, Moments moments) {
   return fmaf(c.innovation, moments.innovation, fmaf(c.drift, moments.drift, c.reference * moments.ref_drift));
 }
 
-template <class Source, int kMean>
+// A gradient from some element on; data null: not wanted.
+template <int kDtype>
+struct Target {
+  char* data;
+  int dtype_if_any;
+
+  __device__ __forceinline__ Target(void* start, const Latent& of, long long first)
+      : data(static_cast<char*>(start)), dtype_if_any(of.dtype) {
+    advance(first);
+  }
+  __device__ __forceinline__ int dtype() const { return kDtype == kAny ? dtype_if_any : kDtype; }
+  __device__ __forceinline__ bool aligned() const { return reinterpret_cast<size_t>(data) % 16 == 0; }
+  __device__ __forceinline__ void advance(long long elements) {
+    if (data) data += elements * dtype_size(dtype());
+  }
+  template <int kVector>
+  __device__ __forceinline__ void store(int vector, const float (&gradient)[kVector], float share) const {
+    float values[kVector];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) values[j] = share * gradient[j];
+    store_vector<kVector, kDtype>(data, dtype(), vector, values);
+  }
+  __device__ __forceinline__ void store_one(int at, float gradient, float share) const {
+    if (data) store_element(data, dtype(), at, share * gradient);
+  }
+};
+
+// Of one row, from some element on: with guidance the output has that share of G, the unconditional one the rest.
+template <class Source>
+struct Gradients {
+  Target<Source::kDtype> output, uncond;
+  float guidance;
+
+  __device__ __forceinline__ Gradients(const PolicyLossBackward& p, long long first, const StepRow& step)
+      : output(p.grad_output, p.latents.output, first),
+        uncond(Source::kIsStep ? p.grad_uncond : nullptr, p.latents.uncond, first),
+        guidance(Source::kIsStep ? step.guidance : 1.f) {}
+  __device__ __forceinline__ bool aligned() const { return output.aligned() && uncond.aligned(); }
+  __device__ __forceinline__ void advance(long long elements) {
+    output.advance(elements);
+    uncond.advance(elements);
+  }
+  __device__ __forceinline__ void store(int vector, const float (&gradient)[Source::kVector]) const {
+    if (!Source::kIsStep || output.data) output.store(vector, gradient, guidance);
+    if (Source::kIsStep && uncond.data) uncond.store(vector, gradient, 1.f - guidance);
+  }
+  __device__ __forceinline__ void store_one(int at, float gradient) const {
+    output.store_one(at, gradient, guidance);
+    uncond.store_one(at, gradient, 1.f - guidance);
+  }
+};
+
+template <class Source>
 __device__ __forceinline__ void write_gradient(const Source& source, const typename Source::Raw& raw, Coefficients c,
-                                               char* out, int dtype, int vector) {
+                                               const Gradients<Source>& out, int vector) {
   Moments moments[Source::kVector];
   source.moments(raw, moments);
   float values[Source::kVector];
 #pragma unroll
   for (int j = 0; j < Source::kVector; ++j) values[j] = gradient(c, moments[j]);
-  store_vector<Source::kVector, kMean>(out, dtype, vector, values);
+  out.store(vector, values);
 }
 
-template <class Source, int kMean>
-__device__ __forceinline__ void stream_gradient(Source source, const Part& part, Coefficients c, char* out, int dtype) {
+template <class Source>
+__device__ __forceinline__ void stream_gradient(Source source, const Part& part, Coefficients c,
+                                                Gradients<Source> out) {
   constexpr int kSteps = kUnroll<Source>, kVector = Source::kVector;
   const bool nothing = c.innovation == 0.f && c.drift == 0.f && c.reference == 0.f;
-  const bool vectorised = source.aligned() && reinterpret_cast<size_t>(out) % 16 == 0;
+  const bool vectorised = source.aligned() && out.aligned();
 #pragma unroll 1
   for (long long first = 0; first < part.count; first += kRun) {
     const int count = static_cast<int>(part.count - first < kRun ? part.count - first : kRun);
@@ -222,8 +314,7 @@ __device__ __forceinline__ void stream_gradient(Source source, const Part& part,
     if (nothing) {
       const float zeros[kVector] = {};
 #pragma unroll 1
-      for (vector = part.thread; vector < vectors; vector += part.threads)
-        store_vector<kVector, kMean>(out, dtype, vector, zeros);
+      for (vector = part.thread; vector < vectors; vector += part.threads) out.store(vector, zeros);
     }
 #pragma unroll 1
     for (; vector + (kSteps - 1) * kWarpSize < vectors; vector += kSteps * part.threads) {
@@ -231,46 +322,44 @@ __device__ __forceinline__ void stream_gradient(Source source, const Part& part,
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) raw[step] = source.load(vector + step * kWarpSize);
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        write_gradient<Source, kMean>(source, raw[step], c, out, dtype, vector + step * kWarpSize);
-      }
+      for (int step = 0; step < kSteps; ++step) write_gradient(source, raw[step], c, out, vector + step * kWarpSize);
     }
 #pragma unroll 1
     for (; kSteps > 1 && vector < vectors; vector += kWarpSize)
-      write_gradient<Source, kMean>(source, source.load(vector), c, out, dtype, vector);
+      write_gradient(source, source.load(vector), c, out, vector);
     // Tail, and all of a row at an odd address.
 #pragma unroll 1
     for (int at = vectors * kVector + part.thread; at < count; at += part.threads)
-      store_element(out, dtype, at, nothing ? 0.f : gradient(c, source.element(at)));
+      out.store_one(at, nothing ? 0.f : gradient(c, source.element(at)));
 
     source.advance(kRun);
-    out += static_cast<long long>(kRun) * dtype_size(dtype);
+    out.advance(kRun);
   }
 }
 
-template <int kMean, int kAnchor>
+template <class Source>
 __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
-  using Source = Means<kMean, kAnchor, Cache::kStream>;
-  if (!p.grad_mean) {
+  const float divisor = p.numbers[kNumbers<Source> * p.rows + kPolicyDivisor];
+  if (!p.grad_output && !p.grad_uncond) {
     const long long row = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
-    if (p.grad_log_prob && row < p.rows) write_grad_log_prob(p, row);
+    if (p.grad_log_prob && row < p.rows) write_grad_log_prob(p, row, divisor);
     return;
   }
   const Part part = part_of_thread(p.rows, p.numel, p.splits);
   if (part.row >= p.rows) return;
-  if (p.grad_log_prob && part.split == 0 && part.thread == 0) write_grad_log_prob(p, part.row);
+  if (p.grad_log_prob && part.split == 0 && part.thread == 0) write_grad_log_prob(p, part.row, divisor);
   if (part.count == 0) return;
 
-  const Coefficients c = coefficients(p, part.row);
+  StepRow step = {};
+  if (Source::kIsStep) {
+    const float* fields = p.numbers + kStepA * p.rows + part.row;
+    step = {fields[0], fields[p.rows], fields[2 * p.rows], fields[3 * p.rows]};
+  }
+  const Coefficients c = coefficients(p, part.row, divisor);
   // What has no coefficient is not read, and an infinity there is not multiplied with 0.
+  const Demand wanted = {p.old_form, p.ref_form, c.innovation != 0.f, c.drift != 0.f, c.reference != 0.f};
   const long long first = part.row * p.numel + part.first;
-  const Source source = {{p.mean, first},
-                         {p.next, first, c.innovation != 0.f},
-                         {p.old, first, c.drift != 0.f},
-                         {p.ref, first, c.reference != 0.f}};
-  const int dtype = kMean == kAny ? p.grad_dtype : kMean;
-  char* out = static_cast<char*>(p.grad_mean) + first * dtype_size(dtype);
-  stream_gradient<Source, kMean>(source, part, c, out, dtype);
+  stream_gradient(Source(p.latents, first, step, wanted), part, c, Gradients<Source>(p, first, step));
 }
 
 // ---- entry points --------------------------------------------------------------------------------------------------
@@ -278,19 +367,26 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
 // Two blocks on a multiprocessor at least, not more: asked for three, the compiler saves registers by sinking half of
 // an iteration's loads below the arithmetic. It takes 62 to 124; 2 or 3 blocks with 6 loads a thread are 49 to 74 KB in
 // flight, where an H200 should need ~30 (4.8 TB/s, 132 multiprocessors, 0.8 us).
-#define POLICY_LOSS(variant, mean, anchor)                                           \
+#define POLICY_LOSS(variant, Source, ...)                                            \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
       policy_loss_forward_##variant(const __grid_constant__ PolicyLossForward p) {   \
-    forward<mean, anchor>(p);                                                        \
+    forward<Source<__VA_ARGS__, Cache::kKeep>>(p);                                   \
   }                                                                                  \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
       policy_loss_backward_##variant(const __grid_constant__ PolicyLossBackward p) { \
-    backward<mean, anchor>(p);                                                       \
+    backward<Source<__VA_ARGS__, Cache::kStream>>(p);                                \
   }
 
-POLICY_LOSS(f32, kFloat32, kFloat32)
-POLICY_LOSS(bf16, kBfloat16, kBfloat16)
-POLICY_LOSS(f16, kFloat16, kFloat16)
-POLICY_LOSS(f32_bf16, kFloat32, kBfloat16)
-POLICY_LOSS(f32_f16, kFloat32, kFloat16)
-POLICY_LOSS(mixed, kAny, kAny)
+POLICY_LOSS(f32, Means, kFloat32, kFloat32)
+POLICY_LOSS(bf16, Means, kBfloat16, kBfloat16)
+POLICY_LOSS(f16, Means, kFloat16, kFloat16)
+POLICY_LOSS(f32_bf16, Means, kFloat32, kBfloat16)
+POLICY_LOSS(f32_f16, Means, kFloat32, kFloat16)
+POLICY_LOSS(mixed, Means, kAny, kAny)
+POLICY_LOSS(step_f32, Step, kFloat32, kFloat32, kFloat32)
+POLICY_LOSS(step_bf16, Step, kBfloat16, kBfloat16, kBfloat16)
+POLICY_LOSS(step_f16, Step, kFloat16, kFloat16, kFloat16)
+POLICY_LOSS(step_bf16_f32, Step, kBfloat16, kFloat32, kFloat32)
+POLICY_LOSS(step_bf16_f32_bf16, Step, kBfloat16, kFloat32, kBfloat16)
+POLICY_LOSS(step_bf16_f32_f16, Step, kBfloat16, kFloat32, kFloat16)
+POLICY_LOSS(step_mixed, Step, kAny, kAny, kAny)

@@ -29,7 +29,7 @@ __device__ __noinline__ Transition transition_of(const Schedule& schedule, long 
   const double dt = next - sigma, sqrt_dt = sqrt(-dt);
   double a, b, std;
   if (schedule.sampler == kCpsSampler) {
-    std = next * sin(noise_level * 1.57079632679489661923);
+    std = next * sinpi(0.5 * noise_level);  // not sin(): its reduction of large angles takes a stack
     const double r = sqrt(next * next - std * std);
     a = (1.0 - next) + r;
     b = -sigma * (1.0 - next) + (1.0 - sigma) * r;
@@ -45,6 +45,16 @@ __device__ __noinline__ Transition transition_of(const Schedule& schedule, long 
     std = q * sqrt_dt;
   }
   return {rounded(a), rounded(b), rounded(std), rounded(sqrt_dt)};
+}
+
+// What is needed of a row's step element by element; v = uncond + guidance (output - uncond).
+struct StepRow {
+  float a, b, std, guidance;
+};
+
+__device__ __forceinline__ StepRow step_row(const Schedule& schedule, const Transition& t, long long row) {
+  const double guidance = schedule.guidance.present ? read_row(schedule.guidance, row) : 1.0;
+  return {static_cast<float>(t.a), static_cast<float>(t.b), static_cast<float>(t.std), static_cast<float>(guidance)};
 }
 
 // Nothing is random in such a row: noise level 0, or the last step of CPS.

@@ -1,18 +1,21 @@
-// Transition: how a row's x', mu, mu_old and mu_ref come out of memory. Twin of src/transition.rs.
+// Transition: how a row's x', mu, mu_old and mu_ref come out of memory. Twin of src/transition/.
 //
 // A *source* is the only thing in which the operators over row statistics differ; everything behind it sees `Moments`.
 // It is a value type bound to one stretch of one row:
+//   kIsStep          whether the output is a model's, so that a row has a step (`StepRow`) and a row of `numbers` more
+//   kDtype           of the output
 //   kVector          elements of one vector step; every load of it is whole 16-byte words
-//   Raw              one vector step of every tensor, unconverted
+//   Raw              one vector step of all kTensors tensors, unconverted
 //   load(i)          the Raw of vector i of the stretch; needs aligned()
 //   moments(raw, m)  the kVector Moments of a Raw
 //   element(i)       those of element i of the stretch, for tails and odd addresses
 //   advance(n)       moves it n elements on
-// `loss` reads given means (`Means`); a source over model outputs applies a x + b v before the differences.
+// `loss` reads given means (`Means`), `step_loss` model outputs (`Step`): a x + b v comes before the differences there.
 #pragma once
 
 #include "common/tensor.cuh"
 #include "policy_loss.cuh"
+#include "schedule.cuh"
 
 // The differences that every statistic and gradient is made of.
 struct Moments {
@@ -21,9 +24,18 @@ struct Moments {
   float ref_drift;   // mu - mu_ref
 };
 
+// Which of the moments somebody wants; what only the others need is not read. And the `Form` of the other policies.
+struct Demand {
+  int old_form, ref_form;
+  bool innovation, drift, ref_drift;
+};
+
 // Means as given. mu is always there; what else is absent stands for mu itself: its difference is 0.
 template <int kMean, int kAnchor, Cache kReread>
 struct Means {
+  static constexpr bool kIsStep = false;
+  static constexpr int kDtype = kMean;
+  static constexpr int kTensors = 4;
   static constexpr int kVector = kMean == kFloat32 && kAnchor == kFloat32 ? 4 : 8;
   Tensor<kMean> mean;
   Tensor<kAnchor> next, old, ref;
@@ -32,6 +44,12 @@ struct Means {
     Pack<kMean, kVector> mean;
     Pack<kAnchor, kVector> next, old, ref;
   };
+
+  __device__ __forceinline__ Means(const Latents& latents, long long first, const StepRow&, Demand wanted)
+      : mean(latents.output, first),
+        next(latents.next, first, wanted.innovation),
+        old(latents.old, first, wanted.drift),
+        ref(latents.ref, first, wanted.ref_drift) {}
 
   // mu and x' stay in the L2 for the backward as far as it reaches; nobody reads the anchors again.
   __device__ __forceinline__ Raw load(int vector) const {
@@ -71,5 +89,138 @@ struct Means {
  private:
   static __device__ __forceinline__ Moments differences(float mu, float next, float old, float ref) {
     return {next - mu, mu - old, mu - ref};
+  }
+};
+
+// Model outputs: v = uncond + guidance (output - uncond), mu = a x + b v. In float32, as a rollout forms them.
+//   old, ref   mean      mu - old
+//              output    b (v - old): no cancellation of two means; exactly 0 when the outputs are equal
+//              residual  -std ((x' - mu)/std - old)
+// output is always there, and sample and next where a difference needs them; without `old` or `ref` theirs is 0.
+template <int kOutput, int kSample, int kPolicy, Cache kReread>
+struct Step {
+  static constexpr bool kIsStep = true;
+  static constexpr int kDtype = kOutput;
+  static constexpr int kTensors = 6;
+  static constexpr int kVector = kOutput == kFloat32 && kSample == kFloat32 && kPolicy == kFloat32 ? 4 : 8;
+  static constexpr int kNoForm = -1;
+  float a, b, guidance;
+  float unit, inverse_unit;  // of a residual
+  int old_form, ref_form;
+  Tensor<kOutput> output, uncond;
+  Tensor<kSample> sample, next;
+  Tensor<kPolicy> old, ref;
+
+  struct Raw {
+    Pack<kOutput, kVector> output, uncond;
+    Pack<kSample, kVector> sample, next;
+    Pack<kPolicy, kVector> old, ref;
+  };
+
+  __device__ __forceinline__ Step(const Latents& latents, long long first, const StepRow& row, Demand wanted)
+      : a(row.a),
+        b(row.b),
+        guidance(row.guidance),
+        // In a deterministic row a residual stands for mu_old = x', whatever it holds: it is not read, and counts as 0.
+        unit(row.std == 0.f ? 1.f : row.std),
+        inverse_unit(1.f / unit),
+        old_form(wanted.drift && latents.old.data ? wanted.old_form : kNoForm),
+        ref_form(wanted.ref_drift && latents.ref.data ? wanted.ref_form : kNoForm),
+        output(latents.output, first),
+        uncond(latents.uncond, first),
+        sample(latents.sample, first, wanted.innovation || needs_mean(old_form) || needs_mean(ref_form)),
+        next(latents.next, first, wanted.innovation || old_form == kResidualForm),
+        old(latents.old, first, old_form != kNoForm && !(old_form == kResidualForm && row.std == 0.f)),
+        ref(latents.ref, first, ref_form != kNoForm) {}
+
+  // What the backward reads again stays in the L2 as far as that reaches.
+  __device__ __forceinline__ Raw load(int vector) const {
+    return {output.template load<kReread, kVector>(vector),     uncond.template load<kReread, kVector>(vector),
+            sample.template load<kReread, kVector>(vector),     next.template load<kReread, kVector>(vector),
+            old.template load<Cache::kStream, kVector>(vector), ref.template load<Cache::kStream, kVector>(vector)};
+  }
+
+  __device__ __forceinline__ void moments(const Raw& raw, Moments (&out)[kVector]) const {
+    Values<kVector> values;
+    raw.output.get(values.output, output.dtype());
+    raw.uncond.get(values.uncond, uncond.dtype());
+    raw.sample.get(values.sample, sample.dtype());
+    raw.next.get(values.next, next.dtype());
+    raw.old.get(values.old, old.dtype());
+    raw.ref.get(values.ref, ref.dtype());
+    moments_of(values, out);
+  }
+
+  __device__ __forceinline__ Moments element(int at) const {
+    const Values<1> values = {{load_element(output.data, output.dtype(), at)},
+                              {uncond.element(at, 0.f)},
+                              {sample.element(at, 0.f)},
+                              {next.element(at, 0.f)},
+                              {old.element(at, 0.f)},
+                              {ref.element(at, 0.f)}};
+    Moments out[1];
+    moments_of(values, out);
+    return out[0];
+  }
+
+  __device__ __forceinline__ bool aligned() const {
+    return output.aligned() && uncond.aligned() && sample.aligned() && next.aligned() && old.aligned() && ref.aligned();
+  }
+
+  __device__ __forceinline__ void advance(long long elements) {
+    output.advance(elements);
+    uncond.advance(elements);
+    sample.advance(elements);
+    next.advance(elements);
+    old.advance(elements);
+    ref.advance(elements);
+  }
+
+ private:
+  template <int kCount>
+  struct Values {
+    float output[kCount], uncond[kCount], sample[kCount], next[kCount], old[kCount], ref[kCount];
+  };
+
+  static __device__ __forceinline__ bool needs_mean(int form) { return form == kMeanForm || form == kResidualForm; }
+
+  template <int kCount>
+  __device__ __forceinline__ void moments_of(const Values<kCount>& in, Moments (&out)[kCount]) const {
+    float v[kCount], mu[kCount], u[kCount], drift[kCount], ref_drift[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) v[j] = in.output[j];
+    if (uncond.present) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) v[j] = fmaf(guidance, v[j] - in.uncond[j], in.uncond[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      mu[j] = fmaf(b, v[j], a * in.sample[j]);
+      u[j] = next.present ? in.next[j] - mu[j] : 0.f;
+    }
+    differences(old_form, v, mu, u, in.old, drift);
+    differences(ref_form, v, mu, u, in.ref, ref_drift);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) out[j] = {u[j], drift[j], ref_drift[j]};
+  }
+
+  // mu minus the mean of another policy. The form is the same for all threads: one branch for all elements.
+  template <int kCount>
+  __device__ __forceinline__ void differences(int form, const float (&v)[kCount], const float (&mu)[kCount],
+                                              const float (&u)[kCount], const float (&policy)[kCount],
+                                              float (&out)[kCount]) const {
+    if (form == kMeanForm) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) out[j] = mu[j] - policy[j];
+    } else if (form == kOutputForm) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) out[j] = b * (v[j] - policy[j]);
+    } else if (form == kResidualForm) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) out[j] = -unit * (u[j] * inverse_unit - policy[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) out[j] = 0.f;
+    }
   }
 };

@@ -31,6 +31,12 @@ def loss(api):
 
 
 @pytest.fixture(scope="session")
+def step_loss(request: pytest.FixtureRequest):
+    """The `step_loss` under test."""
+    return reference.step_loss if request.config.getoption("--impl") == "reference" else flowdppo_ops.step_loss
+
+
+@pytest.fixture(scope="session")
 def fused(request: pytest.FixtureRequest):
     """The native `loss`, for what the reference does not promise."""
     if request.config.getoption("--impl") == "reference":
@@ -46,3 +52,32 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+# ---- emulated kernels: built once, whatever module asks --------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory):
+    """Where executables are made."""
+    return tmp_path_factory.mktemp("emulator")
+
+
+@pytest.fixture(scope="session")
+def asan(builds):
+    """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    from emulator.call import start
+
+    server = start(builds / "asan", "asan")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def tsan(builds):
+    """The kernels under ThreadSanitizer."""
+    from emulator.call import start
+
+    server = start(builds / "tsan", "tsan")
+    yield server
+    server.close()

@@ -34,32 +34,36 @@ class Schedule(Structure):
     ]
 
 
+class Latents(Structure):
+    _fields_ = fields(Latent, "output uncond sample next old ref")
+
+
 class Problem(Structure):
     _fields_ = [
         *fields(ctypes.c_longlong, "rows numel"),
         *fields(ctypes.c_double, "low high"),
-        *fields(ctypes.c_int, "objective density latent_sum reduction mask normalize_kl keep_nan_kl per_row_scale"),
-        *fields(ctypes.c_int, "has_kl has_ref"),
+        *fields(ctypes.c_int, "objective density latent_sum reduction mask kl_divisor keep_nan_kl per_row_scale"),
+        *fields(ctypes.c_int, "has_kl has_ref old_form ref_form"),
         *fields(ctypes.c_float, "adv_clip_max ref_kl_weight"),
         *fields(RowVector, "advantages log_prob old_log_prob weights std sqrt_dt ref_std"),
+        *fields(Schedule, "schedule"),
     ]
 
 
 class Forward(Structure):
     _fields_ = [
-        *fields(Latent, "mean next old ref"),
+        *fields(Latents, "latents"),
         *fields(Problem, "problem"),
-        *fields(ctypes.c_size_t, "loss numbers partials tickets"),
-        *fields(ctypes.c_int, "splits pad"),
+        *fields(ctypes.c_size_t, "loss numbers partials tickets row_sums"),
+        *fields(ctypes.c_int, "splits stage"),
     ]
 
 
 class Backward(Structure):
     _fields_ = [
-        *fields(Latent, "mean next old ref"),
+        *fields(Latents, "latents"),
         *fields(RowVector, "grad_loss"),
-        *fields(ctypes.c_size_t, "numbers grad_mean"),
-        *fields(ctypes.c_int, "grad_dtype splits"),
-        *fields(ctypes.c_size_t, "grad_log_prob"),
+        *fields(ctypes.c_size_t, "numbers grad_output grad_uncond grad_log_prob"),
+        *fields(ctypes.c_int, "old_form ref_form splits pad"),
         *fields(ctypes.c_longlong, "rows numel"),
     ]

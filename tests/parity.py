@@ -9,13 +9,15 @@ truth as eager is, plus a floor:
 `scale` is, per row, the sum of the magnitudes that were added up to give the number (at least the number itself). Why
 a floor: with one row eager is at times exactly right by luck. Why such a scale: a log-ratio of 1e-3 that is the
 difference of two log-probs near 1 cannot be better than an ulp of 1.
+
+Arguments are those of `loss`, or of `step_loss` where there is a `model_output`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +34,17 @@ ROWS = ("log_prob", "log_ratio", "ratio", "kl")
 Results = dict[str, Any]
 
 
+def is_step(arguments: dict[str, Any]) -> bool:
+    return "model_output" in arguments
+
+
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def leaves(arguments: dict[str, Any]) -> list[str]:
     """The arguments that receive a gradient."""
+    if is_step(arguments):
+        return ["model_output"] + ["uncond_output"] * ("uncond_output" in arguments)
     through_mean = (
         "prev_sample" in arguments
         or isinstance(arguments["objective"], GRPOGuard)
@@ -77,8 +85,9 @@ def widen(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def three_way(loss: Callable[..., PolicyLoss], arguments: dict[str, Any]) -> Results:
     """Runs `loss` and asserts the policy for all it returns; gives back what it returned."""
-    mine, eager = run(loss, arguments), run(reference.loss, arguments)
-    truth = run(reference.loss, widen(arguments))
+    specified = reference.step_loss if is_step(arguments) else reference.loss
+    mine, eager = run(loss, arguments), run(specified, arguments)
+    truth = run(specified, widen(arguments))
     scale = scales(widen(arguments), truth)
     assert mine.keys() == eager.keys()
     assert torch.equal(mine["keep"], truth["keep"]), f"keep: {first_differences(mine['keep'], truth['keep'])}"
@@ -158,6 +167,9 @@ def first_differences(mine: Tensor, other: Tensor, where: Tensor | None = None, 
 
 def scales(arguments: dict[str, Any], truth: Results) -> dict[str, Tensor]:
     """Per output, the magnitudes that were added up; `arguments` and `truth` in float64."""
+    wanted, spread = leaves(arguments), Spread(0.0, 0.0)
+    if is_step(arguments):
+        arguments, spread = as_means(arguments)
     shape = arguments["advantages"].shape
 
     def rows(name: str, default: float) -> Tensor:
@@ -173,17 +185,19 @@ def scales(arguments: dict[str, Any], truth: Results) -> dict[str, Tensor]:
 
     std, zero = rows("std", 1.0), torch.zeros(shape, dtype=torch.float64)
     has_drift = mean is not None and old is not None
-    drift = over_latents((mean - old) ** 2) if has_drift else zero
+    exact = over_latents((mean - old) ** 2) if has_drift else zero
+    drift = exact + over_latents((mean - old) * spread.drift) if has_drift else zero
     if sample is None:
         log_prob = rows("log_prob", 0.0).abs()
     else:
-        error = over_latents((sample - mean) ** 2)
+        error = over_latents((sample - mean) ** 2) + over_latents((sample - mean) * spread.mean)
         constant = (mean.numel() // shape.numel() if total else 1) * (std.log().abs() + 0.5 * math.log(2 * math.pi))
         log_prob = error if cps else error / (2 * std**2) + constant
     if "old_log_prob" in arguments:
         log_ratio = log_prob + rows("old_log_prob", 0.0).abs()
     else:
-        product = over_latents((mean - old) * (sample - old))
+        product = over_latents((mean - old) * (sample - old)) + over_latents((mean - old) * spread.mean)
+        product = product + over_latents((sample - old) * spread.drift)
         log_ratio = 2 * product + drift if cps else product / std**2 + drift / (2 * std**2)
     exponent, row_scale = log_ratio, torch.ones_like(zero)
     objective = arguments["objective"]
@@ -195,22 +209,84 @@ def scales(arguments: dict[str, Any], truth: Results) -> dict[str, Tensor]:
 
     ratio = torch.nan_to_num(truth["ratio"].abs(), nan=0.0, posinf=0.0) * (1 + exponent)
     row_loss = rows("advantages", 0.0).abs() * ratio * rows("weights", 1.0).abs() * row_scale
+    penalty = zero
     if arguments.get("ref_kl_weight"):
-        penalty = over_latents((mean - arguments["ref_prev_sample_mean"]) ** 2) / 2
-        row_loss = row_loss + arguments["ref_kl_weight"] * penalty / rows("ref_std", 1.0) ** 2
+        ref_drift = mean - arguments["ref_prev_sample_mean"]
+        penalty = over_latents(ref_drift**2) + over_latents(ref_drift * spread.mean)
+        penalty = penalty / (2 * rows("ref_std", 1.0) ** 2)
+        row_loss = row_loss + arguments["ref_kl_weight"] * penalty
     reduction = arguments.get("reduction", "mean")
     kept = truth["keep"].sum().clamp(min=1)
     loss = {"none": row_loss, "mean": row_loss.mean(), "sum": row_loss.sum(), "kept_mean": row_loss.sum() / kept}
     out = {"log_prob": log_prob, "log_ratio": log_ratio, "ratio": ratio, "loss": loss[reduction]}
 
-    # A row's gradient is one coefficient times a latent: it inherits the relative error of its ratio.
-    for name in leaves(arguments):
+    # A row's gradient is one coefficient times a latent: it inherits the relative error of both.
+    for name in wanted:
         gradient = torch.nan_to_num(truth[f"grad {name}"].abs(), nan=0.0, posinf=0.0)
         largest = gradient.reshape(*shape, -1).amax(-1) * (1 + exponent)
+        if sample is not None:
+            largest = largest * (1 + spread.of_largest(sample - mean, shape))
         out[f"grad {name}"] = largest.reshape(shape + (1,) * (gradient.ndim - len(shape)))
 
     out |= {f"metrics ratio_{of}": ratio.max() for of in ("mean", "std", "min", "max")}
-    return out | {"metrics approx_kl": log_ratio.max() ** 2, "metrics ppo_kl": log_ratio.max()}
+    out |= {"metrics approx_kl": log_ratio.max() ** 2, "metrics ppo_kl": log_ratio.max()}
+    if has_drift and truth["kl"] is not None:
+        kl = truth["kl"] * torch.where(exact > 0, drift / exact, 1.0)
+        out |= {"kl": kl, "metrics kl_new_old_mean": kl.mean(), "metrics kl_new_old_max": kl.max()}
+    return out | {"metrics kl_loss": penalty.mean()}
+
+
+class Spread(NamedTuple):
+    """The magnitudes that were added up to give a mean, and those that make the difference of two means inexact."""
+
+    mean: Tensor | float
+    drift: Tensor | float
+
+    def of_largest(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor | float:
+        """Per row, of the largest element; 0 for given means."""
+        if not isinstance(self.mean, Tensor):
+            return 0.0
+        largest, spread = (t.abs().reshape(*shape, -1).amax(-1) for t in (latents, self.mean))
+        return spread / largest
+
+
+def as_means(arguments: dict[str, Any]) -> tuple[dict[str, Any], Spread]:
+    """What `loss` would be given for the same numbers; `arguments` in float64. A deterministic row gets std 1: what is
+    divided by std is exactly 0 there."""
+    shape, latents = arguments["advantages"].shape, arguments["model_output"].shape
+
+    def wide(row: Tensor) -> Tensor:
+        return row.reshape(shape + (1,) * (len(latents) - len(shape)))
+
+    def rows(name: str, default: float = 0.0) -> Tensor:
+        return row_tensor(arguments.get(name, default), shape, torch.float64, torch.device("cpu"))
+
+    sigma, sigma_next = rows("sigma"), rows("sigma_next")
+    schedule = sigma, sigma_next, rows("noise_level"), rows("sigma_max", 0.99)
+    a, b, std = reference.transition(arguments["sampler"], *schedule)
+    v, v_spread = arguments["model_output"], torch.zeros(latents, dtype=torch.float64)
+    if "uncond_output" in arguments:
+        uncond, guided = arguments["uncond_output"], wide(rows("guidance_scale"))
+        v, v_spread = uncond + guided * (v - uncond), uncond.abs() + (guided * (v - uncond)).abs()
+    x, x_next = arguments["sample"], arguments["prev_sample"]
+    mean = wide(a) * x + wide(b) * v
+    spread = (wide(a) * x).abs() + (wide(b) * v).abs() + wide(b).abs() * v_spread
+    out = arguments | {"prev_sample_mean": mean, "std": torch.where(std == 0, 1.0, std)}
+    out |= {
+        "sqrt_dt": torch.sqrt(sigma - sigma_next),
+        "density": "cps" if arguments["sampler"] == "cps" else "gaussian",
+    }
+    drift_spread = spread
+    if "old_model_output" in arguments:
+        out["old_prev_sample_mean"] = mean - wide(b) * (v - arguments["old_model_output"])
+        drift_spread = wide(b).abs() * v_spread
+    elif "old_residual" in arguments:
+        out["old_prev_sample_mean"] = x_next - wide(std) * arguments["old_residual"]
+    if "ref_model_output" in arguments:
+        out["ref_prev_sample_mean"] = mean - wide(b) * (v - arguments["ref_model_output"])
+    if arguments.get("ref_std") is None:
+        out["ref_std"] = out["std"]
+    return out, Spread(spread, drift_spread)
 
 
 def far_from_ties(arguments: dict[str, Any], margin: float = 1e-3) -> bool:

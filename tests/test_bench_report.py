@@ -71,7 +71,8 @@ def cells(table: str) -> dict[tuple[str, str], list[str]]:
 def test_table(report, rows):
     table = report.tables(rows)
     assert table.startswith(
-        "## Fake GPU, torch 2.11.0, flowdppo_ops 0.1.0 at abc, driver=1, 2 threads, today\n\n### `[2, 125]` fp32\n"
+        "## Fake GPU, torch 2.11.0, flowdppo_ops 0.1.0 at abc, driver=1, 2 threads, today\n\n"
+        "### policy_loss `[2, 125]` fp32\n"
     )
     got = cells(table)
     head = ["graph, cold, us", "of copy", "call, cold, us", "fused is (graph, cold)"]
@@ -84,6 +85,35 @@ def test_table(report, rows):
     # Backward: 600 - 240 and 100 - 60 us for 3 tensors.
     assert got["backward", "eager"] == ["360.0", "8%", "", "9.00x as fast", "", "", "", ""]
     assert got["backward", "fused"] == ["40.0", "75%", "", "", "", "", "", ""]
+
+
+def test_what_the_dispatcher_counted(report, rows):
+    seen = {"ops": 40, "latent_ops": 12, "host_syncs": 3, "latent_allocations": 9, "bytes_moved": 7500}
+    got = cells(report.tables([replace(row, **seen) if row.provider == "eager" else row for row in rows]))
+    at = got["pass", "provider"].index("operators")
+    assert got["pass", "provider"][at : at + 5] == [
+        "operators",
+        "on latents",
+        "host syncs",
+        "latent allocations",
+        "bytes",
+    ]
+    assert got["forward", "eager"][at : at + 5] == ["40", "12", "3", "9", "2.5x"]  # 7500 of 3000 bytes
+    assert got["forward+backward", "eager"][at : at + 5] == ["40", "12", "3", "9", "1.2x"]
+    assert got["forward", "fused"][at : at + 5] == [""] * 5
+
+
+def test_who_cannot_be_captured_is_compared_in_the_next_mode(report, rows):
+    at_call = [replace(row, timing="call", p50_us=350.0) if row.provider == "eager" else row for row in rows[:1]]
+    got = cells(report.tables([*rows[2:], *at_call]))
+    assert got["forward", "eager"][3] == "5.00x as fast (call, cold)"  # 350 against 70 us
+
+
+def test_operations_are_kept_apart(report, rows):
+    other = [replace(row, op="step_loss", p50_us=3 * row.p50_us) for row in rows]
+    table = report.tables(rows + other)
+    assert table.index("### policy_loss `[2, 125]` fp32") < table.index("### step_loss `[2, 125]` fp32")
+    assert table.count("| fused | 60.0 | 50% |") == table.count("| fused | 180.0 | 50% |") == 1
 
 
 def test_fresh_processes_have_a_table_of_seconds(report, rows):

@@ -35,10 +35,19 @@ for case in torch.load(file):
     bench._forward_kernel.configs = [triton.Config({"BLOCK": block, "SPLITS": splits, "STAGES": stages})]
     bench._backward_kernel.configs = [triton.Config({"BLOCK": block})]
     mean = case["mean"].requires_grad_()
-    inputs = (mean, case["old_mean"], case["prev_sample"], case["advantages"], case["std"], threshold)
-    loss = bench.triton_policy_loss(*inputs)
+    if "sample" in case:
+        schedule = (case["sigma"], case["sigma_next"], case["noise_level"], case["sigma_max"])
+        latents = (mean, case["sample"], case["prev_sample"], case["old_mean"])
+        loss = bench.triton_step_loss(*latents, case["advantages"], *schedule, threshold)
+        again, numbers = bench.loss_and_numbers(*latents, case["advantages"], None, schedule, threshold)
+    else:
+        std = case["std"]
+        loss = bench.triton_policy_loss(
+            mean, case["old_mean"], case["prev_sample"], case["advantages"], std, threshold
+        )
+        latents = (mean, None, case["prev_sample"], case["old_mean"])
+        again, numbers = bench.loss_and_numbers(*latents, case["advantages"], std.reshape(-1), None, threshold)
     (3 * loss).backward()
-    again, numbers = bench.policy_loss_and_numbers(*inputs)
     ratio, kl, keep, _ = numbers.detach()
     tickets = bench._ticket(mean.device).item()
     answers.append(dict(loss=loss.detach(), again=again.detach(), grad=mean.grad, ratio=ratio, kl=kl, keep=keep != 0,
@@ -73,6 +82,29 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
 
 
+def draw_step(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same policies as model outputs: `mean` is the output of the dtype under test, the rest float32.
+
+    A step per row, the first from sigma 1. A rounded output puts rows off their KL by far less than a factor of ten.
+    """
+    case, rows = draw(shape, torch.float32), shape[0]
+    sigma = torch.linspace(1.0, 0.3, rows)
+    schedule = {"sigma": sigma, "sigma_next": sigma - 0.1, "noise_level": 0.7, "sigma_max": 0.95}
+    a, b, std = (
+        row.reshape(case["std"].shape)
+        for row in flowdppo_ops.reference.transition(
+            "flow_sde", sigma, sigma - 0.1, torch.tensor(0.7), torch.tensor(0.95)
+        )
+    )
+    drift = (case["mean"] - case["old_mean"]) * std / case["std"]
+    lean = (case["prev_sample"] - case["old_mean"]) * std / case["std"]
+    sample = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    old_output = case["old_mean"].to(dtype).float()
+    old_mean = a * sample + b * old_output
+    policy = {"mean": (old_output + drift / b).to(dtype), "old_mean": old_mean, "prev_sample": old_mean + lean}
+    return case | schedule | policy | {"sample": sample}
+
+
 def on_policy() -> dict[str, torch.Tensor]:
     case = draw((5, 33), torch.float32)
     return case | {"mean": case["old_mean"].clone()}
@@ -104,6 +136,10 @@ def answers(tmp_path_factory):
     ]
     mixed = draw((16, 300), torch.float32)
     mixed["old_mean"], mixed["prev_sample"] = mixed["old_mean"].bfloat16(), mixed["prev_sample"].half()
+    cases += [
+        draw_step(shape, DTYPES[turn % 3]) | {"config": CONFIGS[turn % len(CONFIGS)]}
+        for turn, shape in enumerate(SHAPES)
+    ]
     cases += [mixed | {"config": CONFIGS[1]}, on_policy() | {"config": CONFIGS[1]}]
     file = str(tmp_path_factory.mktemp("triton") / "cases.pt")
     torch.save(cases, file)
@@ -113,14 +149,24 @@ def answers(tmp_path_factory):
 
 def reference(case: dict[str, torch.Tensor], dtype: torch.dtype):
     mean = case["mean"].detach().to(dtype).requires_grad_()
-    result = flowdppo_ops.reference.loss(
-        mean,
-        case["old_mean"].to(dtype),
-        case["advantages"].to(dtype),
-        std=case["std"].to(dtype),
-        prev_sample=case["prev_sample"].to(dtype),
-        objective=flowdppo_ops.FlowDPPO(kl_mask_threshold=THRESHOLD),
-    )
+    old_mean, prev_sample, advantages = (case[name].to(dtype) for name in ("old_mean", "prev_sample", "advantages"))
+    objective = flowdppo_ops.FlowDPPO(kl_mask_threshold=THRESHOLD)
+    if "sample" in case:
+        schedule = {"noise_level": case["noise_level"], "sigma_max": case["sigma_max"]}
+        schedule |= {name: case[name].to(dtype) for name in ("sigma", "sigma_next")}
+        result = flowdppo_ops.reference.step_loss(
+            mean,
+            case["sample"].to(dtype),
+            prev_sample,
+            advantages,
+            old_prev_sample_mean=old_mean,
+            objective=objective,
+            **schedule,
+        )
+    else:
+        result = flowdppo_ops.reference.loss(
+            mean, old_mean, advantages, std=case["std"].to(dtype), prev_sample=prev_sample, objective=objective
+        )
     (3 * result.loss).backward()
     return result, mean.grad
 
@@ -141,7 +187,9 @@ def test_agrees_with_float64(answers):
         assert worst(answer["loss"], truth.loss.detach()) <= tolerance, what
         assert worst(answer["ratio"], truth.ratio) <= tolerance, what
         assert worst(answer["kl"], truth.kl) <= tolerance, what
-        assert worst(answer["grad"], gradient) <= tolerance + GRADIENT_ROUNDING[case["mean"].dtype], what
+        # A step forms the mean itself: a rounding of 3, 1.2e-7, beside an innovation of 0.03.
+        of_mean = 1e-5 if "sample" in case else tolerance
+        assert worst(answer["grad"], gradient) <= of_mean + GRADIENT_ROUNDING[case["mean"].dtype], what
         blocked = ~answer["keep"]
         assert (answer["grad"].reshape(len(blocked), -1)[blocked] == 0).all(), what
         cell = (truth.kl > THRESHOLD, truth.ratio > 1, case["advantages"] > 0)
@@ -167,11 +215,18 @@ import json, re
 import triton, triton_policy_loss as bench
 from triton.backends.compiler import GPUTarget
 
-LATENTS = ("mean", "old_mean", "prev_sample", "grad_mean")
-SCALARS = {"threshold": "fp32", "rows": "i32", "numel": "i32", "ticket": "*i32"}
+LATENTS = ("source", "sample", "prev_sample", "old_mean", "grad_source")
+SCALARS = {"rows": "i32", "numel": "i32", "ticket": "*i32"} | dict.fromkeys(
+    ("threshold", "noise_level", "sigma_max"), "fp32"
+)
 found = {}
 FORWARD = {"SPLITS": 8, "STAGES": 1, "TILE_ROWS": 16}
-for kernel, constants in ((bench._forward_kernel, FORWARD), (bench._backward_kernel, {})):
+kernels = [
+    (kernel, constants | {"STEP": step})
+    for kernel, constants in ((bench._forward_kernel, FORWARD), (bench._backward_kernel, {}))
+    for step in (False, True)
+]
+for kernel, constants in kernels:
     for dtype in ("fp32", "bf16", "fp16"):
         names, constants = kernel.fn.arg_names, {"BLOCK": 1024, **constants}
         signature, aligned = {}, {}
@@ -187,7 +242,7 @@ for kernel, constants in ((bench._forward_kernel, FORWARD), (bench._backward_ker
             attrs=aligned,
         )
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-        found[f"{kernel.fn.__name__} {dtype}"] = {
+        found[f"{kernel.fn.__name__} {constants['STEP']} {dtype}"] = {
             "loads": len(re.findall(r"ld\\.global\\S*\\.v4", ptx)),
             "stores": len(re.findall(r"st\\.global\\S*\\.v4", ptx)),
             "local": len(re.findall(r"\\.local", ptx)),
@@ -200,8 +255,10 @@ def test_compiles_for_hopper_with_16_byte_accesses(tmp_path):
     """The interpreter takes much that the compiler refuses. 1024 elements on 128 threads: 2 vectors of fp32 each."""
     found = json.loads(process(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
     for dtype, vectors in (("fp32", 2), ("bf16", 1), ("fp16", 1)):
-        assert found[f"_forward_kernel {dtype}"] == {"loads": 3 * vectors, "stores": 0, "local": 0}
-        assert found[f"_backward_kernel {dtype}"] == {"loads": 2 * vectors, "stores": vectors, "local": 0}
+        for step in (False, True):
+            forward, backward = (found[f"_{pass_}_kernel {step} {dtype}"] for pass_ in ("forward", "backward"))
+            assert forward == {"loads": (3 + step) * vectors, "stores": 0, "local": 0}
+            assert backward == {"loads": (2 + step) * vectors, "stores": vectors, "local": 0}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +276,7 @@ def test_tuning_is_about_grids_that_fill_the_device(monkeypatch, rows, numel, sp
     monkeypatch.syspath_prepend(BENCHES)
     bench = importlib.import_module("triton_policy_loss")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-    arguments = {"rows": rows, "numel": numel, "mean": torch.empty(0)}
+    arguments = {"rows": rows, "numel": numel, "source": torch.empty(0)}
     kept = bench._worthwhile(bench._FORWARD, arguments)
     assert {config.kwargs["SPLITS"] for config in kept} == splits
     assert {config.kwargs["BLOCK"] for config in kept} == {config.kwargs["BLOCK"] for config in bench._FORWARD}

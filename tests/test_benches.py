@@ -11,13 +11,16 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from compilers import needs_cxx
+from golden.load import load
 
 import flowdppo_ops
 
@@ -25,7 +28,8 @@ BENCHES = Path(__file__).parents[1] / "benches"
 FIELDS = ["op", "shape", "dtype", "provider", "pass", "p20_us", "p50_us", "p80_us", "repeats", "bytes"]
 FIELDS += ["threads", "device", "torch", "flowdppo_ops", "commit", "environment", "date", "cores_elsewhere"]
 COUNTS = ["launches", "sync_warnings", "stream_syncs", "dtoh_copies", "peak_bytes"]
-FIELDS += ["timing", "cache", *COUNTS]
+SEEN = ["ops", "latent_ops", "host_syncs", "latent_allocations", "bytes_moved"]
+FIELDS += ["timing", "cache", *COUNTS, *SEEN]
 
 
 @pytest.fixture
@@ -35,14 +39,35 @@ def harness(monkeypatch):
 
 
 @pytest.fixture
-def bench(harness):
+def runner(harness):
+    return importlib.import_module("runner")
+
+
+@pytest.fixture
+def chain(harness):
+    return importlib.import_module("trainer_chain")
+
+
+@pytest.fixture
+def bench(runner):
     return importlib.import_module("bench_policy_loss")
+
+
+@pytest.fixture
+def sde_bench(runner):
+    return importlib.import_module("bench_sde_step")
+
+
+def run(bench, *arguments):
+    """A bench's command line."""
+    usual = ("policy_loss",) if bench.__name__ == "bench_policy_loss" else ("sde_step_sample", "sde_step_replay")
+    return importlib.import_module("runner").main(bench.__name__, "summary", bench.OPERATIONS, usual, [*arguments])
 
 
 @needs_cxx
 def test_quick_run_writes_a_row_per_provider_and_pass(bench, tmp_path, capsys):
     file, threads = tmp_path / "rows.json", torch.get_num_threads()
-    bench.main(["--quick", "--sizes", "4x8", "--threads", str(threads), "--json", str(file)])
+    run(bench, "--quick", "--sizes", "4x8", "--threads", str(threads), "--json", str(file))
     rows = json.loads(file.read_text())
 
     both = ("forward", "forward+backward")
@@ -62,6 +87,7 @@ def test_quick_run_writes_a_row_per_provider_and_pass(bench, tmp_path, capsys):
         assert row["cores_elsewhere"] is None or row["cores_elsewhere"] >= 0
         assert (row["timing"], row["cache"]) == ("call", "warm")
         assert all(row[name] is None for name in COUNTS)  # nothing is launched on a CPU
+        assert all((row[name] is None) == (row["provider"] in ("compile", "copy")) for name in SEEN)
         assert row["device"]
         assert row["environment"].startswith("malloc=")
         assert row["commit"]
@@ -71,15 +97,50 @@ def test_quick_run_writes_a_row_per_provider_and_pass(bench, tmp_path, capsys):
     assert platform.node() not in published
     assert str(BENCHES.parent) not in published
     table = capsys.readouterr().out
+    assert table.count("policy_loss [4, 8]") == 2
     assert table.count("x as fast") == 2 * 4  # per dtype: two peers, two passes
     assert table.count("two copies of one tensor") == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@needs_cxx
+def test_step_loss_has_a_row_per_form_of_the_old_policy(bench, tmp_path):
+    file, threads = tmp_path / "rows.json", torch.get_num_threads()
+    ops, sizes = ("--ops", "step_loss"), ("--sizes", "4x8")
+    run(bench, "--quick", *ops, *sizes, "--threads", str(threads), "--dtypes", "bf16+fp32", "--json", str(file))
+    rows = {(row["provider"], row["pass"]): row for row in json.loads(file.read_text())}
+    names = ("eager", "compile", "fused", "fused_output", "fused_residual")
+    assert set(rows) == {(name, pass_) for name in names for pass_ in ("forward", "forward+backward")} | {("copy",) * 2}
+    assert {row["op"] for row in rows.values()} == {"step_loss"}
+    old = {"fused_output": 2, "fused_residual": 2}  # bytes an element; the mean is 4
+    for (name, pass_), row in rows.items():
+        source = 2 + 4 + 4  # output, sample, next sample
+        forward = source + old.get(name, 4)
+        assert row["bytes"] == 32 * {"copy": 8, "forward": forward, "forward+backward": forward + source + 2}[pass_]
+
+
+@needs_cxx
+def test_sde_step_has_a_row_per_provider_and_pass(sde_bench, tmp_path):
+    file, threads = tmp_path / "rows.json", torch.get_num_threads()
+    run(sde_bench, "--quick", "--sizes", "4x8", "--threads", str(threads), "--dtypes", "fp32", "--json", str(file))
+    rows = {(row["op"], row["provider"], row["pass"]): row for row in json.loads(file.read_text())}
+    names, replay = ("eager", "compile", "fused"), ("forward", "forward+backward")
+    assert set(rows) == (
+        {("sde_step_sample", name, "forward") for name in (*names, "fused_residual")}
+        | {("sde_step_replay", name, pass_) for name in names for pass_ in replay}
+        | {(op, "copy", "copy") for op in ("sde_step_sample", "sde_step_replay")}
+    )
+    moved = {key: row["bytes"] / (4 * 32) for key, row in rows.items()}
+    assert moved["sde_step_sample", "fused", "forward"] == 5
+    assert moved["sde_step_sample", "fused_residual", "forward"] == 5.5
+    assert moved["sde_step_replay", "eager", "forward"] == 4
+    assert moved["sde_step_replay", "eager", "forward+backward"] == 4 + 4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(4, 8), (16, 256), (16, 4, 8, 8), (2, 4, 3, 8, 8)])
 def test_inputs_land_on_both_sides_of_every_comparison(bench, shape, dtype):
     """The mask is part of what is checked only if it decides something, and not by rounding."""
-    i = bench.make_inputs(shape, dtype)
+    i = bench.make_loss_inputs(shape, dtype, torch.device("cpu"))
     out = flowdppo_ops.reference.loss(
         i.mean,
         i.old_mean,
@@ -89,6 +150,25 @@ def test_inputs_land_on_both_sides_of_every_comparison(bench, shape, dtype):
         old_log_prob=i.old_log_prob,
         objective=bench.OBJECTIVE,
     )
+    assert_both_sides(bench, out, shape)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16+fp32"])
+@pytest.mark.parametrize("form", ["old_mean", "old_output", "old_residual"])
+@pytest.mark.parametrize("sampler", ["flow_sde", "cps", "dance_sde"])
+def test_inputs_of_a_step_do_so_in_every_form(bench, sampler, form, dtype):
+    i = bench.make_step_inputs(sampler, (16, 4, 8, 8), dtype, torch.device("cpu"))
+    results = []
+
+    def keep_result(*args, **kwargs):
+        results.append(flowdppo_ops.reference.step_loss(*args, **kwargs))
+        return results[-1]
+
+    bench.package_step_loss(keep_result, sampler, form, i)
+    assert_both_sides(bench, results[0], (16, 4, 8, 8))
+
+
+def assert_both_sides(bench, out, shape):
     distance = out.kl / bench.KL_THRESHOLD
     assert bool(((distance > 5) | (distance < 0.2)).all())
     assert bool((distance > 5).any())
@@ -100,51 +180,203 @@ def test_inputs_land_on_both_sides_of_every_comparison(bench, shape, dtype):
         assert torch.equal(out.keep, (row != 2) & (row != 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_check_accepts_the_eager_loss(bench, dtype):
-    i = bench.make_inputs((16, 256), dtype)
-    bench.check(bench.Provider("eager", bench.trainer_loss), i, bench.truth(i))
+# What computes each operation right, in the trainers' way.
+SUITES = [
+    ("bench_policy_loss", name, dtype)
+    for name, dtype in (
+        ("policy_loss", "fp32"),
+        ("policy_loss", "bf16"),
+        ("step_loss", "fp32"),
+        ("step_loss", "bf16+fp32"),
+        ("step_loss_cps", "bf16+fp32"),
+        ("step_loss_dance", "bf16+fp32"),
+    )
+] + [
+    ("bench_sde_step", f"sde_step_{name}{suffix}", "bf16+fp32")
+    for name in ("sample", "replay")
+    for suffix in ("", "_cps", "_dance")
+]
 
 
-def _no_mask(bench, monkeypatch, i):
+@pytest.fixture
+def case(runner):
+    """A function from a suite to its operation, inputs, right answer, and a right provider's function."""
+
+    def make(module, name, dtype):
+        operation = importlib.import_module(module).OPERATIONS[name]
+        i = operation.make_inputs((16, 256), dtype, torch.device("cpu"))
+        return operation, i, operation.expected(i, "eager"), operation.providers["eager"]()
+
+    return make
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: " ".join(suite[1:]))
+def test_check_accepts_the_eager_chain(runner, case, suite):
+    operation, i, expected, eager = case(*suite)
+    runner.check(operation, runner.Provider("eager", eager), i, expected)
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: " ".join(suite[1:]))
+def test_check_refuses_each_wrong_result(runner, case, suite):
+    """Twice the tolerance, NaN, a gradient too large, one result less: whichever of the results it is."""
+    operation, i, expected, eager = case(*suite)
+
+    def refused(call, what):
+        with pytest.raises(runner.WrongAnswer, match=what):
+            runner.check(operation, runner.Provider("wrong", call), i, expected)
+
+    for at, name in enumerate(operation.outputs[: len(eager(i))]):
+        for factor in (1 + 2.1 * runner.TOLERANCE, math.nan):
+
+            def bent(i, at=at, factor=factor):
+                outputs = list(eager(i))
+                outputs[at] = outputs[at] * factor
+                return tuple(outputs)
+
+            refused(bent, f"wrong: {name} is .* away from float64, wanted at most")
+    if operation.leaf:
+        scaled = {at: 2 * t - t.detach() for at, t in enumerate(eager(i))}  # the value stays, the gradient doubles
+        refused(lambda _: tuple(scaled.values()), "wrong: gradient is .* away from float64")
+    else:
+        refused(lambda i: eager(i)[:-1], "wrong: 2 results, wanted 3")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_check_needs_the_mask_and_the_std(runner, bench, case, monkeypatch, dtype):
+    operation, i, expected, eager = case("bench_policy_loss", "policy_loss", dtype)
+    other_std = runner.Provider("std", lambda i: eager(i._replace(std=i.std * 1.01)))
+    with pytest.raises(runner.WrongAnswer, match="std: loss is"):
+        runner.check(operation, other_std, i, expected)
     monkeypatch.setattr(bench, "KL_THRESHOLD", math.inf)
-    return bench.trainer_loss(i)
+    with pytest.raises(runner.WrongAnswer, match="eager: loss is"):
+        runner.check(operation, runner.Provider("eager", eager), i, expected)
 
 
-def _double_gradient(bench, monkeypatch, i):
-    loss = bench.trainer_loss(i)
-    return 2 * loss - loss.detach()
+@pytest.mark.parametrize("name", ["dppo_sde_img", "dppo_sde_tok_per_sample_t", "dppo_cps", "dppo_dance"])
+def test_the_chain_is_the_trainers(chain, name):
+    """Against recorded runs of verl-omni: within rounding, on whatever machine; to the bit on the one that recorded."""
+    case = load(f"f_e2e_verl__{name}")
+    given, want, params = case.inputs(False), case.recorded(False), case.params
+    sampler = {"sde": "flow_sde"}.get(params["sde_type"], params["sde_type"])
+    velocity = given["noise_pred"].clone().requires_grad_()
+    scheduler = chain.Scheduler(given["sigmas"], given["timesteps"])
+    sigmas = chain.look_up(scheduler, given["timestep"], velocity.shape)
+    step = chain.SAMPLERS[sampler](given["sample"], velocity, *sigmas, given["sigmas"][1], params["noise_level"])
+    log_prob, sqrt_dt = chain.log_prob(step, given["prev_sample"], sampler)
+    loss, metrics = chain.dppo_loss(
+        log_prob,
+        given["old_log_prob"],
+        given["advantages"],
+        step,
+        sqrt_dt,
+        given["old_prev_sample_mean"],
+        case.number("kl_mask_threshold"),
+    )
+    loss = loss / params["gradient_accumulation_steps"]
+    loss.backward()
+    close = partial(torch.testing.assert_close, rtol=2e-5, atol=1e-9)
+    close(step.mean.detach(), want["out.prev_sample_mean"])
+    close(step.std_dev_t, want["out.std_dev_t"])
+    close(log_prob.detach(), want["out.log_prob"])
+    close(loss.detach(), want["out.loss"])
+    torch.testing.assert_close(velocity.grad, want["grad.noise_pred"], rtol=1e-4, atol=1e-8)
+    recorded = {name.split("/")[1]: value for name, value in want.items() if name.startswith("metric.")}
+    assert set(recorded) == set(metrics)
+    for name, value in chain.read(metrics).items():
+        # Means of a log-ratio, small differences of log-probs near 1: 6e-8 of 1, whatever their size.
+        assert value == pytest.approx(recorded[name].item(), rel=2e-5, abs=2e-7), name
 
 
-WRONG = {
-    "twice the tolerance": (lambda bench, _, i: bench.trainer_loss(i) * (1 + 2 * bench.TOLERANCE), "loss"),
-    "NaN": (lambda bench, _, i: bench.trainer_loss(i) * math.nan, "loss"),
-    "no mask": (_no_mask, "loss"),
-    "other std": (lambda bench, _, i: bench.trainer_loss(i._replace(std=i.std * 1.01)), "loss"),
-    "double gradient": (_double_gradient, "gradient"),
-    "NaN gradient": (lambda bench, _, i: bench.trainer_loss(i) + 0 * (i.mean.float() * 0).sqrt().sum(), "gradient"),
-}
+# ---- what the dispatcher sees ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wrong", WRONG)
-def test_check_refuses(bench, monkeypatch, wrong, dtype):
-    loss, what = WRONG[wrong]
-    i = bench.make_inputs((16, 256), dtype)
-    expected = bench.truth(i)
-    provider = bench.Provider("wrong", lambda i: loss(bench, monkeypatch, i))
-    with pytest.raises(bench.WrongAnswer, match=rf"wrong: {what} is .* away from float64, wanted at most"):
-        bench.check(provider, i, expected)
+def test_counts_of_known_calls(harness):
+    counting = importlib.import_module("counting")
+    x, row = torch.ones(4, 8), torch.ones(4, 1)
+
+    def counts(call):
+        return tuple(counting.count(call, 32))
+
+    latent, small = 4 * 32, 4 * 4
+    assert counts(lambda: x + row) == (1, 1, 0, 1, 2 * latent + small)
+    assert counts(lambda: row + row) == (1, 0, 0, 0, 0)
+    assert counts(lambda: x.view(8, 4).t().detach().expand(2, 4, 8)) == (0, 0, 0, 0, 0)
+    assert counts(lambda: x.add_(row)) == (1, 1, 0, 0, 2 * latent + small)  # read and written in its place
+    assert counts(lambda: row.expand(4, 8) + 1) == (1, 1, 0, 1, small + latent)  # what is expanded is read once
+    assert counts(lambda: torch.empty(4, 8)) == (0, 0, 0, 1, 0)
+    assert counts(lambda: torch.zeros_like(x)) == (1, 1, 0, 1, latent)  # not read, only looked at
+    assert counts(lambda: x.new_ones(2)) == (1, 0, 0, 0, 0)
+    assert counts(lambda: x.sum().item()) == (2, 1, 1, 0, latent + 4)
+    assert counts(lambda: bool(x[0, 0] > 0)) == (2, 0, 1, 0, 0)
+    assert counts(lambda: (row > 0).nonzero()) == (2, 0, 1, 0, 0)
+    assert counts(lambda: row.tolist()) == (0, 0, 1, 0, 0)
+    assert counts(lambda: x.double().float()) == (2, 2, 0, 2, 2 * (latent + 2 * latent))
+
+
+def test_counts_include_the_backward(harness):
+    counting = importlib.import_module("counting")
+    x = torch.ones(4, 8, requires_grad=True)
+    seen = counting.count(lambda: (2 * x).sum().backward(), 32)
+    # 2 x and its sum; the loss's own gradient; 2 times that, expanded
+    assert (seen.ops, seen.latent_ops, seen.host_syncs, seen.latent_allocations) == (4, 3, 0, 2)
+    latent = 4 * 32
+    assert seen.bytes_moved == 2 * latent + (latent + 4) + (4 + latent)
+
+
+def test_counts_of_the_trainers_chain(runner, bench):
+    """8 rows: 29 waits, as measured on verl-omni itself; a bf16 output adds a conversion each way."""
+    operation, shape = bench.OPERATIONS["step_loss"], (8, 4, 8, 8)
+    i = operation.make_inputs(shape, "fp32", torch.device("cpu"))
+    eager = operation.providers["eager"]()
+    seen = runner.count(lambda: operation.run("forward+backward", eager, i), i.sample.numel())
+    assert seen.host_syncs == 2 * 8 + 13
+    assert (seen.ops, seen.latent_ops, seen.latent_allocations) == (141, 24, 22)
+    halved = operation.make_inputs(shape, "bf16+fp32", torch.device("cpu"))
+    more = runner.count(lambda: operation.run("forward+backward", eager, halved), i.sample.numel())
+    assert (more.ops - seen.ops, more.latent_ops - seen.latent_ops) == (2, 2)
+
+
+@pytest.mark.parametrize("provider", ["fused", "fused_output", "fused_residual"])
+def test_step_loss_is_two_operators_and_allocates_the_gradient(runner, bench, provider):
+    """Forward, backward, and two that touch no latents: autograd's fill of the loss's own gradient, and the noise level
+    that becomes a tensor because somebody watches. Each input is read once, those of the backward twice."""
+    operation = bench.OPERATIONS["step_loss"]
+    i = operation.make_inputs((8, 4, 8, 8), "bf16+fp32", torch.device("cpu"))
+    call = operation.providers[provider]()
+    seen = runner.count(lambda: operation.run("forward+backward", call, i), i.sample.numel())
+    assert (seen.ops, seen.latent_ops, seen.host_syncs, seen.latent_allocations) == (4, 2, 0, 1)
+    must = operation.bytes_moved(i, provider, "forward+backward")
+    assert must <= seen.bytes_moved <= must + 4 * 8 * 64  # rows and their numbers: a few dozen floats a row
+
+
+@pytest.mark.parametrize(
+    ("name", "provider", "operators", "allocations"),
+    [
+        ("sde_step_sample", "fused", 1, 2),  # next sample and mean
+        ("sde_step_sample", "fused_residual", 1, 3),
+        ("sde_step_replay", "fused", 2, 2),  # mean and gradient
+    ],
+)
+def test_sde_step_is_an_operator_each_way(runner, sde_bench, name, provider, operators, allocations):
+    operation = sde_bench.OPERATIONS[name]
+    i = operation.make_inputs((8, 4, 8, 8), "bf16+fp32", torch.device("cpu"))
+    call, pass_ = operation.providers[provider](), operation.passes[-1]
+    seen = runner.count(lambda: operation.run(pass_, call, i), i.sample.numel())
+    assert (seen.latent_ops, seen.host_syncs, seen.latent_allocations) == (operators, 0, allocations)
+    assert seen.ops == operators + 1  # the noise level, as above
+    must = operation.bytes_moved(i, provider, pass_)
+    assert must <= seen.bytes_moved <= must + 4 * 8 * 64
 
 
 @needs_cxx
-def test_wrong_answer_aborts_the_run_before_it_is_timed(bench, monkeypatch, tmp_path):
+def test_wrong_answer_aborts_the_run_before_it_is_timed(runner, bench, monkeypatch, tmp_path):
     file = tmp_path / "rows.json"
-    half = bench.Provider("fused", lambda i: bench.trainer_loss(i) / 2)
-    monkeypatch.setattr(bench, "providers", lambda _: [half])
-    monkeypatch.setattr(bench.Cpu, "measure", lambda *_: pytest.fail("timed a wrong answer"))
+    half = {"fused": lambda: lambda i: (bench.trainer_loss(i)[0] / 2,)}
+    operation = replace(bench.OPERATIONS["policy_loss"], providers=half)
+    monkeypatch.setitem(bench.OPERATIONS, "policy_loss", operation)
+    monkeypatch.setattr(runner.Cpu, "measure", lambda *_: pytest.fail("timed a wrong answer"))
     with pytest.raises(SystemExit, match=r"wrong answer, not timed: fused: loss is 5\.0e-01 away"):
-        bench.main(["--quick", "--sizes", "4x8", "--threads", str(torch.get_num_threads()), "--json", str(file)])
+        run(bench, "--quick", "--sizes", "4x8", "--threads", str(torch.get_num_threads()), "--json", str(file))
     assert not file.exists()
 
 
@@ -186,7 +418,6 @@ def fake_cuda(devices, harness, skipping: str = ""):
 
     class FakeCuda(devices.Cuda):
         device = torch.device("cpu")
-        providers = ("eager", "fused")
         captures = 0
 
         def __init__(self):
@@ -226,10 +457,10 @@ def fake_cuda(devices, harness, skipping: str = ""):
 
 
 @pytest.fixture
-def on_fake_cuda(bench, harness, monkeypatch):
+def on_fake_cuda(runner, harness, monkeypatch):
     def install(**options):
         fake = fake_cuda(importlib.import_module("devices"), harness, **options)
-        monkeypatch.setitem(bench.MACHINES, "cuda", fake)
+        monkeypatch.setitem(runner.MACHINES, "cuda", fake)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         return fake
 
@@ -243,7 +474,7 @@ ARGUMENTS = ["--device", "cuda", "--quick", "--cold-starts", "0", "--providers",
 def test_every_mode_of_cuda_has_its_rows(bench, on_fake_cuda, tmp_path, capsys):
     file, threads = tmp_path / "rows.json", str(torch.get_num_threads())
     fake = on_fake_cuda()
-    bench.main([*ARGUMENTS, "--threads", threads, "--sizes", "8x64", "--dtypes", "fp32", "--json", str(file)])
+    run(bench, *ARGUMENTS, "--threads", threads, "--sizes", "8x64", "--dtypes", "fp32", "--json", str(file))
     rows = json.loads(file.read_text())
     modes = [("graph", "cold"), ("graph", "warm"), ("call", "cold"), ("call", "warm"), ("host", "warm")]
     series = [("eager", "forward"), ("eager", "forward+backward"), ("fused", "forward"), ("fused", "forward+backward")]
@@ -259,14 +490,27 @@ def test_every_mode_of_cuda_has_its_rows(bench, on_fake_cuda, tmp_path, capsys):
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
     table = capsys.readouterr().out
     for timing, cache in modes:
-        assert f"[8, 64] fp32  {timing}, {cache}\n" in table
+        assert f"policy_loss [8, 64] fp32  {timing}, {cache}\n" in table
+
+
+@needs_cxx
+def test_who_waits_for_the_device_is_not_captured(bench, on_fake_cuda):
+    """A wait inside a capture is an error, and ends it for good."""
+    on_fake_cuda()
+    threads = str(torch.get_num_threads())
+    rows = run(bench, *ARGUMENTS, "--ops", "step_loss", "--threads", threads, "--sizes", "8x64", "--dtypes", "fp32")
+    timings = {}
+    for row in rows:
+        timings.setdefault(row.provider, set()).add(row.timing)
+    assert timings["eager"] == {"call", "host"}
+    assert timings["fused"] == {"graph", "call", "host"}
 
 
 @needs_cxx
 def test_replay_that_writes_nothing_is_a_wrong_answer(bench, on_fake_cuda):
     on_fake_cuda(skipping="forward+backward")
     with pytest.raises(SystemExit, match=r"eager forward\+backward in a graph: loss is nan away"):
-        bench.main([*ARGUMENTS, "--threads", str(torch.get_num_threads()), "--sizes", "8x64"])
+        run(bench, *ARGUMENTS, "--threads", str(torch.get_num_threads()), "--sizes", "8x64")
 
 
 @pytest.fixture
@@ -325,9 +569,9 @@ def test_input_sets_take_turns(devices):
     assert turns == [0, 1, 0, 1]
 
 
-def test_copies_share_no_memory(bench):
-    i = bench.make_inputs((4, 8), torch.bfloat16)
-    first, second, third = bench.copies(i, 3)
+def test_copies_share_no_memory(runner, bench):
+    i = bench.make_loss_inputs((4, 8), "bf16", torch.device("cpu"))
+    first, second, third = runner.copies(i, 3)
     assert first is i
     for name in i._fields:
         one, two, three = (getattr(each, name) for each in (first, second, third))
@@ -403,10 +647,10 @@ def test_costs_are_those_of_one_call_beyond_what_was_there(devices, monkeypatch)
     assert modes == ["warn", "default"]
 
 
-def test_cold_start_is_a_process_with_empty_caches(bench, harness, monkeypatch):
+def test_cold_start_is_a_process_with_empty_caches(runner, bench, monkeypatch):
     module = importlib.import_module("cold_start")
     run, seen = subprocess.run, []
-    machine = bench.Cpu()
+    machine = runner.Cpu()
     facts = machine.facts()  # asks git, before there is somebody listening
 
     def watched(command, env, **options):
@@ -415,7 +659,8 @@ def test_cold_start_is_a_process_with_empty_caches(bench, harness, monkeypatch):
         return run(command, env=env, **options)
 
     monkeypatch.setattr(module.subprocess, "run", watched)
-    total, call = bench.cold_starts((4, 8), "bf16", 1, facts, machine, ("fused",))
+    operation = bench.OPERATIONS["policy_loss"]
+    total, call = runner.cold_starts("bench_policy_loss", operation, (4, 8), "bf16", 1, facts, machine, ("fused",))
     assert len(seen) == 1
     assert (total.timing, call.timing) == ("cold start", "first call")
     assert 0 < call.p50_us < total.p50_us
@@ -425,7 +670,7 @@ def test_cold_start_is_a_process_with_empty_caches(bench, harness, monkeypatch):
 def test_cold_start_that_fails_says_why(harness):
     module = importlib.import_module("cold_start")
     with pytest.raises(RuntimeError, match=r"cold start of nobody ended with status 1:\n(.|\n)*KeyError: 'nobody'"):
-        module.cold_start("nobody", (4, 8), "fp32", "cpu")
+        module.cold_start("bench_policy_loss", "policy_loss", "nobody", (4, 8), "fp32", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -438,7 +683,7 @@ def test_cold_start_that_fails_says_why(harness):
 def test_what_cannot_run_is_one_line_and_status_2(bench, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        bench.main(arguments)
+        run(bench, *arguments)
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -446,7 +691,7 @@ def test_what_cannot_run_is_one_line_and_status_2(bench, monkeypatch, capsys, ar
 
 
 @pytest.mark.parametrize("size", ["huge", "8", "0x8", "4x-1"])
-def test_unknown_size_is_named(bench, size, capsys):
+def test_unknown_size_is_named(runner, bench, size, capsys):
     with pytest.raises(SystemExit):
-        bench.main(["--sizes", size])
-    assert f"'{size}': wanted one of {', '.join(bench.SIZES)}, or a shape" in capsys.readouterr().err
+        run(bench, "--sizes", size)
+    assert f"'{size}': wanted one of {', '.join(runner.SIZES)}, or a shape" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The kernels of kernels/, the very sources, run on the CPU by the emulator in tests/emulator.
+"""The kernels behind `loss`, the very sources, run on the CPU by the emulator in tests/emulator.
 
 Under AddressSanitizer and UndefinedBehaviorSanitizer they go through the whole suite of `loss`, with blocks and threads
 in another order at every launch. ThreadSanitizer, slow, watches the last-block protocol on small grids. Planted faults
@@ -15,8 +15,8 @@ import torch
 from cases import CELLS, DTYPES, OBJECTIVES, draw, mask_cells
 from compilers import needs_cxx
 from emulator import call
-from emulator.build import Fault, build
-from emulator.call import EmulatedLoss, Float64, Server
+from emulator.build import Fault
+from emulator.call import EmulatedLoss, Float64, start
 from parity import equal_bits, run, three_way
 from test_policy_loss import (  # noqa: F401
     test_anchors_get_no_gradient,
@@ -57,31 +57,6 @@ pytestmark = [
 ]
 
 objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-
-
-@pytest.fixture(scope="session")
-def builds(tmp_path_factory):
-    """Where executables are made."""
-    return tmp_path_factory.mktemp("emulator")
-
-
-def start(folder, sanitizer, fault=None):
-    folder.mkdir()
-    return Server(build(folder, sanitizer, fault), threads=64 if sanitizer == "tsan" else 256)
-
-
-@pytest.fixture(scope="session")
-def asan(builds):
-    server = start(builds / "asan", "asan")
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
-def tsan(builds):
-    server = start(builds / "tsan", "tsan")
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -137,11 +112,11 @@ def test_same_bits_in_any_order(asan, objective, dtypes, splits):
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("where", ["mean", "next", "old", "ref", "grad_mean", "all"])
+@pytest.mark.parametrize("where", ["output", "next", "old", "ref", "grad_output", "all"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_odd_addresses(asan, dtype, where, offset):
     """No base is promised to be a multiple of 16 bytes; elements on both sides belong to somebody else."""
-    names = ("mean", "next", "old", "ref", "grad_mean") if where == "all" else (where,)
+    names = ("output", "next", "old", "ref", "grad_output") if where == "all" else (where,)
     arguments = draw((2,), (200,), dtypes=DTYPES[dtype], objective=OBJECTIVES["guard"], ref_kl_weight=0.3)
     three_way(EmulatedLoss(asan, splits=2, offsets=dict.fromkeys(names, offset)), arguments)
 
@@ -354,7 +329,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(builds, name):
-    fault, sanitizer, check, says = FAULTS[name]
+    assert_seen(builds, name, *FAULTS[name])
+
+
+def assert_seen(builds, name, fault, sanitizer, check, says):
     server = start(builds / name.replace(" ", "-").replace(">", "gt"), sanitizer, fault)
     try:
         with pytest.raises(AssertionError, match=says):

@@ -169,6 +169,11 @@ def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
     )
 
 
+def _per_std(std: Tensor) -> Tensor:
+    """1/std, formed in float64; 0 where std is 0. Residuals are multiplied with it, everywhere: the same bits."""
+    return torch.where(std == 0, torch.zeros_like(std), std.double().reciprocal().to(std.dtype))
+
+
 def _log_prob(
     q: Tensor, std: Tensor, density: str, scale: float | Tensor, normalizer: bool = True, zero_defined: bool = False
 ) -> Tensor:
@@ -476,7 +481,7 @@ def step_loss(
             return _wide(b, x) * (velocity - other)
         # "residual": mu° = x' - std e. A residual stored from this very mean gives its rounding error and no more.
         wide_std = _wide(std, x)
-        drifted = -wide_std * (_quotient(innovation, wide_std, True) - other)
+        drifted = -wide_std * (innovation * _wide(_per_std(std), x) - other)
         return torch.where(wide_std == 0, -innovation, drifted)
 
     stats = _statistics(
@@ -578,7 +583,7 @@ def sde_step(
     log_prob = _log_prob(q, std, density, 1.0, log_prob_normalizer, zero_defined=True)
     residual = None
     if residual_dtype is not None:
-        residual = _quotient(innovation.detach(), _wide(std, sample), True).to(residual_dtype)
+        residual = (innovation.detach() * _wide(_per_std(std), sample)).to(residual_dtype)
     return SdeStep(stored, log_prob, mean, std, residual)
 
 
@@ -614,6 +619,5 @@ def encode_residual(prev_sample: Tensor, mean: Tensor, std: RowVector, dtype: to
     require(where, "std", std, "the standard deviation of the transition")
     std = check_row_vector(where, FAMILY, "std", std, "prev_sample", prev_sample, row_shape, len(shape))
     wide = torch.float64 if torch.float64 in (prev_sample.dtype, mean.dtype) else torch.float32
-    divisor = row_tensor(std, row_shape, wide, prev_sample.device)
-    divisor = _wide(divisor.masked_fill(divisor == 0, math.inf), prev_sample)
-    return prev_sample.detach().to(wide, copy=True).sub_(mean.detach()).div_(divisor).to(dtype)
+    per_std = _wide(_per_std(row_tensor(std, row_shape, wide, prev_sample.device)), prev_sample)
+    return prev_sample.detach().to(wide, copy=True).sub_(mean.detach()).mul_(per_std).to(dtype)

@@ -30,7 +30,6 @@ pub(super) struct RowArgument {
 }
 
 /// `struct Schedule`
-#[allow(dead_code)] // until an operator has a schedule
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ScheduleArgument {
@@ -81,7 +80,6 @@ pub(super) fn row_argument(vector: Option<Rows<'_, Gpu>>) -> RowArgument {
     }
 }
 
-#[allow(dead_code)] // until an operator has a schedule
 pub(super) fn schedule_argument<'a>(schedule: Option<&Schedule<'a, Gpu>>) -> ScheduleArgument {
     let row = |of: fn(&Schedule<'a, Gpu>) -> Option<Rows<'a, Gpu>>| row_argument(schedule.and_then(of));
     ScheduleArgument {

@@ -1,9 +1,12 @@
 //! `policy_loss` on a GPU: the arguments of `kernels/policy_loss.cu`, which kernel takes them, and its grid.
 //!
 //! Forward: one launch; each row is split over blocks, the last block of a row runs the objective, the last row the
-//! batch. Backward: one launch that streams. The workspace between the blocks is the caller's: see `Workspace`.
+//! batch. With sharded latents two, `shard_sums` and a forward over the sums. Backward: one launch that streams. The
+//! workspace between the blocks is the caller's: see `Workspace`.
 
-use super::arguments::{LatentArgument, RowArgument, dtype_number, latent_argument, row_argument};
+use super::arguments::{
+    LatentArgument, RowArgument, ScheduleArgument, latent_argument, row_argument, schedule_argument,
+};
 use super::device::{Device, PerDevice};
 use super::launch::{Grid, Kernel, Target, launch};
 use crate::error::Error;
@@ -11,8 +14,21 @@ use crate::objective::{Clip, Density, KlDivisor, Mask, Objective, Problem, Reduc
 use crate::ops::policy_loss::{Backward, Latents, Outputs};
 use crate::plan::GridPlan;
 use crate::tensor::{Dtype, Gpu, View, ViewMut};
+use crate::transition::step::Form;
 
 // ---- twins of the structures in kernels/policy_loss.cuh, field for field -------------------------------------------
+
+/// `struct Latents`
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct LatentArguments {
+    output: LatentArgument,
+    uncond: LatentArgument,
+    sample: LatentArgument,
+    next: LatentArgument,
+    old: LatentArgument,
+    reference: LatentArgument,
+}
 
 /// `struct Problem`
 #[repr(C)]
@@ -27,11 +43,13 @@ struct ProblemArgument {
     latent_sum: i32,
     reduction: i32,
     mask: i32,
-    normalize_kl: i32,
+    kl_divisor: i32,
     keep_nan_kl: i32,
     per_row_scale: i32,
     has_kl: i32,
     has_ref: i32,
+    old_form: i32,
+    ref_form: i32,
     adv_clip_max: f32,
     ref_kl_weight: f32,
     advantages: RowArgument,
@@ -41,59 +59,92 @@ struct ProblemArgument {
     std: RowArgument,
     sqrt_dt: RowArgument,
     ref_std: RowArgument,
+    schedule: ScheduleArgument,
+}
+
+/// `enum Stage`
+#[derive(Clone, Copy, Debug)]
+#[repr(i32)]
+enum Stage {
+    Whole = 0,
+    SumsAlone = 1,
+    ObjectiveAlone = 2,
 }
 
 /// `struct PolicyLossForward`
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct ForwardArguments {
-    mean: LatentArgument,
-    next: LatentArgument,
-    old: LatentArgument,
-    reference: LatentArgument,
+    latents: LatentArguments,
     problem: ProblemArgument,
     loss: usize,
     numbers: usize,
     partials: usize,
     tickets: usize,
+    row_sums: usize,
     splits: i32,
-    pad: i32,
+    stage: Stage,
 }
 
 /// `struct PolicyLossBackward`
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct BackwardArguments {
-    mean: LatentArgument,
-    next: LatentArgument,
-    old: LatentArgument,
-    reference: LatentArgument,
+    latents: LatentArguments,
     grad_loss: RowArgument,
     numbers: usize,
-    grad_mean: usize,
-    grad_dtype: i32,
-    splits: i32,
+    grad_output: usize,
+    grad_uncond: usize,
     grad_log_prob: usize,
+    old_form: i32,
+    ref_form: i32,
+    splits: i32,
+    pad: i32,
     rows: i64,
     numel: i64,
 }
 
 /// The same numbers stand in static assertions of the header: neither side can drift alone.
-const FORWARD_BYTES: usize = 408;
-const BACKWARD_BYTES: usize = 144;
+const FORWARD_BYTES: usize = 624;
+const BACKWARD_BYTES: usize = 192;
+const _: () = assert!(size_of::<LatentArguments>() == 96);
+const _: () = assert!(size_of::<ProblemArgument>() == 480);
 const _: () = assert!(size_of::<ForwardArguments>() == FORWARD_BYTES);
 const _: () = assert!(size_of::<BackwardArguments>() == BACKWARD_BYTES);
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
-/// Kernels that know their dtypes, by suffix: (mean, the others); and `mixed`, which takes every mix.
-const VARIANTS: [(&str, Option<(Dtype, Dtype)>); 6] = [
-    ("f32", Some((Dtype::F32, Dtype::F32))),
-    ("bf16", Some((Dtype::Bf16, Dtype::Bf16))),
-    ("f16", Some((Dtype::F16, Dtype::F16))),
-    ("f32_bf16", Some((Dtype::F32, Dtype::Bf16))),
-    ("f32_f16", Some((Dtype::F32, Dtype::F16))),
-    ("mixed", None),
+/// A kernel that knows its dtypes, or takes every mix.
+struct Variant {
+    suffix: &'static str,
+    /// Whether it takes model outputs, else means.
+    is_step: bool,
+    /// Of the outputs, the samples, and the old and the reference policy.
+    dtypes: Option<[Dtype; 3]>,
+}
+
+const fn means(suffix: &'static str, mean: Dtype, others: Dtype) -> Variant {
+    Variant { suffix, is_step: false, dtypes: Some([mean, others, others]) }
+}
+
+const fn step(suffix: &'static str, outputs: Dtype, samples: Dtype, policies: Dtype) -> Variant {
+    Variant { suffix, is_step: true, dtypes: Some([outputs, samples, policies]) }
+}
+
+const VARIANTS: [Variant; 13] = [
+    means("f32", Dtype::F32, Dtype::F32),
+    means("bf16", Dtype::Bf16, Dtype::Bf16),
+    means("f16", Dtype::F16, Dtype::F16),
+    means("f32_bf16", Dtype::F32, Dtype::Bf16),
+    means("f32_f16", Dtype::F32, Dtype::F16),
+    Variant { suffix: "mixed", is_step: false, dtypes: None },
+    step("step_f32", Dtype::F32, Dtype::F32, Dtype::F32),
+    step("step_bf16", Dtype::Bf16, Dtype::Bf16, Dtype::Bf16),
+    step("step_f16", Dtype::F16, Dtype::F16, Dtype::F16),
+    step("step_bf16_f32", Dtype::Bf16, Dtype::F32, Dtype::F32),
+    step("step_bf16_f32_bf16", Dtype::Bf16, Dtype::F32, Dtype::Bf16),
+    step("step_bf16_f32_f16", Dtype::Bf16, Dtype::F32, Dtype::F16),
+    Variant { suffix: "step_mixed", is_step: true, dtypes: None },
 ];
 const UNIT: &str = "policy_loss";
 
@@ -102,7 +153,7 @@ pub fn entry_points() -> [(String, usize); 2 * VARIANTS.len()] {
     std::array::from_fn(|at| {
         let forward = at < VARIANTS.len();
         let (direction, bytes) = if forward { ("forward", FORWARD_BYTES) } else { ("backward", BACKWARD_BYTES) };
-        (format!("{UNIT}_{direction}_{}", VARIANTS[at % VARIANTS.len()].0), bytes)
+        (format!("{UNIT}_{direction}_{}", VARIANTS[at % VARIANTS.len()].suffix), bytes)
     })
 }
 
@@ -128,15 +179,21 @@ fn kernels(ordinal: usize) -> Result<&'static Kernels, Error> {
 }
 
 /// The variant for these latents; what is absent fits every variant.
-fn variant(latents: &Latents<'_, Gpu>) -> usize {
-    let Latents { output, prev_sample, old, reference, .. } = latents;
-    let fits = |view: &Option<View<'_, Gpu>>, dtype| view.is_none_or(|view| view.dtype() == dtype);
-    let matching = |&(_, dtypes): &(_, Option<(Dtype, Dtype)>)| {
-        dtypes.is_none_or(|(mean, others)| {
-            fits(output, mean) && [prev_sample, old, reference].into_iter().all(|view| fits(view, others))
-        })
+fn variant(latents: &Latents<'_, Gpu>, is_step: bool) -> usize {
+    let Latents { output, uncond_output, sample, prev_sample, old, reference } = *latents;
+    let fits = |view: Option<View<'_, Gpu>>, dtype| view.is_none_or(|view| view.dtype() == dtype);
+    let matching = |variant: &Variant| {
+        let fit = variant.dtypes.is_none_or(|[outputs, samples, policies]| {
+            fits(output, outputs)
+                && fits(uncond_output, outputs)
+                && fits(sample, samples)
+                && fits(prev_sample, samples)
+                && fits(old, policies)
+                && fits(reference, policies)
+        });
+        variant.is_step == is_step && fit
     };
-    VARIANTS.iter().position(matching).expect("the last variant fits everything")
+    VARIANTS.iter().position(matching).expect("the last variant of each kind fits everything")
 }
 
 // ---- calls ---------------------------------------------------------------------------------------------------------
@@ -155,7 +212,8 @@ pub fn partials(ordinal: usize, rows: usize, numel: usize, needs_batch_means: bo
     Ok(plan.partials(rows, needs_batch_means))
 }
 
-/// Launches the forward; `problem` and `latents` are checked.
+/// Launches the forward; `problem` and `latents` are checked. `sums`: every row's, of all shards; no latents are read
+/// then.
 pub fn forward(
     target: Target,
     problem: &Problem<'_, Gpu>,
@@ -164,43 +222,57 @@ pub fn forward(
     sums: Option<View<'_, Gpu>>,
     workspace: &Workspace<'_>,
 ) -> Result<(), Error> {
-    if problem.step.is_some() || sums.is_some() {
-        return Err(Error::Missing { name: "a kernel" });
-    }
-    let Kernels { device, forward, .. } = kernels(target.device)?;
-    let plan = GridPlan::new(problem.rows, problem.numel, device.multiprocessors)?;
-    // Made elsewhere, hence measured: a kernel that ran past their end would not be noticed.
-    let partials = plan.partials(problem.rows, problem.needs_batch_means());
-    long_enough("partials", &workspace.partials, partials)?;
-    long_enough("tickets", &workspace.tickets, problem.rows + 1)?;
-    let [mean, next, old, reference] = latent_arguments(latents);
-    let arguments = ForwardArguments {
-        mean,
-        next,
-        old,
-        reference,
-        problem: problem_argument(problem),
-        loss: outputs.loss.address(),
-        numbers: outputs.numbers.address(),
-        partials: workspace.partials.address(),
-        tickets: workspace.tickets.address(),
-        splits: plan.splits.cast_signed(),
-        pad: 0,
-    };
-    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
-    // SAFETY: addresses and lengths are those of views, whose contract the caller of `new` upheld; the grid and the
-    // splits are of one plan; the stream is `Target`'s.
-    unsafe { launch(&forward[variant(latents)], device, target.stream, grid, &arguments) }
+    let stage = if sums.is_some() { Stage::ObjectiveAlone } else { Stage::Whole };
+    let row_sums = sums.map_or(0, |sums| sums.address());
+    launch_forward(target, problem, latents, Some(outputs), row_sums, stage, workspace)
 }
 
+/// Launches the sums over this shard of every row: `[rows, 4]`, then the shard's elements of a row.
 pub fn shard_sums(
-    _: Target,
-    _: &Problem<'_, Gpu>,
-    _: &Latents<'_, Gpu>,
-    _: &ViewMut<'_, Gpu>,
-    _: &Workspace<'_>,
+    target: Target,
+    problem: &Problem<'_, Gpu>,
+    latents: &Latents<'_, Gpu>,
+    out: &ViewMut<'_, Gpu>,
+    workspace: &Workspace<'_>,
 ) -> Result<(), Error> {
-    Err(Error::Missing { name: "a kernel" })
+    launch_forward(target, problem, latents, None, out.address(), Stage::SumsAlone, workspace)
+}
+
+fn launch_forward(
+    target: Target,
+    problem: &Problem<'_, Gpu>,
+    latents: &Latents<'_, Gpu>,
+    outputs: Option<&Outputs<'_, Gpu>>,
+    row_sums: usize,
+    stage: Stage,
+    workspace: &Workspace<'_>,
+) -> Result<(), Error> {
+    let Kernels { device, forward, .. } = kernels(target.device)?;
+    let (numel, needs_batch_means) = match stage {
+        Stage::Whole => (problem.numel, problem.needs_batch_means()),
+        Stage::SumsAlone => (problem.numel, false),
+        Stage::ObjectiveAlone => (0, problem.needs_batch_means()),
+    };
+    let plan = GridPlan::new(problem.rows, numel, device.multiprocessors)?;
+    // Made elsewhere, hence measured: a kernel that ran past their end would not be noticed.
+    long_enough("partials", &workspace.partials, plan.partials(problem.rows, needs_batch_means))?;
+    long_enough("tickets", &workspace.tickets, problem.rows + 1)?;
+    let arguments = ForwardArguments {
+        latents: latent_arguments(latents),
+        problem: problem_argument(problem),
+        loss: outputs.map_or(0, |outputs| outputs.loss.address()),
+        numbers: outputs.map_or(0, |outputs| outputs.numbers.address()),
+        partials: workspace.partials.address(),
+        tickets: workspace.tickets.address(),
+        row_sums,
+        splits: plan.splits.cast_signed(),
+        stage,
+    };
+    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
+    let kernel = &forward[variant(latents, problem.step.is_some())];
+    // SAFETY: addresses and lengths are those of views, whose contract the caller of `new` upheld; the grid and the
+    // splits are of one plan; the stream is `Target`'s.
+    unsafe { launch(kernel, device, target.stream, grid, &arguments) }
 }
 
 fn long_enough(name: &'static str, view: &ViewMut<'_, Gpu>, wanted: usize) -> Result<(), Error> {
@@ -211,48 +283,65 @@ fn long_enough(name: &'static str, view: &ViewMut<'_, Gpu>, wanted: usize) -> Re
 /// Launches the backward.
 pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, Gpu>) -> Result<(), Error> {
     let Kernels { device, backward, .. } = kernels(target.device)?;
-    let plan = match call.targets.output {
-        Some(_) => GridPlan::new(call.rows, call.numel, device.multiprocessors)?,
-        None => GridPlan::of_rows(call.rows)?,
+    let plan = match (&call.targets.output, &call.targets.uncond_output) {
+        (None, None) => GridPlan::of_rows(call.rows)?,
+        _ => GridPlan::new(call.rows, call.numel, device.multiprocessors)?,
     };
-    let [mean, next, old, reference] = latent_arguments(latents);
     let address = |view: &Option<ViewMut<'_, Gpu>>| view.as_ref().map_or(0, ViewMut::address);
+    let (old_form, ref_form) = call.forms.unwrap_or((Form::Mean, Form::Mean));
     let arguments = BackwardArguments {
-        mean,
-        next,
-        old,
-        reference,
+        latents: latent_arguments(latents),
         grad_loss: row_argument(Some(call.grad_loss)),
         numbers: call.numbers.address(),
-        grad_mean: address(&call.targets.output),
-        grad_dtype: call.targets.output.as_ref().map_or(0, |view| dtype_number(view.dtype())),
-        splits: plan.splits.cast_signed(),
+        grad_output: address(&call.targets.output),
+        grad_uncond: address(&call.targets.uncond_output),
         grad_log_prob: address(&call.grad_log_prob),
+        old_form: form_number(old_form),
+        ref_form: form_number(ref_form),
+        splits: plan.splits.cast_signed(),
+        pad: 0,
         rows: call.rows as i64,
         numel: call.numel as i64,
     };
     let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
-    // SAFETY: as in `forward`.
-    unsafe { launch(&backward[variant(latents)], device, target.stream, grid, &arguments) }
+    let kernel = &backward[variant(latents, call.forms.is_some())];
+    // SAFETY: as in `launch_forward`.
+    unsafe { launch(kernel, device, target.stream, grid, &arguments) }
 }
 
 // ---- arguments -----------------------------------------------------------------------------------------------------
 
-/// In the order of the structures: mean, next, old, reference.
-fn latent_arguments(latents: &Latents<'_, Gpu>) -> [LatentArgument; 4] {
-    let Latents { output, prev_sample, old, reference, .. } = latents;
-    [output, prev_sample, old, reference].map(|view| latent_argument(*view))
+fn form_number(form: Form) -> i32 {
+    match form {
+        Form::Mean => 0,
+        Form::Output => 1,
+        Form::Residual => 2,
+    }
+}
+
+fn latent_arguments(latents: &Latents<'_, Gpu>) -> LatentArguments {
+    let Latents { output, uncond_output, sample, prev_sample, old, reference } = *latents;
+    LatentArguments {
+        output: latent_argument(output),
+        uncond: latent_argument(uncond_output),
+        sample: latent_argument(sample),
+        next: latent_argument(prev_sample),
+        old: latent_argument(old),
+        reference: latent_argument(reference),
+    }
 }
 
 fn problem_argument(problem: &Problem<'_, Gpu>) -> ProblemArgument {
     let no_clip = Clip { low: 0.0, high: 0.0, adv_clip_max: f64::INFINITY };
-    let (objective, mask, clip, normalize_kl, keep_nan_kl, per_row_scale) = match problem.objective {
+    let gaussian = KlDivisor::Gaussian;
+    let (objective, mask, clip, kl_divisor, keep_nan_kl, per_row_scale) = match problem.objective {
         Objective::FlowDppo { threshold, kl_divisor, mask, keep_nan_kl } => {
-            (0, mask, Clip { low: threshold, ..no_clip }, kl_divisor == KlDivisor::Gaussian, keep_nan_kl, false)
+            (0, mask, Clip { low: threshold, ..no_clip }, kl_divisor, keep_nan_kl, false)
         }
-        Objective::FlowGrpo(clip) => (1, Mask::Asymmetric, clip, true, false, false),
-        Objective::GrpoGuard { clip, per_row_scale } => (2, Mask::Asymmetric, clip, true, false, per_row_scale),
+        Objective::FlowGrpo(clip) => (1, Mask::Asymmetric, clip, gaussian, false, false),
+        Objective::GrpoGuard { clip, per_row_scale } => (2, Mask::Asymmetric, clip, gaussian, false, per_row_scale),
     };
+    let (old_form, ref_form) = problem.step.map_or((Form::Mean, Form::Mean), |step| (step.old_form, step.ref_form));
     ProblemArgument {
         rows: problem.rows as i64,
         numel: problem.numel as i64,
@@ -273,11 +362,17 @@ fn problem_argument(problem: &Problem<'_, Gpu>) -> ProblemArgument {
             Mask::Symmetric => 1,
             Mask::None => 2,
         },
-        normalize_kl: i32::from(normalize_kl),
+        kl_divisor: match kl_divisor {
+            KlDivisor::Gaussian => 0,
+            KlDivisor::Constant => 1,
+            KlDivisor::Velocity => 2,
+        },
         keep_nan_kl: i32::from(keep_nan_kl),
         per_row_scale: i32::from(per_row_scale),
         has_kl: i32::from(problem.has_kl),
         has_ref: i32::from(problem.has_ref),
+        old_form: form_number(old_form),
+        ref_form: form_number(ref_form),
         low: clip.low,
         high: clip.high,
         adv_clip_max: clip.adv_clip_max as f32,
@@ -289,5 +384,6 @@ fn problem_argument(problem: &Problem<'_, Gpu>) -> ProblemArgument {
         std: row_argument(problem.std),
         sqrt_dt: row_argument(problem.sqrt_dt),
         ref_std: row_argument(problem.ref_std),
+        schedule: schedule_argument(problem.step.as_ref().map(|step| &step.schedule)),
     }
 }

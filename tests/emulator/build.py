@@ -71,6 +71,7 @@ def _replace(text: str, fault: Fault) -> str:
 
 
 def _only_f32(text: str) -> str:
-    """Without the entry points of the other variants, which are three quarters of the time to compile."""
+    """Without the entry points of the other variants, which are most of the time to compile."""
     lines = text.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith("POLICY_LOSS(") or line.startswith("POLICY_LOSS(f32,"))
+    kept = ("POLICY_LOSS(f32,", "POLICY_LOSS(step_f32,")
+    return "".join(line for line in lines if not line.startswith("POLICY_LOSS(") or line.startswith(kept))

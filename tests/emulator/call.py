@@ -1,4 +1,4 @@
-"""`flowdppo_ops.loss` on the emulated kernels: the arguments of a launch, sent to a server process.
+"""`loss` and `step_loss` on the emulated kernels: the arguments of a launch, sent to a server process.
 
 The structs are those of kernels/policy_loss.cuh; the server refuses one of another size.
 """
@@ -17,22 +17,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launch_arguments import Backward, Forward, Problem, RowVector
+from emulator.build import Fault, build
+from launch_arguments import Backward, Forward, Latents, Problem, RowVector, Schedule
 from torch import Tensor
 
-from flowdppo_ops import FlowDPPO, PolicyLoss, _args, _native
+from flowdppo_ops import FlowDPPO, PolicyLoss, _args, _native, _step_args
 from flowdppo_ops._torch import FAMILY
 
 SHORT_ROW = 512  # kShortRow
-_LATENTS = ("mean", "next", "old", "ref")
+LATENTS = tuple(name for name, _ in Latents._fields_)  # in the order of `_args.Latents`
+FORMS = ("mean", "output", "residual")
+WHOLE, SUMS_ALONE, OBJECTIVE_ALONE = range(3)  # Stage
 CANARY = 0xA5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# Dtypes of the outputs, of the samples, and of the old and the reference policy; by whether there is a schedule.
+_f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
 VARIANTS = {
-    (torch.float32, torch.float32): "f32",
-    (torch.bfloat16, torch.bfloat16): "bf16",
-    (torch.float16, torch.float16): "f16",
-    (torch.float32, torch.bfloat16): "f32_bf16",
-    (torch.float32, torch.float16): "f32_f16",
+    False: {
+        (_f32, _f32, _f32): "f32",
+        (_bf16, _bf16, _bf16): "bf16",
+        (_f16, _f16, _f16): "f16",
+        (_f32, _bf16, _bf16): "f32_bf16",
+        (_f32, _f16, _f16): "f32_f16",
+    },
+    True: {
+        (_f32, _f32, _f32): "step_f32",
+        (_bf16, _bf16, _bf16): "step_bf16",
+        (_f16, _f16, _f16): "step_f16",
+        (_bf16, _f32, _f32): "step_bf16_f32",
+        (_bf16, _f32, _bf16): "step_bf16_f32_bf16",
+        (_bf16, _f32, _f16): "step_bf16_f32_f16",
+    },
 }
 
 
@@ -105,6 +120,12 @@ class Server:
             self.process = None
 
 
+def start(folder: Path, sanitizer: str, fault: Fault | None = None) -> Server:
+    """`folder` is made for the build."""
+    folder.mkdir()
+    return Server(build(folder, sanitizer, fault), threads=64 if sanitizer == "tsan" else 256)
+
+
 @functools.cache
 def _fixed_addresses() -> tuple[str, ...]:
     """The command that switches address randomisation off, where it may: under 32 random bits, the default of recent
@@ -133,24 +154,30 @@ def _bytes(tensor: Tensor) -> bytes:
 class _Launch:
     """An argument under construction: its scalars, and the buffers that its pointers will point to."""
 
-    def __init__(self, argument: ctypes.Structure, offsets: dict[str, int]) -> None:
-        self.argument, self.offsets = argument, offsets
+    def __init__(self, argument: ctypes.Structure, offsets: dict[str, int], row_shape: tuple[int, ...]) -> None:
+        self.argument, self.offsets, self.row_shape = argument, offsets, row_shape
         self.buffers: list[_Buffer] = []
         self.outputs: dict[str, tuple[torch.dtype, int]] = {}
 
-    def latent(self, name: str, tensor: Tensor | None) -> None:
-        if tensor is not None:
-            getattr(self.argument, name).dtype = DTYPES[tensor.dtype]
-            offset = self.offsets.get(name, 0) * tensor.element_size()
-            self.buffers.append(_Buffer(_bytes(tensor), [getattr(type(self.argument), name).offset], offset))
+    def latents(self, latents: _args.Latents) -> None:
+        start = type(self.argument).latents.offset
+        for name, tensor in zip(LATENTS, latents, strict=True):
+            if tensor is not None:
+                getattr(self.argument.latents, name).dtype = DTYPES[tensor.dtype]
+                offset = self.offsets.get(name, 0) * tensor.element_size()
+                self.buffers.append(_Buffer(_bytes(tensor), [start + getattr(Latents, name).offset], offset))
 
     def row_vector(self, struct: RowVector, at: int, value: float | Tensor | None) -> None:
         struct.present = value is not None
         if isinstance(value, Tensor):
-            struct.dtype, struct.divide, struct.modulo = DTYPES[value.dtype], 1, value.numel()
+            struct.dtype = DTYPES[value.dtype]
+            struct.divide, struct.modulo = _args.row_stride(tuple(value.shape), self.row_shape)
             self.buffers.append(_Buffer(_bytes(value), [at]))
         elif value is not None:
             struct.value = value
+
+    def input(self, name: str, value: Tensor) -> None:
+        self.buffers.append(_Buffer(_bytes(value), [getattr(type(self.argument), name).offset]))
 
     def output(self, name: str, dtype: torch.dtype, count: int, fill: int = CANARY) -> None:
         """Filled with canaries: an element that is not written does not pass for a result."""
@@ -166,12 +193,12 @@ class _Launch:
         return {name: torch.frombuffer(bytearray(data), dtype=dtype) for (name, (dtype, _)), data in pairs}
 
 
-class EmulatedLoss:
-    """`flowdppo_ops.loss`, called with keywords, on the emulated kernels.
+class Emulated:
+    """A loss on the emulated kernels, called with keywords.
 
-    splits: blocks of a row; 0 a warp per row; None as a launcher would choose. offsets: elements by which "mean",
-    "next", "old", "ref" and "grad_mean" lie off a multiple of 16 bytes. Every launch takes another order of blocks and
-    threads, unless `seed` says which.
+    splits: blocks of a row; 0 a warp per row; None as a launcher would choose. offsets: elements by which the latents
+    (names as in `Latents`), "grad_output" and "grad_uncond" lie off a multiple of 16 bytes. Every launch takes another
+    order of blocks and threads, unless `seed` says which.
     """
 
     def __init__(
@@ -186,16 +213,11 @@ class EmulatedLoss:
         self.server, self.splits, self.offsets, self.variant = server, splits, offsets or {}, variant
         self.seeds = itertools.count(1) if seed is None else itertools.repeat(seed)
 
-    def __call__(self, prev_sample_mean: Any, old_prev_sample_mean: Any, advantages: Any, **options: Any) -> PolicyLoss:
-        names = ("std", "sqrt_dt", "prev_sample", "log_prob", "old_log_prob", "weights", "ref_prev_sample_mean")
-        defaults = dict.fromkeys((*names, "ref_std", "process_group")) | {"ref_kl_weight": 0.0}
-        defaults |= {"objective": FlowDPPO(), "density": "gaussian", "latent_reduction": "mean", "reduction": "mean"}
-        options = defaults | {"prev_sample_mean": prev_sample_mean, "advantages": advantages} | options
-        call = _args.check_loss("emulated", FAMILY, old_prev_sample_mean=old_prev_sample_mean, **options)
-        loss, numbers = _Function.apply(call.latents.prev_sample_mean, call.vectors.log_prob, call, self)
-        latents = call.latents
-        has_kl, has_ref = latents.old_prev_sample_mean is not None, latents.ref_prev_sample_mean is not None
-        return PolicyLoss(loss, numbers, call.row_shape, has_kl, has_ref)
+    def run(self, call: _args.LossCall, row_sums: Tensor | None = None) -> PolicyLoss:
+        """`row_sums`: those of all shards, of which the latents are one."""
+        latents, vectors = call.latents, call.vectors
+        loss, numbers = _Function.apply(latents.output, latents.uncond_output, vectors.log_prob, call, self, row_sums)
+        return PolicyLoss(loss, numbers, call.row_shape, latents.old is not None, latents.ref is not None)
 
     def plan(self, rows: int, numel: int) -> tuple[int, int]:
         """(splits, blocks)"""
@@ -204,76 +226,145 @@ class EmulatedLoss:
             splits = 0 if numel <= SHORT_ROW else math.ceil(numel / 4096)
         return splits, math.ceil(rows / self.server.warps) if splits == 0 else rows * splits
 
-    def kernel(self, direction: str, latents: _args.Latents) -> str:
-        mean, *anchors = (None if t is None else t.dtype for t in latents)
+    def kernel(self, direction: str, latents: _args.Latents, is_step: bool) -> str:
+        output, uncond, sample, prev_sample, old, ref = (None if t is None else t.dtype for t in latents)
         fitting = [
             name
-            for (of_mean, of_anchors), name in VARIANTS.items()
-            if mean in (None, of_mean) and all(dtype in (None, of_anchors) for dtype in anchors)
+            for dtypes, name in VARIANTS[is_step].items()
+            for outputs, samples, policies in [dtypes]
+            if {output, uncond} <= {None, outputs}
+            and {sample, prev_sample} <= {None, samples}
+            and {old, ref} <= {None, policies}
         ]
-        return f"policy_loss_{direction}_{self.variant or (fitting or ['mixed'])[0]}"
+        mixed = "step_mixed" if is_step else "mixed"
+        return f"policy_loss_{direction}_{self.variant or (fitting or [mixed])[0]}"
 
-    def forward(self, call: _args.LossCall) -> tuple[Tensor, Tensor]:
-        latents, vectors, settings = call.latents, call.vectors, call.settings
+    def forward(self, call: _args.LossCall, row_sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        stage = WHOLE if row_sums is None else OBJECTIVE_ALONE
+        launch, rows = self._forward(call, stage)
+        per_row = call.settings.reduction == "none"
+        launch.output("loss", torch.float32, rows if per_row else 1)
+        launch.output("numbers", torch.float32, rows * fields(call.schedule is not None) + _native.BATCH_LEN)
+        if row_sums is not None:
+            launch.input("row_sums", row_sums)
+        out = self._run_forward(launch, call, rows, 0 if stage == OBJECTIVE_ALONE else launch.argument.problem.numel)
+        return out["loss"].reshape(call.row_shape if per_row else ()), out["numbers"]
+
+    def row_sums(self, call: _args.LossCall) -> Tensor:
+        """Of the shard of every row that the latents are, `[4 rows + 1]`."""
+        launch, rows = self._forward(call, SUMS_ALONE)
+        launch.output("row_sums", torch.float64, 4 * rows + 1)
+        return self._run_forward(launch, call, rows, launch.argument.problem.numel)["row_sums"]
+
+    def _forward(self, call: _args.LossCall, stage: int) -> tuple[_Launch, int]:
+        latents, vectors, settings, schedule = call.latents, call.vectors, call.settings, call.schedule
         if call.double:
             raise Float64("no kernel takes float64 latents")
         rows = vectors.advantages.numel()
-        mean = latents.prev_sample_mean
-        numel = 0 if mean is None else mean.numel() // rows
-        splits, blocks = self.plan(rows, numel)
-        launch = _Launch(Forward(splits=splits), self.offsets)
-        for name, latent in zip(_LATENTS, latents, strict=True):
-            launch.latent(name, latent)
+        launch = _Launch(Forward(stage=stage), self.offsets, call.row_shape)
+        # Without their bytes where none may be read.
+        launch.latents(latents if stage != OBJECTIVE_ALONE else _args.Latents(*[None] * len(latents)))
         problem = launch.argument.problem
-        problem.rows, problem.numel = rows, numel
+        problem.rows, problem.numel = rows, 0 if latents.output is None else latents.output.numel() // rows
         problem.objective = ("flow_dppo", "flow_grpo", "grpo_guard").index(settings.objective)
         problem.density = ("gaussian", "cps").index(settings.density)
         problem.latent_sum = settings.latent_reduction == "sum"
         problem.reduction = ("mean", "sum", "none", "kept_mean").index(settings.reduction)
         problem.mask = ("asymmetric", "symmetric", "none").index(settings.mask)
-        for name in ("normalize_kl", "keep_nan_kl", "per_row_scale", "low", "high", "adv_clip_max", "ref_kl_weight"):
+        problem.kl_divisor = ("gaussian", "constant", "velocity").index(settings.kl_divisor)
+        for name in ("keep_nan_kl", "per_row_scale", "low", "high", "adv_clip_max", "ref_kl_weight"):
             setattr(problem, name, getattr(settings, name))
-        problem.has_kl = latents.old_prev_sample_mean is not None and vectors.std is not None
-        problem.has_ref = latents.ref_prev_sample_mean is not None
-        vectors = vectors._replace(ref_std=vectors.std if vectors.ref_std is None else vectors.ref_std)
+        problem.has_kl = latents.old is not None and (vectors.std is not None or schedule is not None)
+        problem.has_ref = latents.ref is not None
+        at = Forward.problem.offset
         for name, value in vectors._asdict().items():
-            at = Forward.problem.offset + getattr(Problem, name).offset
-            launch.row_vector(getattr(problem, name), at, value)
-        count = rows if settings.reduction == "none" else 1
-        launch.output("loss", torch.float32, count)
-        launch.output("numbers", torch.float32, rows * _native.FIELDS + _native.BATCH_LEN)
+            launch.row_vector(getattr(problem, name), at + getattr(Problem, name).offset, value)
+        if schedule is not None:
+            problem.old_form, problem.ref_form = FORMS.index(schedule.old_form), FORMS.index(schedule.ref_form)
+            problem.schedule.sampler = 1 + _args.SAMPLERS.index(schedule.sampler)
+            at += Problem.schedule.offset
+            given = dict(
+                zip(("sigma", "sigma_next", "noise_level", "sigma_max", "guidance"), schedule[3:], strict=True)
+            )
+            for name, value in given.items():
+                launch.row_vector(getattr(problem.schedule, name), at + getattr(Schedule, name).offset, value)
+        return launch, rows
+
+    def _run_forward(self, launch: _Launch, call: _args.LossCall, rows: int, numel: int) -> dict[str, Tensor]:
+        whole_rows = launch.argument.stage == OBJECTIVE_ALONE
+        splits, blocks = (0, math.ceil(rows / self.server.warps)) if whole_rows else self.plan(rows, numel)
+        launch.argument.splits = splits
         launch.output("partials", torch.float32, rows * max(splits, 1) * 4)
         launch.output("tickets", torch.int32, rows + 1, fill=0)
-        out = launch.run(self.server, self.kernel("forward", latents), blocks, next(self.seeds))
+        kernel = self.kernel("forward", call.latents, call.schedule is not None)
+        out = launch.run(self.server, kernel, blocks, next(self.seeds))
         assert (out["tickets"] == 0).all(), "tickets are not 0 after a launch"
-        return out["loss"].reshape(call.row_shape if settings.reduction == "none" else ()), out["numbers"]
+        return out
 
     def backward(
-        self, grad_loss: Tensor, numbers: Tensor, latents: _args.Latents, wants_mean: bool, wants_log_prob: bool
+        self,
+        grad_loss: Tensor,
+        numbers: Tensor,
+        latents: _args.Latents,
+        schedule: _args.Schedule | None,
+        wants: tuple[bool, bool, bool],
     ) -> dict[str, Tensor]:
-        rows = (numbers.numel() - _native.BATCH_LEN) // _native.FIELDS
-        mean = latents.prev_sample_mean
-        numel = 0 if mean is None else mean.numel() // rows
+        """`wants`: the gradients of the output, of the unconditional output and of the log-prob."""
+        is_step = schedule is not None
+        rows = (numbers.numel() - _native.BATCH_LEN) // fields(is_step)
+        numel = 0 if latents.output is None else latents.output.numel() // rows
         splits, blocks = self.plan(rows, numel)
-        launch = _Launch(Backward(splits=splits, rows=rows, numel=numel), self.offsets)
-        for name, latent in zip(_LATENTS, latents, strict=True):
-            launch.latent(name, latent)
-        launch.row_vector(launch.argument.grad_loss, Backward.grad_loss.offset, grad_loss.contiguous())
-        launch.buffers.append(_Buffer(_bytes(numbers), [Backward.numbers.offset]))
-        if wants_mean:
-            launch.argument.grad_dtype = DTYPES[mean.dtype]
-            launch.output("grad_mean", mean.dtype, mean.numel())
-        else:
+        launch = _Launch(Backward(splits=splits, rows=rows, numel=numel), self.offsets, (rows,))
+        launch.latents(latents)
+        launch.row_vector(launch.argument.grad_loss, Backward.grad_loss.offset, grad_loss.contiguous().reshape(-1))
+        launch.input("numbers", numbers)
+        if schedule is not None:
+            launch.argument.old_form = FORMS.index(schedule.old_form)
+            launch.argument.ref_form = FORMS.index(schedule.ref_form)
+        if not any(wants[:2]):
             blocks = math.ceil(rows / (32 * self.server.warps))
-        if wants_log_prob:
+        if wants[0]:
+            launch.output("grad_output", latents.output.dtype, latents.output.numel())
+        if wants[1]:
+            launch.output("grad_uncond", latents.uncond_output.dtype, latents.uncond_output.numel())
+        if wants[2]:
             launch.output("grad_log_prob", torch.float32, rows)
-        return launch.run(self.server, self.kernel("backward", latents), blocks, next(self.seeds))
+        return launch.run(self.server, self.kernel("backward", latents, is_step), blocks, next(self.seeds))
+
+
+class EmulatedLoss(Emulated):
+    """`flowdppo_ops.loss`"""
+
+    def __call__(self, prev_sample_mean: Any, old_prev_sample_mean: Any, advantages: Any, **options: Any) -> PolicyLoss:
+        names = ("std", "sqrt_dt", "prev_sample", "log_prob", "old_log_prob", "weights", "ref_prev_sample_mean")
+        defaults = dict.fromkeys((*names, "ref_std", "process_group")) | {"ref_kl_weight": 0.0}
+        defaults |= {"objective": FlowDPPO(), "density": "gaussian", "latent_reduction": "mean", "reduction": "mean"}
+        options = defaults | {"prev_sample_mean": prev_sample_mean, "advantages": advantages} | options
+        return self.run(_args.check_loss("emulated", FAMILY, old_prev_sample_mean=old_prev_sample_mean, **options))
+
+
+class EmulatedStepLoss(Emulated):
+    """`flowdppo_ops.step_loss`"""
+
+    def __call__(self, **options: Any) -> PolicyLoss:
+        return self.run(self.checked(**options))
+
+    def checked(self, **options: Any) -> _args.LossCall:
+        names = ("uncond_output", "guidance_scale", "old_prev_sample_mean", "old_model_output", "old_residual")
+        names += ("old_log_prob", "weights", "ref_prev_sample_mean", "ref_model_output", "ref_std", "process_group")
+        defaults = dict.fromkeys(names) | {"ref_kl_weight": 0.0, "sampler": "flow_sde", "sigma_max": 0.99}
+        defaults |= {"objective": FlowDPPO(), "latent_reduction": "mean", "reduction": "mean"}
+        return _step_args.check_step_loss("emulated", FAMILY, **(defaults | options))
+
+
+def fields(is_step: bool) -> int:
+    return _native.STEP_FIELDS if is_step else _native.FIELDS
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mean, log_prob, call, emulated):
-        loss, numbers = emulated.forward(call)
+    def forward(ctx, output, uncond_output, log_prob, call, emulated, row_sums):
+        loss, numbers = emulated.forward(call, row_sums)
         ctx.call, ctx.emulated = call, emulated
         ctx.save_for_backward(numbers)
         ctx.mark_non_differentiable(numbers)
@@ -282,15 +373,15 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         latents, (numbers,) = ctx.call.latents, ctx.saved_tensors
-        wants = tuple(ctx.needs_input_grad[:2])
+        wants_output, *wants_others = ctx.needs_input_grad[:3]
         differentiable = _args.differentiates_mean(latents, ctx.call.settings.objective)
         if ctx.call.settings.objective != "grpo_guard":
-            latents = latents._replace(old_prev_sample_mean=None)
-        out = ctx.emulated.backward(grad_loss, numbers, latents, wants[0] and differentiable, wants[1])
-        grad_mean, grad_log_prob = out.get("grad_mean"), out.get("grad_log_prob")
-        if grad_mean is not None:
-            grad_mean = grad_mean.reshape(latents.prev_sample_mean.shape)
-        if grad_log_prob is not None:
-            log_prob = ctx.call.vectors.log_prob
-            grad_log_prob = grad_log_prob.reshape(log_prob.shape).to(log_prob.dtype)
-        return grad_mean, grad_log_prob, None, None
+            latents = latents._replace(old=None)
+        wants = (wants_output and differentiable, *wants_others)
+        out = ctx.emulated.backward(grad_loss, numbers, latents, ctx.call.schedule, wants)
+        like = {"grad_output": latents.output, "grad_uncond": latents.uncond_output}
+        like["grad_log_prob"] = ctx.call.vectors.log_prob
+        grads = [
+            out[name].reshape(tensor.shape).to(tensor.dtype) if name in out else None for name, tensor in like.items()
+        ]
+        return *grads, None, None, None

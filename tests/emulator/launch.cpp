@@ -26,10 +26,24 @@ Kernel kernel(const char* name) {
   kernel<PolicyLossForward, policy_loss_forward_##variant>("policy_loss_forward_" #variant), \
       kernel<PolicyLossBackward, policy_loss_backward_##variant>("policy_loss_backward_" #variant)
 
-#ifdef EMULATE_F32_ALONE  // enough where only a planted fault is looked for, and a quarter of the time to compile
-const Kernel kKernels[] = {BOTH(f32)};
+#ifdef EMULATE_F32_ALONE  // enough where only a planted fault is looked for, and a sixth of the time to compile
+const Kernel kKernels[] = {BOTH(f32), BOTH(step_f32)};
 #else
-const Kernel kKernels[] = {BOTH(f32), BOTH(bf16), BOTH(f16), BOTH(f32_bf16), BOTH(f32_f16), BOTH(mixed)};
+const Kernel kKernels[] = {
+    BOTH(f32),
+    BOTH(bf16),
+    BOTH(f16),
+    BOTH(f32_bf16),
+    BOTH(f32_f16),
+    BOTH(mixed),
+    BOTH(step_f32),
+    BOTH(step_bf16),
+    BOTH(step_f16),
+    BOTH(step_bf16_f32),
+    BOTH(step_bf16_f32_bf16),
+    BOTH(step_bf16_f32_f16),
+    BOTH(step_mixed),
+};
 #endif
 
 const Kernel* find(const char* name) {

@@ -92,8 +92,14 @@ template <class T>
 T __ldcg(const T* address) {
   return *address;
 }
+template <class T>
+void __stwb(T* address, T value) {
+  *address = value;
+}
 
 // ---- numbers: twins of the instructions in compat.cuh --------------------------------------------------------------
+
+inline double sinpi(double value) { return std::sin(value * 3.14159265358979323846); }
 
 inline float __uint_as_float(unsigned bits) {
   float value;

@@ -44,7 +44,7 @@ def policy_loss(call: LossCall, process_group: ProcessGroup | None = None) -> tu
 
 
 def _any_requires_grad(leaves: tuple[Tensor | None, ...]) -> bool:
-    return any(t is not None and t.requires_grad for t in leaves)
+    return any(leaf is not None and leaf.requires_grad for leaf in leaves)
 
 
 def _through_the_dispatcher(call: LossCall, process_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -176,10 +176,9 @@ def _empty_gradients_ahead(call: LossCall) -> tuple[Tensor | None, Tensor | None
     the batch's divisor known beforehand and one `grad_loss` for all rows.
     """
     output, uncond, sample, prev_sample, _, _ = call.latents
-    wanted = [None if t is None or not t.requires_grad else t for t in (output, uncond)]
     if (
         prev_sample is None
-        or wanted == [None, None]
+        or not _any_requires_grad((output, uncond))
         or call.settings.reduction not in ("mean", "sum")
         or _cuda.target(output) is not None
     ):
@@ -188,7 +187,7 @@ def _empty_gradients_ahead(call: LossCall) -> tuple[Tensor | None, Tensor | None
     row_bytes = sum([t.nbytes for t in (output, uncond, sample, prev_sample) if t is not None]) // rows
     if not _native.policy_loss_gradient_ahead(rows, row_bytes):
         return None
-    return tuple([None if t is None else torch.empty_like(t) for t in wanted])
+    return tuple([torch.empty_like(t) if t is not None and t.requires_grad else None for t in (output, uncond)])
 
 
 def _backward(

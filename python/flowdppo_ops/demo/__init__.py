@@ -6,7 +6,7 @@ model with the same seeds, and Flow-DPPO runs once more with its mask switched o
 
     data.py     the digits; which are fine-tuned and which held out
     model.py    velocity model, flow-matching pretraining
-    rollout.py  stochastic sampling, replayed means, KL to another model
+    rollout.py  stochastic sampling, what is kept of it, KL to another model
     train.py    the RL loop: the file to read
     score.py    reward, and the scores that the reward does not see
     timing.py   seconds in the loss, from recorded calls
@@ -42,6 +42,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--pretrain-steps", type=_positive, default=2000, metavar="N", help="flow-matching updates")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     parser.add_argument("--loss", choices=("fused", "reference"), default="fused", help="which loss trains")
+    parser.add_argument(
+        "--fused",
+        choices=("step", "loss"),
+        default="step",
+        help="it starts at the model's output, or at the step's mean",
+    )
     # One thread: on two cores that others were using as well, two threads took 4 to 9 times as long.
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads")
     parser.add_argument("--out", default="demo-out", metavar="DIR", help="folder for the results")

@@ -22,7 +22,7 @@ from .model import Velocity, pretrain
 from .rollout import Schedule, path_kl, rollout, select, uniform_schedule
 from .score import Judge, symmetry
 from .timing import seconds_per_call
-from .train import Run, Settings, finetune
+from .train import LOSSES, Run, Settings, finetune
 
 STEPS = 10
 NOISE_LEVEL = 0.7
@@ -54,10 +54,11 @@ def objectives(schedule: Schedule, std: Tensor) -> dict[str, Objective]:
 
 def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    losses = {"reference": reference.loss}
+    function = LOSSES[args.fused]
+    losses = {"reference": getattr(reference, function)}
     if args.loss == "fused":
-        losses["fused"] = flowdppo_ops.loss
-    settings = Settings(args.iterations, args.epochs)
+        losses["fused"] = getattr(flowdppo_ops, function)
+    settings = Settings(args.iterations, args.epochs, args.fused)
     schedule = uniform_schedule(STEPS, NOISE_LEVEL, args.device)
     data = digits()
     judge = Judge(data)
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
     samples = {"pretrained": images}
     results: dict[str, Any] = {
         "loss": args.loss,
+        "function": function,
         "device": args.device,
         "threads": torch.get_num_threads(),
         "settings": {

@@ -78,10 +78,11 @@ def _caption(results: dict[str, Any]) -> list[str]:
         "masked: share of rows that got no gradient, over all updates.",
         "legible: share of images of the fine-tuned prompts that a classifier reads as their prompt.",
         "held-out: Frechet distance between the held-out prompts' images and the real digits.",
-        "loss, eager loss: seconds in forward and backward of one run's loss calls, for flowdppo_ops.loss",
-        "and flowdppo_ops.reference.loss. Each replays the calls recorded in the first, middle and last",
+        f"loss, eager loss: seconds in forward and backward of one run's calls of {results['function']}, for",
+        "flowdppo_ops and flowdppo_ops.reference. Each replays the calls recorded in the first, middle and last",
         "iteration of the first seed (median of 5 rounds), scaled to all calls of that run.",
-        f"Trained with the {results['loss']} loss on {results['device']}, CPU threads: {results['threads']}.",
+        f"Trained with the {results['loss']} {results['function']} on {results['device']}, "
+        f"CPU threads: {results['threads']}.",
         *textwrap.wrap("Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".", 100),
         *(f"  {name}: {entry['objective']}" for name, entry in entries.items()),
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference import sde_step
+import flowdppo_ops
+
 from .data import SHAPE
 from .model import Velocity
 
@@ -27,16 +28,29 @@ class Schedule(NamedTuple):
         """`[1, steps]`, a row vector for rows `[batch, steps]`."""
         return (self.sigmas[:-1] - self.sigmas[1:]).sqrt()[None]
 
+    def arguments(self, step: int | None = None) -> dict[str, Any]:
+        """What `sde_step` and `step_loss` want to know of a step, or of all of them at once: row vectors `[1, steps]`.
+
+        Nothing is read on the host. Flow-GRPO's choice of `sigma_max`: the second sigma stands in for 1.
+        """
+        now, following = self.sigmas[:-1], self.sigmas[1:]
+        sigma, sigma_next = (now[None], following[None]) if step is None else (now[step], following[step])
+        sigmas = {"sigma": sigma, "sigma_next": sigma_next, "sigma_max": self.sigmas[1]}
+        return {"sampler": "flow_sde", "noise_level": self.noise_level, **sigmas}
+
 
 class Rollout(NamedTuple):
-    """Rows are `[batch, steps]`; latents the rows, then `[1, 8, 8]`; all float32.
+    """Rows are `[batch, steps]`; latents the rows, then `[1, 8, 8]`; float32 unless said.
 
-    samples: x, where the step started. prev_samples: x', where it went. means: its mean under the policy that drew it.
-    std, log_probs: rows. prompts: `[batch]`, int64. images: the last x', `[batch, 1, 8, 8]`.
+    samples: x, where the step started. prev_samples: x', where it went. residuals: float16, `(x' - mean) / std` under
+    the policy that drew it: all that an update needs of that policy beside the log-probs, at half the size of the
+    means. means: for `--fused loss`, and for the KL that is reported. std, log_probs: rows. prompts: `[batch]`, int64.
+    images: the last x', `[batch, 1, 8, 8]`.
     """
 
     samples: Tensor
     prev_samples: Tensor
+    residuals: Tensor
     means: Tensor
     std: Tensor
     log_probs: Tensor
@@ -57,22 +71,17 @@ def rollout(policy: Velocity, prompts: Tensor, schedule: Schedule, generator: to
 
     x = noise()
     samples, steps = [], []
-    for sigma, sigma_next in zip(schedule.sigmas[:-1], schedule.sigmas[1:], strict=True):
-        step = sde_step(
-            policy(x, sigma[None], prompts),
-            x,
-            sigma=sigma,
-            sigma_next=sigma_next,
-            noise_level=schedule.noise_level,
-            sigma_max=schedule.sigmas[1],  # Flow-GRPO's choice: the second sigma stands in for 1
-            noise=noise(),
-        )
+    for number in range(schedule.steps):
+        arguments = schedule.arguments(number)
+        model_output = policy(x, arguments["sigma"][None], prompts)
+        step = flowdppo_ops.sde_step(model_output, x, noise=noise(), residual_dtype=torch.float16, **arguments)
         samples.append(x)
         steps.append(step)
         x = step.prev_sample
     return Rollout(
         samples=torch.stack(samples, 1),
         prev_samples=torch.stack([step.prev_sample for step in steps], 1),
+        residuals=torch.stack([step.residual for step in steps], 1),
         means=torch.stack([step.prev_sample_mean for step in steps], 1),
         std=torch.stack([step.std for step in steps], 1),
         log_probs=torch.stack([step.log_prob for step in steps], 1),
@@ -81,19 +90,16 @@ def rollout(policy: Velocity, prompts: Tensor, schedule: Schedule, generator: to
     )
 
 
+def model_outputs(policy: Velocity, batch: Rollout, schedule: Schedule) -> Tensor:
+    """What `policy` says at the recorded steps, all steps in one pass; differentiable. Latents."""
+    return policy(batch.samples, schedule.sigmas[None, :-1], batch.prompts[:, None])
+
+
 def replayed_means(policy: Velocity, batch: Rollout, schedule: Schedule) -> Tensor:
-    """The means that `policy` gives the recorded steps, all steps in one pass; differentiable. Latents."""
-    model_output = policy(batch.samples, schedule.sigmas[None, :-1], batch.prompts[:, None])
-    return sde_step(
-        model_output,
-        batch.samples,
-        sigma=schedule.sigmas[None, :-1],
-        sigma_next=schedule.sigmas[None, 1:],
-        noise_level=schedule.noise_level,
-        sigma_max=schedule.sigmas[1],
-        prev_sample=batch.prev_samples,
-        row_dims=2,
-    ).prev_sample_mean
+    """The means that `policy` gives the recorded steps; differentiable. Latents."""
+    output = model_outputs(policy, batch, schedule)
+    replay = {"prev_sample": batch.prev_samples, "row_dims": 2}
+    return flowdppo_ops.sde_step(output, batch.samples, **replay, **schedule.arguments()).prev_sample_mean
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..result import PolicyLoss
 
 Loss = Callable[..., PolicyLoss]
-Call = tuple[Tensor, dict[str, Any]]  # the new means, and the rest of the arguments
+Call = tuple[Tensor, dict[str, Any]]  # what gets the gradient, and the rest of the arguments
 
 ROUNDS = 5
 
@@ -25,18 +25,18 @@ def seconds_per_call(losses: dict[str, Loss], calls: Sequence[Call]) -> dict[str
     and does not count.
     """
     taken: dict[str, list[float]] = {name: [] for name in losses}
-    for new_mean, arguments in calls:
+    for of_policy, arguments in calls:
         rounds: dict[str, list[float]] = {name: [] for name in losses}
         for _ in range(1 + ROUNDS):
             for name, loss in losses.items():
-                rounds[name].append(_forward_backward(loss, new_mean, arguments))
+                rounds[name].append(_forward_backward(loss, of_policy, arguments))
         for name, seconds in rounds.items():
             taken[name].append(median(seconds[1:]))
     return {name: mean(seconds) for name, seconds in taken.items()}
 
 
-def _forward_backward(loss: Loss, new_mean: Tensor, arguments: dict[str, Any]) -> float:
-    leaf = new_mean.clone().requires_grad_()
+def _forward_backward(loss: Loss, of_policy: Tensor, arguments: dict[str, Any]) -> float:
+    leaf = of_policy.clone().requires_grad_()
     _wait(leaf)
     start = time.perf_counter()
     loss(leaf, **arguments).loss.backward()

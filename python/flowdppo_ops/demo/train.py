@@ -14,15 +14,21 @@ from ..advantages import group_advantages
 from ..objectives import Objective
 from ..result import PolicyLoss
 from .model import Velocity
-from .rollout import Schedule, path_kl, replayed_means, rollout, select
+from .rollout import Rollout, Schedule, model_outputs, path_kl, replayed_means, rollout, select
+
+LOSSES = {"step": "step_loss", "loss": "loss"}  # --fused: the function of the package that one update calls
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One fine-tuning. `iterations` rollouts; `epochs` passes over each, in `minibatches` updates per pass."""
+    """One fine-tuning. `iterations` rollouts; `epochs` passes over each, in `minibatches` updates per pass.
+
+    fused: "step", the loss starts at the model's output; "loss", at the mean that `sde_step` makes of it.
+    """
 
     iterations: int
     epochs: int
+    fused: str = "step"
     minibatches: int = 2
     group_size: int = 32  # images per prompt and rollout
     learning_rate: float = 2e-4
@@ -38,12 +44,26 @@ class Run:
     kl: list[float] = field(default_factory=list)  # from the pretrained model, nats per image
     masked: list[float] = field(default_factory=list)  # share of rows masked or clipped, mean over the updates
     grad_norm: list[float] = field(default_factory=list)  # mean over the updates, before clipping
-    calls: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)  # recorded inputs of the loss
+    calls: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)  # recorded `arguments_of_loss`
     updates: int = 0
 
     @property
     def curves(self) -> dict[str, list[float]]:
         return {"reward": self.reward, "kl": self.kl, "masked": self.masked, "grad_norm": self.grad_norm}
+
+
+def arguments_of_loss(
+    fused: str, policy: Velocity, old: Rollout, schedule: Schedule, advantages: Tensor, objective: Objective
+) -> tuple[Tensor, dict[str, Any]]:
+    """Where the gradient goes, and the rest of what `step_loss` or `loss` is called with."""
+    common = {"prev_sample": old.prev_samples, "advantages": advantages, "objective": objective}
+    if fused == "loss":
+        std = {"std": old.std, "sqrt_dt": schedule.sqrt_dt}
+        return replayed_means(policy, old, schedule), {"old_prev_sample_mean": old.means, **std, **common}
+    # The log-probs are kept anyway; without them the ratio would be that of the rounded residuals, on-policy within
+    # 3e-5 of 1 over 64 elements.
+    before = {"sample": old.samples, "old_residual": old.residuals, "old_log_prob": old.log_probs}
+    return model_outputs(policy, old, schedule), {**before, **schedule.arguments(), **common}
 
 
 def finetune(
@@ -59,8 +79,8 @@ def finetune(
 ) -> Run:
     """Fine-tunes a copy of `pretrained` on the prompts `classes` towards `reward` (images in, `[batch]` out).
 
-    `loss` is `flowdppo_ops.loss` or `flowdppo_ops.reference.loss`. All randomness comes from `seed`, so objectives
-    that share it see the same noise until their policies part.
+    `loss` is what `LOSSES[settings.fused]` names, in `flowdppo_ops` or in its reference. All randomness comes from
+    `seed`, so objectives that share it see the same noise until their policies part.
     """
     run = Run(copy.deepcopy(pretrained))
     policy = run.policy
@@ -81,16 +101,10 @@ def finetune(
             order = torch.randperm(len(prompts), generator=generator).to(device)
             for rows in order.chunk(settings.minibatches):
                 old = select(batch, rows)
-                mean = replayed_means(policy, old, schedule)
-                arguments = {
-                    "old_prev_sample_mean": old.means,
-                    "advantages": advantages[rows],
-                    "std": old.std,
-                    "sqrt_dt": schedule.sqrt_dt,
-                    "prev_sample": old.prev_samples,
-                    "objective": objective,
-                }
-                out = loss(mean, **arguments)
+                of_policy, arguments = arguments_of_loss(
+                    settings.fused, policy, old, schedule, advantages[rows], objective
+                )
+                out = loss(of_policy, **arguments)
                 optimizer.zero_grad()
                 out.loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
@@ -100,7 +114,7 @@ def finetune(
                 grad_norm.append(norm.item())
                 run.updates += 1
                 if iteration in (0, settings.iterations // 2, settings.iterations - 1):
-                    run.calls.append((mean.detach(), arguments))
+                    run.calls.append((of_policy.detach(), arguments))
         run.masked.append(sum(masked) / len(masked))
         run.grad_norm.append(sum(grad_norm) / len(grad_norm))
         after_iteration(run)
