@@ -360,7 +360,7 @@ fn run_backward<F: Real>(call: Backward<'_>, latents: &Latents<'_>, threads: usi
         .map(|row| step::Coefficients {
             a: stored(Field::StepA, row),
             b: stored(Field::StepB, row),
-            unit: stored(Field::StepUnit, row),
+            std: stored(Field::StepStd, row),
             guidance: stored(Field::StepGuidance, row),
         })
         .collect();
