@@ -32,7 +32,7 @@ old_forms = pytest.mark.parametrize("old_form", OLD_FORMS)
 objectives = pytest.mark.parametrize("objective", STEP_OBJECTIVES.values(), ids=STEP_OBJECTIVES)
 
 
-# ---- options -----------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 @samplers
@@ -274,11 +274,10 @@ def test_deterministic_rows(step_loss, sampler, old_form, objective, rows):
     """No NaN, and the reference's numbers, whatever the other rows are and whatever the old policy's form."""
     fixed = torch.zeros(12, dtype=torch.bool)
     fixed[list(rows)] = True
-    for old_log_prob, ref_form in enumerate(REF_FORMS):
-        arguments = draw_step(
-            sampler=sampler, old_form=old_form, objective=objective, deterministic=rows, old_log_prob=bool(old_log_prob),
-            ref_form=ref_form, guidance=True, reduction="none", weights=True,
-        )  # fmt: skip
+    options = {"old_form": old_form, "guidance": True, "reduction": "none", "weights": True, "deterministic": rows}
+    for ref_form, old_log_prob in zip(REF_FORMS, (False, True), strict=True):
+        with_policies = {"ref_form": ref_form, "old_log_prob": old_log_prob}
+        arguments = draw_step(sampler=sampler, objective=objective, **options, **with_policies)
         del arguments["ref_std"]  # then the transition's, which is 0
         mine = three_way(step_loss, arguments)
         for value in mine.values():
