@@ -56,10 +56,10 @@ pub enum Field {
     CoefRef,
     /// d loss / d log_prob, still to be divided by the batch's divisor.
     CoefLogProb,
-    /// With a schedule alone, for the backward: the row's `mu = a x + b v`, what residuals are measured in, and guidance.
+    /// With a schedule alone, for the backward: the row's `mu = a x + b v`, std and guidance.
     StepA,
     StepB,
-    StepUnit,
+    StepStd,
     StepGuidance,
 }
 pub const FIELDS: usize = Field::CoefLogProb as usize + 1;
@@ -331,8 +331,8 @@ impl Problem<'_> {
         };
 
         // What the gradient goes to is mu, or v in mu = a x + b v.
-        let (a, b, unit, guidance) = match transition {
-            Some(step) => (step.a, step.b, step.residual_unit(), step.guidance),
+        let (a, b, step_std, guidance) = match transition {
+            Some(step) => (step.a, step.b, step.std, step.guidance),
             None => (0.0, 1.0, 0.0, 0.0),
         };
         let mut out = [0.0; STEP_FIELDS];
@@ -350,7 +350,7 @@ impl Problem<'_> {
             (Field::CoefLogProb, slope),
             (Field::StepA, a),
             (Field::StepB, b),
-            (Field::StepUnit, unit),
+            (Field::StepStd, step_std),
             (Field::StepGuidance, guidance),
         ];
         for (field, value) in fields {

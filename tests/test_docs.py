@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import math
+import re
 from pathlib import Path
 
 import pytest

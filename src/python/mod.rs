@@ -121,5 +121,5 @@ pub fn cuda_images(py: Python<'_>) -> Vec<(&'static str, u32, bool, Bound<'_, Py
 /// The kernels that the launcher calls by name, and the bytes of the one argument it gives them.
 #[pyfunction]
 pub fn cuda_entry_points() -> Vec<(String, usize)> {
-    cuda::policy_loss::entry_points().into()
+    cuda::policy_loss::entry_points().into_iter().chain(cuda::sde_step::entry_points()).collect()
 }

@@ -57,11 +57,6 @@ impl Transition {
     pub fn is_deterministic(&self) -> bool {
         self.std == 0.0
     }
-
-    /// What a residual is measured in: `(x' - mu) / unit`.
-    pub fn residual_unit(&self) -> f64 {
-        if self.is_deterministic() { 1.0 } else { self.std }
-    }
 }
 
 impl Schedule<'_> {
@@ -109,7 +104,7 @@ mod tests {
         for sampler in [Sampler::FlowSde, Sampler::DanceSde, Sampler::Cps] {
             let step = schedule(sampler, 0.75, 0.5, 0.0).transition(0, true);
             assert!((step.a - 1.0).abs() < 1e-15 && (step.b + 0.25).abs() < 1e-15, "{sampler:?}: {step:?}");
-            assert!(step.is_deterministic() && step.residual_unit() == 1.0 && step.sqrt_dt == 0.5);
+            assert!(step.is_deterministic() && step.sqrt_dt == 0.5);
         }
         assert!(schedule(Sampler::Cps, 0.25, 0.0, 0.7).transition(0, true).is_deterministic());
     }

@@ -43,14 +43,13 @@ pub struct Step<'a, Space = Host> {
 pub struct Coefficients {
     pub a: f64,
     pub b: f64,
-    /// What residuals are measured in.
-    pub unit: f64,
+    pub std: f64,
     pub guidance: f64,
 }
 
 impl From<Transition> for Coefficients {
     fn from(step: Transition) -> Self {
-        Coefficients { a: step.a, b: step.b, unit: step.residual_unit(), guidance: step.guidance }
+        Coefficients { a: step.a, b: step.b, std: step.std, guidance: step.guidance }
     }
 }
 
@@ -232,19 +231,24 @@ struct RowOf<F> {
     a: F,
     b: F,
     guidance: F,
+    /// What residuals are measured in: the standard deviation, or 1 in a deterministic row, whose residuals are not read
+    /// and count as 0 (the old mean was x' itself).
     unit: F,
     inverse_unit: F,
+    deterministic: bool,
 }
 
 impl<F: Real> RowOf<F> {
     #[inline(always)]
     fn new(row: Coefficients) -> Self {
+        let unit = if row.std == 0.0 { 1.0 } else { row.std };
         RowOf {
             a: F::from_f64(row.a),
             b: F::from_f64(row.b),
             guidance: F::from_f64(row.guidance),
-            unit: F::from_f64(row.unit),
-            inverse_unit: F::from_f64(1.0 / row.unit),
+            unit: F::from_f64(unit),
+            inverse_unit: F::from_f64(1.0 / unit),
+            deterministic: row.std == 0.0,
         }
     }
 }
@@ -294,7 +298,8 @@ impl<F: Real, V: Storage, X: Storage, O: Storage> OutputsBlock<'_, V, X, O, F> {
         let zeros = [F::default(); LANES];
         let mut moments = Moments { innovation: point.innovation, drift: zeros, ref_drift: zeros };
         if let Some(old) = self.old {
-            moments.drift = point.drift(self.old_form, read::<O, F, TAIL>(old, at));
+            let unread = self.row.deterministic && self.old_form == Form::Residual;
+            moments.drift = point.drift(self.old_form, if unread { zeros } else { read::<O, F, TAIL>(old, at) });
         }
         if let Some(reference) = self.reference {
             moments.ref_drift = point.drift(self.ref_form, read::<O, F, TAIL>(reference, at));
