@@ -332,8 +332,10 @@ def test_planted_faults_are_seen(builds, name):
     assert_seen(builds, name, *FAULTS[name])
 
 
-def assert_seen(builds, name, fault, sanitizer, check, says):
-    server = start(builds / name.replace(" ", "-").replace(">", "gt"), sanitizer, fault)
+def assert_seen(builds, name, fault, sanitizer, check, says, variant="f32"):
+    """`variant`: of the kernels, the one that the check launches."""
+    folder = builds / f"{variant} {name}".replace(" ", "-").replace(">", "gt")
+    server = start(folder, sanitizer, fault, variant)
     try:
         with pytest.raises(AssertionError, match=says):
             check(server)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -32,15 +33,26 @@ class Fault(NamedTuple):
     new: str
 
 
-def build(folder: Path, sanitizer: str = "plain", fault: Fault | None = None, unit: str = "policy_loss") -> Path:
-    """The server (server.cpp) as an executable in `folder`, an empty one of its own. `unit`: who sees the fault."""
+def build(
+    folder: Path,
+    sanitizer: str = "plain",
+    fault: Fault | None = None,
+    variant: str = "",
+    unit: str = "policy_loss",
+) -> Path:
+    """The server (server.cpp) as an executable in `folder`, an empty one of its own.
+
+    `variant`: the only one of the kernels, those of `unit`, enough where a planted fault is looked for: most of the
+    time to compile.
+    """
     kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
     if fault:
         kernels = folder / "kernels"
         shutil.copytree(KERNELS, kernels)
         _edit(kernels / fault.file, lambda text: _replace(text, fault))
-        _edit(kernels / f"{unit}.cu", _only_f32)
-        flags += (f"-DEMULATE_{unit.upper()}_ALONE",)
+        if variant:
+            _edit(kernels / f"{unit}.cu", functools.partial(_only, variant))
+            flags += (f"-DEMULATE_{unit.upper()}={variant}",)
     include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
     _run(cxx(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
     _run(cxx(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
@@ -70,10 +82,8 @@ def _replace(text: str, fault: Fault) -> str:
     return text.replace(fault.old, fault.new)
 
 
-def _only_f32(text: str) -> str:
-    """Without the entry points of the other variants, which are most of the time to compile."""
+def _only(variant: str, text: str) -> str:
+    """Without the entry points of the other variants."""
     lines = text.splitlines(keepends=True)
-    kept = ("POLICY_LOSS(f32,", "POLICY_LOSS(step_f32,", "SDE_STEP(f32,")
-    return "".join(
-        line for line in lines if not line.startswith(("POLICY_LOSS(", "SDE_STEP(")) or line.startswith(kept)
-    )
+    entry_point, kept = re.compile(r"(POLICY_LOSS|SDE_STEP)\("), re.compile(rf"\w+\({variant},")
+    return "".join(line for line in lines if not entry_point.match(line) or kept.match(line))

@@ -7,11 +7,12 @@
 
 #include "scheduler.h"
 
-// Of one unit, float32 alone, where a planted fault is looked for: a small part of the time to compile.
-#ifndef EMULATE_SDE_STEP_ALONE
+// EMULATE_<UNIT>=<variant>: one variant of one unit, enough where a planted fault is looked for, and a tenth of the
+// time to compile.
+#ifndef EMULATE_SDE_STEP
 #include "policy_loss.cu"
 #endif
-#ifndef EMULATE_POLICY_LOSS_ALONE
+#ifndef EMULATE_POLICY_LOSS
 #include "sde_step.cu"
 #endif
 
@@ -32,15 +33,17 @@ Kernel kernel(const char* name) {
 #define BOTH(variant)                                                                        \
   kernel<PolicyLossForward, policy_loss_forward_##variant>("policy_loss_forward_" #variant), \
       kernel<PolicyLossBackward, policy_loss_backward_##variant>("policy_loss_backward_" #variant)
+#define BOTH_OF(macro) BOTH(macro)
 
 #define BOTH_OF_STEP(variant)                                                       \
   kernel<SdeStepForward, sde_step_forward_##variant>("sde_step_forward_" #variant), \
       kernel<SdeStepBackward, sde_step_backward_##variant>("sde_step_backward_" #variant)
+#define BOTH_OF_STEP_OF(macro) BOTH_OF_STEP(macro)
 
-#if defined(EMULATE_POLICY_LOSS_ALONE)
-const Kernel kKernels[] = {BOTH(f32), BOTH(step_f32)};
-#elif defined(EMULATE_SDE_STEP_ALONE)
-const Kernel kKernels[] = {BOTH_OF_STEP(f32)};
+#if defined(EMULATE_POLICY_LOSS)
+const Kernel kKernels[] = {BOTH_OF(EMULATE_POLICY_LOSS)};
+#elif defined(EMULATE_SDE_STEP)
+const Kernel kKernels[] = {BOTH_OF_STEP_OF(EMULATE_SDE_STEP)};
 #else
 const Kernel kKernels[] = {
     BOTH(f32),

@@ -346,8 +346,8 @@ def bad_arguments() -> None:
     step["dtypes"] = ("bfloat16", None, *(f32,) * 4)
     refused(ValueError, lambda: backward(**step, **wrong), "uncond_output is missing")
     refused(ValueError, lambda: forward(schedule=schedule), "uncond_output or guidance_scale is missing")
-    refused(ValueError, lambda: forward(schedule=("ddim", *SCHEDULE[1:])), "sampler is 'ddim'")
-    refused(ValueError, lambda: forward(schedule=("cps", "velocity", *SCHEDULE[2:])), "old_form is 'velocity'")
+    refused(ValueError, lambda: forward(schedule=("ddim", *SCHEDULE[1:])), 'sampler is "ddim"')
+    refused(ValueError, lambda: forward(schedule=("cps", "velocity", *SCHEDULE[2:])), 'old_form is "velocity"')
     assert driver.launches() == []
 
 
