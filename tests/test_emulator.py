@@ -335,7 +335,7 @@ def test_planted_faults_are_seen(builds, name):
 def assert_seen(builds, name, fault, sanitizer, check, says, variant="f32"):
     """`variant`: of the kernels, the one that the check launches."""
     folder = builds / f"{variant} {name}".replace(" ", "-").replace(">", "gt")
-    server = start(folder, sanitizer, fault, variant)
+    server = start(folder, sanitizer, fault, ("policy_loss", variant))
     try:
         with pytest.raises(AssertionError, match=says):
             check(server)

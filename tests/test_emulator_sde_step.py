@@ -227,8 +227,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(builds, name):
     fault, sanitizer, check, says = FAULTS[name]
-    folder = builds / f"sde step {name}".replace(" ", "-")
-    server = start(folder, sanitizer, fault, "f32", "sde_step")
+    server = start(builds / f"sde-step-{name.replace(' ', '-')}", sanitizer, fault, ("sde_step", "f32"))
     try:
         with pytest.raises(AssertionError, match=says):
             check(server)

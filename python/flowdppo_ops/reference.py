@@ -140,13 +140,22 @@ def _statistics(
     )
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """With this rank's gradient alone: the loss is one number that all ranks have, not one for each."""
+
+    @staticmethod
+    def forward(ctx, value, process_group):
+        total = value.clone()
+        torch.distributed.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def _over_ranks(value: Tensor, process_group: Any) -> Tensor:
-    """The sum over the ranks of the group, with this rank's gradient."""
-    if process_group is None:
-        return value
-    total = value.detach().clone()
-    torch.distributed.all_reduce(total, group=process_group)
-    return value + (total - value.detach())
+    return value if process_group is None else _SumOverRanks.apply(value, process_group)
 
 
 def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -34,25 +33,21 @@ class Fault(NamedTuple):
 
 
 def build(
-    folder: Path,
-    sanitizer: str = "plain",
-    fault: Fault | None = None,
-    variant: str = "",
-    unit: str = "policy_loss",
+    folder: Path, sanitizer: str = "plain", fault: Fault | None = None, alone: tuple[str, str] | None = None
 ) -> Path:
     """The server (server.cpp) as an executable in `folder`, an empty one of its own.
 
-    `variant`: the only one of the kernels, those of `unit`, enough where a planted fault is looked for: most of the
-    time to compile.
+    `alone`: unit and variant of the only kernels, enough where a planted fault is looked for: most of the time to
+    compile is the others'.
     """
     kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
     if fault:
         kernels = folder / "kernels"
         shutil.copytree(KERNELS, kernels)
         _edit(kernels / fault.file, lambda text: _replace(text, fault))
-        if variant:
-            _edit(kernels / f"{unit}.cu", functools.partial(_only, variant))
-            flags += (f"-DEMULATE_{unit.upper()}={variant}",)
+        if alone:
+            _edit(kernels / f"{alone[0]}.cu", functools.partial(_only, *alone))
+            flags += (f"-DEMULATE_{alone[0].upper()}={alone[1]}",)
     include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
     _run(cxx(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
     _run(cxx(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
@@ -82,8 +77,8 @@ def _replace(text: str, fault: Fault) -> str:
     return text.replace(fault.old, fault.new)
 
 
-def _only(variant: str, text: str) -> str:
+def _only(unit: str, variant: str, text: str) -> str:
     """Without the entry points of the other variants."""
     lines = text.splitlines(keepends=True)
-    entry_point, kept = re.compile(r"(POLICY_LOSS|SDE_STEP)\("), re.compile(rf"\w+\({variant},")
-    return "".join(line for line in lines if not entry_point.match(line) or kept.match(line))
+    name = f"{unit.upper()}("
+    return "".join(line for line in lines if not line.startswith(name) or line.startswith(f"{name}{variant},"))

@@ -120,12 +120,10 @@ class Server:
             self.process = None
 
 
-def start(
-    folder: Path, sanitizer: str, fault: Fault | None = None, variant: str = "", unit: str = "policy_loss"
-) -> Server:
-    """`folder` is made for the build; `variant` and `unit` as there."""
+def start(folder: Path, sanitizer: str, fault: Fault | None = None, alone: tuple[str, str] | None = None) -> Server:
+    """`folder` is made for the build; `alone` as there."""
     folder.mkdir()
-    return Server(build(folder, sanitizer, fault, variant, unit), threads=64 if sanitizer == "tsan" else 256)
+    return Server(build(folder, sanitizer, fault, alone), threads=64 if sanitizer == "tsan" else 256)
 
 
 @functools.cache
