@@ -19,16 +19,13 @@ namespace sde_step {
 // Elements of one vector step: one word of 16 bytes of a half, two of float32.
 constexpr int kVector = 8;
 
-// Vector steps whose loads are issued together: more than 6 words a step are enough under way by themselves.
-template <class Raw>
-constexpr int kUnroll = sizeof(Raw) > 6 * 16 ? 1 : 2;
-
 // Calls `vector(i, raw)` for every vector of a part, and `element(i)` for the tail, and for all of a row at an odd
-// address; `load(i)` gives what `vector` takes. After every kRun elements `advance(n)` moves to the next.
+// address; `load(i)` gives what `vector` takes, the loads of kSteps vectors are issued together. After every kRun
+// elements `advance(n)` moves to the next.
 template <class Work>
 __device__ __forceinline__ void stream(Work& work, const Part& part) {
   using Raw = typename Work::Raw;
-  constexpr int kSteps = kUnroll<Raw>;
+  constexpr int kSteps = Work::kSteps;
   const bool vectorised = work.aligned();
 #pragma unroll 1
   for (long long first = 0; first < part.count; first += kRun) {
@@ -72,6 +69,8 @@ struct Step {
     Pack<kSample, kVector> sample;
     Pack<kAny, kVector> next;
   };
+  // 6 words, or 8, are enough under way by themselves; twice 6 spill on sm_100 and sm_120.
+  static constexpr int kSteps = sizeof(Raw) > 5 * 16 ? 1 : 2;
 
   __device__ __forceinline__ Step(const SdeStepForward& p, long long first, const StepRow& row)
       : output(p.output, first),
@@ -241,6 +240,7 @@ struct Gradient {
     Pack<kFloat32, kVector> grad_mean, mean;
     Pack<kNext, kVector> next;
   };
+  static constexpr int kSteps = 2;
 
   __device__ __forceinline__ Gradient(const SdeStepBackward& p, long long first, float log_prob, double b,
                                       double guidance)

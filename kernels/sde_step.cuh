@@ -1,8 +1,8 @@
 // What crosses a launch of `sde_step`; src/cuda/sde_step.rs holds the twin of every struct, field for field.
 //
 // Forward, one launch: variants `sde_step_forward_{f32, bf16_f32, bf16, f16, mixed}`, named after the dtype of the
-// model outputs and, where it differs, of the sample. In f32 and bf16_f32 the next latent, or the noise, is float32 as
-// well; the others take any. `mixed` takes every mix; the residual is of any dtype everywhere.
+// model outputs and, where it differs, of the sample. `mixed` takes every mix of these; the next latent, or the noise,
+// and the residual are of any dtype everywhere.
 //   in    output, uncond, sample, next [rows, numel] f32|bf16|f16, contiguous, any alignment; row vectors of `Schedule`
 //   out   stored [rows, numel] in the dtype of the sample; mean [rows, numel] f32; residual [rows, numel]
 //         log_prob, std [rows] f32; numbers [kSdeStepNumbers, rows] f32

@@ -69,15 +69,15 @@ const _: () = assert!(size_of::<BackwardArguments>() == BACKWARD_BYTES);
 /// A kernel that knows its dtypes, or takes every mix.
 struct Variant {
     suffix: &'static str,
-    /// Of the model outputs, the sample, and the next latent or the noise; the last None: any.
-    dtypes: Option<(Dtype, Dtype, Option<Dtype>)>,
+    /// Of the model outputs and the sample.
+    dtypes: Option<(Dtype, Dtype)>,
 }
 
 const VARIANTS: [Variant; 5] = [
-    Variant { suffix: "f32", dtypes: Some((Dtype::F32, Dtype::F32, Some(Dtype::F32))) },
-    Variant { suffix: "bf16_f32", dtypes: Some((Dtype::Bf16, Dtype::F32, Some(Dtype::F32))) },
-    Variant { suffix: "bf16", dtypes: Some((Dtype::Bf16, Dtype::Bf16, None)) },
-    Variant { suffix: "f16", dtypes: Some((Dtype::F16, Dtype::F16, None)) },
+    Variant { suffix: "f32", dtypes: Some((Dtype::F32, Dtype::F32)) },
+    Variant { suffix: "bf16_f32", dtypes: Some((Dtype::Bf16, Dtype::F32)) },
+    Variant { suffix: "bf16", dtypes: Some((Dtype::Bf16, Dtype::Bf16)) },
+    Variant { suffix: "f16", dtypes: Some((Dtype::F16, Dtype::F16)) },
     Variant { suffix: "mixed", dtypes: None },
 ];
 const UNIT: &str = "sde_step";
@@ -112,13 +112,11 @@ fn kernels(ordinal: usize) -> Result<&'static Kernels, Error> {
     })
 }
 
-/// The variant for model outputs of `outputs`, whichever of the two are there, a sample and what comes with it.
-fn variant(outputs: [Option<Dtype>; 2], sample: Dtype, next: Dtype) -> usize {
+/// The variant for model outputs of `outputs`, whichever of the two are there, and a sample.
+fn variant(outputs: [Option<Dtype>; 2], sample: Dtype) -> usize {
     let fits = |variant: &Variant| {
-        variant.dtypes.is_none_or(|(of_outputs, of_sample, of_next)| {
-            outputs.into_iter().flatten().all(|dtype| dtype == of_outputs)
-                && sample == of_sample
-                && of_next.is_none_or(|dtype| next == dtype)
+        variant.dtypes.is_none_or(|(of_outputs, of_sample)| {
+            outputs.into_iter().flatten().all(|dtype| dtype == of_outputs) && sample == of_sample
         })
     };
     VARIANTS.iter().position(fits).expect("the last variant fits everything")
@@ -156,12 +154,11 @@ pub fn forward(
     let partials = partials_of(plan, step.rows);
     long_enough("partials", &workspace.partials, partials)?;
     long_enough("tickets", &workspace.tickets, if partials > 0 { step.rows } else { 0 })?;
-    let next = step.next.view();
     let arguments = ForwardArguments {
         output: latent_argument(Some(step.model_output)),
         uncond: latent_argument(step.uncond_output),
         sample: latent_argument(Some(step.sample)),
-        next: latent_argument(Some(next)),
+        next: latent_argument(Some(step.next.view())),
         schedule: schedule_argument(Some(&step.schedule)),
         stored: address(&outputs.next),
         mean: outputs.mean.address(),
@@ -179,7 +176,7 @@ pub fn forward(
         splits: plan.splits.cast_signed(),
     };
     let outputs = [Some(step.model_output.dtype()), step.uncond_output.map(|view| view.dtype())];
-    let kernel = &forward[variant(outputs, step.sample.dtype(), next.dtype())];
+    let kernel = &forward[variant(outputs, step.sample.dtype())];
     let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
     // SAFETY: addresses and lengths are those of views, whose contract the caller of `new` upheld; the grid and the
     // splits are of one plan; the stream is `Target`'s.
@@ -207,7 +204,7 @@ pub fn backward(target: Target, call: &Backward<'_, Gpu>) -> Result<(), Error> {
         splits: plan.splits.cast_signed(),
         pad: 0,
     };
-    let kernel = &backward[variant(dtypes, call.next.dtype(), call.next.dtype())];
+    let kernel = &backward[variant(dtypes, call.next.dtype())];
     let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
     // SAFETY: as in `forward`.
     unsafe { launch(kernel, device, target.stream, grid, &arguments) }

@@ -17,13 +17,8 @@ from flowdppo_ops._torch import FAMILY
 from .call import DTYPES, SHORT_ROW, Launch, Server
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
-# (model outputs, sample): the variant, and the dtypes that the next latent or the noise may have in it
-VARIANTS = {
-    (_f32, _f32): ("f32", {_f32}),
-    (_bf16, _f32): ("bf16_f32", {_f32}),
-    (_bf16, _bf16): ("bf16", {_f32, _bf16, _f16}),
-    (_f16, _f16): ("f16", {_f32, _bf16, _f16}),
-}
+# By the dtypes of the model outputs and of the sample.
+VARIANTS = {(_f32, _f32): "f32", (_bf16, _f32): "bf16_f32", (_bf16, _bf16): "bf16", (_f16, _f16): "f16"}
 
 
 class EmulatedSdeStep:
@@ -59,9 +54,11 @@ class EmulatedSdeStep:
             splits = 0 if numel <= SHORT_ROW else 1
         return splits, rows * splits if splits else math.ceil(rows / self.server.warps)
 
-    def kernel(self, direction: str, outputs: torch.dtype, sample: torch.dtype, following: torch.dtype) -> str:
-        variant, fitting = VARIANTS.get((outputs, sample), ("mixed", {following}))
-        return f"sde_step_{direction}_{self.variant or (variant if following in fitting else 'mixed')}"
+    def kernel(self, direction: str, outputs: set[torch.dtype], sample: torch.dtype) -> str:
+        fitting = [
+            name for (output, of_sample), name in VARIANTS.items() if outputs == {output} and sample == of_sample
+        ]
+        return f"sde_step_{direction}_{self.variant or (fitting or ['mixed'])[0]}"
 
     def forward(self, call: _step_args.StepCall) -> dict[str, Tensor]:
         rows = math.prod(call.row_shape)
@@ -94,9 +91,7 @@ class EmulatedSdeStep:
             launch.output("partials", _f32, rows * splits)
             launch.output("tickets", torch.int32, rows, fill=0)
         outputs = {t.dtype for t in (call.model_output, call.uncond_output) if t is not None}
-        kernel = self.kernel(
-            "forward", outputs.pop() if len(outputs) == 1 else None, call.sample.dtype, following.dtype
-        )
+        kernel = self.kernel("forward", outputs, call.sample.dtype)
         out = launch.run(self.server, kernel, blocks, next(self.seeds))
         if splits > 1:
             assert not out["tickets"].any(), "tickets are not 0 after the launch"
@@ -126,8 +121,7 @@ class EmulatedSdeStep:
             if dtype is not None:
                 setattr(argument, f"{name}_dtype", DTYPES[dtype])
                 launch.output(f"grad_{name}", dtype, mean.numel())
-        wanted = {dtype for dtype in dtypes if dtype is not None}
-        kernel = self.kernel("backward", wanted.pop() if len(wanted) == 1 else None, stored.dtype, stored.dtype)
+        kernel = self.kernel("backward", {dtype for dtype in dtypes if dtype is not None}, stored.dtype)
         return launch.run(self.server, kernel, blocks, next(self.seeds))
 
 

@@ -49,13 +49,13 @@ class Options(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """`prev_sample` is empty where the given one is as stored, `residual` where none is wanted."""
+    """Of the operator, which has empty tensors for what is not made."""
 
-    prev_sample: Tensor
+    prev_sample: Tensor | None  # None where the given one is as stored
     log_prob: Tensor
     prev_sample_mean: Tensor
     std: Tensor
-    residual: Tensor
+    residual: Tensor | None
     numbers: Tensor  # flat [SDE_STEP_NUMBERS, rows], for the backward
 
 
@@ -89,11 +89,11 @@ def _empty_outputs(inputs: Inputs, options: Options) -> Outputs:
     row_shape = shape[: options.row_dims]
     residual_dtype = options.residual_dtype
     return Outputs(
-        like.new_empty(0 if inputs.is_as_stored else shape),
+        None if inputs.is_as_stored else like.new_empty(shape),
         like.new_empty(row_shape, dtype=dtype),
         like.new_empty(shape, dtype=dtype),
         like.new_empty(row_shape, dtype=dtype),
-        like.new_empty(0) if residual_dtype is None else like.new_empty(shape, dtype=residual_dtype),
+        None if residual_dtype is None else like.new_empty(shape, dtype=residual_dtype),
         like.new_empty(_native.SDE_STEP_NUMBERS * row_shape.numel(), dtype=dtype),
     )
 
@@ -106,9 +106,9 @@ def _forward(inputs: Inputs, options: Options, *, operator: bool = False) -> Out
     arrays = tuple([array(t) for t in inputs[:5]])
     schedule = (options.sampler, *[vector(v, rows, row_shape) for v in inputs[5:]])
     addresses = (
-        None if inputs.is_as_stored else array(out.prev_sample),
+        array(out.prev_sample),
         out.prev_sample_mean.data_ptr(),
-        None if options.residual_dtype is None else array(out.residual),
+        array(out.residual),
         out.log_prob.data_ptr(),
         out.std.data_ptr(),
         out.numbers.data_ptr(),
@@ -223,6 +223,10 @@ torch.library.define(
 )
 
 
+def _without_none(out: Outputs) -> tuple[Tensor, ...]:
+    return tuple([out.numbers.new_empty(0) if t is None else t for t in out])
+
+
 def _split(args: tuple) -> tuple[Inputs, Options]:
     count = len(Inputs._fields)
     return Inputs(*args[:count]), Options(*args[count:])
@@ -231,12 +235,12 @@ def _split(args: tuple) -> tuple[Inputs, Options]:
 @torch.library.impl("flowdppo_ops::sde_step", ("cpu", "cuda"))
 def _sde_step(*args):
     inputs, options = _split(args)
-    return _forward(Inputs(*contiguous(inputs)), options, operator=True)
+    return _without_none(_forward(Inputs(*contiguous(inputs)), options, operator=True))
 
 
 @torch.library.register_fake("flowdppo_ops::sde_step")
 def _sde_step_fake(*args):
-    return _empty_outputs(*_split(args))
+    return _without_none(_empty_outputs(*_split(args)))
 
 
 @torch.library.impl("flowdppo_ops::sde_step_backward", ("cpu", "cuda"))
