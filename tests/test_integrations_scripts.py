@@ -6,15 +6,9 @@ With `strict=True` every recorded number is reproduced, shapes included; with `s
 
 from __future__ import annotations
 
-import ast
-import importlib
 import logging
-import os
-import subprocess
 import sys
-import textwrap
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -67,7 +61,7 @@ def _as_imported():
     flow_factory.disable()
 
 
-# ---- flow_grpo, its fork and miles: steps ------------------------------------------------------------------------------
+# ---- flow_grpo, its fork and miles: steps ----------------------------------------------------------------------------
 
 
 class Scheduler:
@@ -173,7 +167,7 @@ def test_drawn_as_diffusers_draws(sde_type, per_row):
     assert torch.allclose(prev_sample, mean + std * noise, rtol=0, atol=2e-6)
 
 
-# ---- the look-up -------------------------------------------------------------------------------------------------------
+# ---- the look-up -----------------------------------------------------------------------------------------------------
 
 
 def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> int:
@@ -209,7 +203,7 @@ def test_look_up_on_a_gpu_waits_for_nothing():
     assert unknown.isnan().all()
 
 
-# ---- the scripts' losses -----------------------------------------------------------------------------------------------
+# ---- the scripts' losses ---------------------------------------------------------------------------------------------
 
 
 def script_loss(case: Case, given: dict[str, Tensor], strict: bool, **more: Any) -> tuple[Tensor, flow_grpo.Info]:
@@ -341,7 +335,7 @@ def test_strict_from_the_environment(monkeypatch):
     assert not torch.equal(*both)
 
 
-# ---- Flow-Factory: the step --------------------------------------------------------------------------------------------
+# ---- Flow-Factory: the step ------------------------------------------------------------------------------------------
 
 RESULTS = ["next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred"]
 
@@ -443,7 +437,7 @@ def test_step_of_flow_factory(name, scheduler):
 
 
 def test_arguments_of_the_step(scheduler):
-    """0-dim and per-row timesteps, the schedule's own next one, noise levels as trainers hold them, tuples and picks."""
+    """0-dim and per-row timesteps, the schedule's own next one, noise levels as trainers hold them, picked results."""
     case = load("i_flowfactory_step__Flow-SDE_mid")
     given, one = case.inputs(False), scheduler(case)
     latents, rows = given["sample"], len(given["sample"])
@@ -556,7 +550,7 @@ def test_no_flow_factory(monkeypatch):
         flow_factory.enable()
 
 
-# ---- Flow-Factory: losses ----------------------------------------------------------------------------------------------
+# ---- Flow-Factory: losses --------------------------------------------------------------------------------------------
 
 
 def trainer_loss(case: Case, given: dict[str, Tensor], strict: bool | None) -> tuple[Tensor, flow_factory.Info]:

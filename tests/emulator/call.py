@@ -120,9 +120,7 @@ class Server:
             self.process = None
 
 
-def start(
-    folder: Path, sanitizer: str, fault: Fault | None = None, alone: tuple[str, str] | None = None
-) -> Server:
+def start(folder: Path, sanitizer: str, fault: Fault | None = None, alone: tuple[str, str] | None = None) -> Server:
     """`folder` is made for the build; `alone` as there."""
     folder.mkdir()
     return Server(build(folder, sanitizer, fault, alone), threads=64 if sanitizer == "tsan" else 256)
