@@ -305,14 +305,22 @@ def test_training_step_of_the_guard_script(name):
         assert not differing(ours, want, case)
 
 
-def test_a_blocked_infinite_ratio_has_no_gradient():
-    """The script's is 0 * inf = NaN; no setting reproduces it."""
-    log_prob = leaf(torch.tensor([200.0, 0.0]))
-    for strict in (True, False):
-        loss, _ = flow_grpo.grpo_loss(
-            log_prob, torch.zeros(2), torch.ones(2), clip_range=0.1, adv_clip_max=5.0, strict=strict
-        )
-        assert grads(loss, log_prob).tolist() == [0.0, -0.5]
+@pytest.mark.parametrize("trainer_name", ["flow_grpo", "flow_factory"])
+def test_a_blocked_infinite_ratio(trainer_name):
+    """The trainers' gradient is 0 * inf; that of the other rows is what it was. An open one's is infinite."""
+    log_prob, advantages = leaf(torch.tensor([200.0, 0.0, 0.5, 200.0])), torch.tensor([1.0, 1.0, 1.0, -1.0])
+    config = {"clip_range": 0.1, "adv_clip_max": 5.0}
+    if trainer_name == "flow_factory":
+        config = {"clip_range": (-0.1, 0.1), "adv_clip_range": (-5.0, 5.0)}
+    function = {"flow_grpo": flow_grpo, "flow_factory": flow_factory}[trainer_name].grpo_loss
+    ratio = torch.exp(log_prob)
+    eager = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.9, 1.1)).mean()
+    wanted = grads(eager, log_prob)
+    assert wanted.isnan().tolist() == [True, False, False, False]
+    for strict, want in ((True, wanted), (False, wanted.nan_to_num(nan=0.0, posinf=torch.inf))):
+        loss, _ = function(log_prob, torch.zeros(4), advantages, **config, strict=strict)
+        assert torch.equal(loss, eager)
+        assert grads(loss, log_prob).tolist() == pytest.approx(want.tolist(), nan_ok=True)
 
 
 def test_a_line_once(caplog):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import FlowGRPO, GRPOGuard, loss, sde_step
 from ._patch import Patch, Replacement, log, wants_strict
-from ._penalty import gaussian_kl
 from ._schedule import look_up, noise_source
+from ._terms import gaussian_kl, with_gradient_of_exp
 
 __all__ = ["disable", "enable", "enabled", "fallbacks", "grpo_loss", "guard_loss"]
 
@@ -192,6 +192,7 @@ def grpo_loss(
     kl_beta: float = 0.0,
     kl_latents: Tensor | None = None,
     ref_kl_latents: Tensor | None = None,
+    strict: bool | None = None,
 ) -> tuple[Tensor, Info]:
     """`GRPOTrainer.optimize` from "Compute loss" to the last `loss_info[...]`.
 
@@ -200,6 +201,8 @@ def grpo_loss(
         clip_range, adv_clip_range: of `training_args`, (low, high) with a negative low.
         kl_beta, kl_latents, ref_kl_latents: the penalty `kl_beta * mean (kl_latents - ref_kl_latents)^2`, on
             `noise_pred` with `kl_type` "v-based", on `next_latents_mean` with "x-based".
+        strict: True gives a blocked row of infinite ratio the trainer's gradient, NaN; False 0. None takes what
+            `enable` was told.
 
     Returns:
         `(loss, info)`: 0-dim, and detached `ratio unclipped_loss clipped_loss` `[B]`, `policy_loss loss clip_frac_high
@@ -209,8 +212,10 @@ def grpo_loss(
     advantage = torch.clamp(advantage, *adv_clip_range)
     objective = FlowGRPO((-clip_range[0], clip_range[1]))
     result = loss(None, None, advantage, log_prob=log_prob, old_log_prob=old_log_prob, objective=objective)
-    info = _info(result.ratio, advantage, clip_range, result.loss)
-    return _penalised(result.loss, info, kl_beta, kl_latents, ref_kl_latents)
+    strict = wants_strict(_patch.strict if strict is None else strict)
+    policy_loss = with_gradient_of_exp(result, log_prob - old_log_prob) if strict else result.loss
+    info = _info(result.ratio, advantage, clip_range, policy_loss)
+    return _penalised(policy_loss, info, kl_beta, kl_latents, ref_kl_latents)
 
 
 def guard_loss(
@@ -234,8 +239,7 @@ def guard_loss(
     Args:
         next_latents_mean, std_dev_t, dt: as the step returns them; `old_next_latents_mean` is what the rollout kept.
         strict: True pairs the scale of every row with the log-prob of every row, as the trainer does: its ratio is
-            `[B, 1, ..., B]`. The same as False, each row with its own, while all rows are at one step. None takes what
-            `enable` was told.
+            `[B, 1, ..., B]`. The same as False, each row with its own, while all rows are at one step.
         The others: as in `grpo_loss`.
 
     Returns:

@@ -21,8 +21,8 @@ from torch import Tensor
 from .. import FlowGRPO, GRPOGuard, loss, sde_step
 from ..result import PolicyLoss
 from ._patch import wants_strict
-from ._penalty import gaussian_kl
 from ._schedule import look_up, noise_source
+from ._terms import gaussian_kl, with_gradient_of_exp
 
 __all__ = [
     "enabled",
@@ -183,8 +183,9 @@ def grpo_loss(
         clip_range, adv_clip_max, beta: of `config.train`.
         prev_sample_mean, ref_prev_sample_mean, std_dev_t: as the step returns them; needed if `beta` is not 0.
         sqrt_dt: row vector, `sqrt(sigma - sigma_next)`; needed with `strict=False` if `beta` is not 0.
-        strict: of the reference penalty. True divides by `2 std_dev_t^2` as the script does, False by the transition's
-            variance, `std_dev_t^2 sqrt_dt^2`.
+        strict: True divides the reference penalty by `2 std_dev_t^2`, as the script does, and gives a blocked row of
+            infinite ratio the script's gradient, NaN. False divides by the transition's variance, `2 std_dev_t^2
+            sqrt_dt^2`, and the gradient of a blocked row is 0.
 
     Returns:
         `(loss, info)`: 0-dim, and the script's logging values `approx_kl clipfrac clipfrac_gt_one clipfrac_lt_one
@@ -193,8 +194,9 @@ def grpo_loss(
     strict = _strict(strict)
     objective = FlowGRPO(clip_range, adv_clip_max)
     result = loss(None, None, advantages, log_prob=log_prob, old_log_prob=old_log_prob, objective=objective)
+    policy_loss = with_gradient_of_exp(result, log_prob - old_log_prob) if strict else result.loss
     penalty = (beta, prev_sample_mean, ref_prev_sample_mean, std_dev_t, sqrt_dt, strict)
-    return _penalised(result.loss, _info(result), *penalty)
+    return _penalised(policy_loss, _info(result), *penalty)
 
 
 def guard_loss(
@@ -218,7 +220,7 @@ def guard_loss(
         prev_sample_mean, std_dev_t, sqrt_dt: as the step returns them; `old_prev_sample_mean` is what the rollout kept.
         strict: True re-centres every log-ratio by the mean of the batch's drifts, as the script does, whose mean runs
             over all dimensions: each sample's ratio then has a gradient in every sample's mean. False takes each row's
-            own drift (GRPO-Guard, arXiv 2510.22319), and of the reference penalty as `grpo_loss`.
+            own drift (GRPO-Guard, arXiv 2510.22319). The rest as in `grpo_loss`.
         The others: as in `grpo_loss`.
 
     Returns:
@@ -242,17 +244,18 @@ def guard_loss(
     mean_sqrt_dt = sqrt_dt.mean()
     scale = mean_sqrt_dt * std_dev_t.mean()
     log_ratio = log_prob - old_log_prob
+    exponent = (log_ratio + gaussian_kl(prev_sample_mean, old_prev_sample_mean, scale).mean()) * scale
     result = loss(
         None,
         None,
         advantages,
-        log_prob=(log_ratio + gaussian_kl(prev_sample_mean, old_prev_sample_mean, scale).mean()) * scale,
+        log_prob=exponent,
         old_log_prob=torch.zeros_like(log_ratio),
         weights=1 / mean_sqrt_dt**2,
         objective=FlowGRPO(clip_range, adv_clip_max),
     )
     info = _info(result) | {"approx_kl": 0.5 * log_ratio.detach().square().mean()}  # of the log-ratio as it was
-    return _penalised(result.loss, info, *penalty)
+    return _penalised(with_gradient_of_exp(result, exponent), info, *penalty)
 
 
 def _info(result: PolicyLoss) -> Info:

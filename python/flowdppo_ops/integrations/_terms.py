@@ -1,11 +1,11 @@
-"""The distance of two means, alone: what trainers add to a policy loss, or re-centre a ratio by."""
+"""Terms of the trainers' losses that `loss` has no option for, made of it and of a few numbers per row."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import FlowGRPO, loss
+from .. import FlowGRPO, PolicyLoss, loss
 
 
 def gaussian_kl(mean: Tensor, other: Tensor, std: float | Tensor) -> Tensor:
@@ -26,3 +26,12 @@ def gaussian_kl(mean: Tensor, other: Tensor, std: float | Tensor) -> Tensor:
         ref_std=std,
         reduction="none",
     ).loss
+
+
+def with_gradient_of_exp(result: PolicyLoss, exponent: Tensor) -> Tensor:
+    """`result.loss`, 0-dim, with the trainers' gradient of a blocked row: 0 times its ratio, so NaN if that is infinite.
+
+    A branch that is never taken has this gradient, and no value.
+    """
+    blocked = torch.exp(torch.where(result.keep, 0.0, exponent)).sum()
+    return torch.where(torch.zeros_like(result.loss, dtype=torch.bool), blocked, result.loss)
