@@ -29,7 +29,7 @@ def gaussian_kl(mean: Tensor, other: Tensor, std: float | Tensor) -> Tensor:
 
 
 def with_gradient_of_exp(result: PolicyLoss, exponent: Tensor) -> Tensor:
-    """`result.loss`, 0-dim, with the trainers' gradient of a blocked row: 0 times its ratio, so NaN if that is infinite.
+    """`result.loss`, 0-dim, with the trainers' gradient of a blocked row: 0 times its ratio, NaN if that is infinite.
 
     A branch that is never taken has this gradient, and no value.
     """

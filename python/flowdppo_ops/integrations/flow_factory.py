@@ -201,8 +201,8 @@ def grpo_loss(
         clip_range, adv_clip_range: of `training_args`, (low, high) with a negative low.
         kl_beta, kl_latents, ref_kl_latents: the penalty `kl_beta * mean (kl_latents - ref_kl_latents)^2`, on
             `noise_pred` with `kl_type` "v-based", on `next_latents_mean` with "x-based".
-        strict: True gives a blocked row of infinite ratio the trainer's gradient, NaN; False 0. None takes what
-            `enable` was told.
+        strict: True gives a blocked row of infinite ratio the trainer's gradient, NaN, and has the penalty in
+            `policy_loss`, as it is logged there; False 0, and not. None takes what `enable` was told.
 
     Returns:
         `(loss, info)`: 0-dim, and detached `ratio unclipped_loss clipped_loss` `[B]`, `policy_loss loss clip_frac_high
@@ -215,7 +215,7 @@ def grpo_loss(
     strict = wants_strict(_patch.strict if strict is None else strict)
     policy_loss = with_gradient_of_exp(result, log_prob - old_log_prob) if strict else result.loss
     info = _info(result.ratio, advantage, clip_range, policy_loss)
-    return _penalised(policy_loss, info, kl_beta, kl_latents, ref_kl_latents)
+    return _penalised(policy_loss, info, kl_beta, kl_latents, ref_kl_latents, strict)
 
 
 def guard_loss(
@@ -239,7 +239,8 @@ def guard_loss(
     Args:
         next_latents_mean, std_dev_t, dt: as the step returns them; `old_next_latents_mean` is what the rollout kept.
         strict: True pairs the scale of every row with the log-prob of every row, as the trainer does: its ratio is
-            `[B, 1, ..., B]`. The same as False, each row with its own, while all rows are at one step.
+            `[B, 1, ..., B]`. The same as False, each row with its own, while all rows are at one step. The
+            rest as in `grpo_loss`.
         The others: as in `grpo_loss`.
 
     Returns:
@@ -268,7 +269,7 @@ def guard_loss(
         )
         policy_loss, ratio = result.loss, result.ratio
     info = _info(ratio.detach(), advantage, clip_range, policy_loss)
-    return _penalised(policy_loss, info, kl_beta, kl_latents, ref_kl_latents)
+    return _penalised(policy_loss, info, kl_beta, kl_latents, ref_kl_latents, strict)
 
 
 def _info(ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float], policy_loss: Tensor) -> Info:
@@ -286,11 +287,19 @@ def _info(ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float], pol
 
 
 def _penalised(
-    policy_loss: Tensor, info: Info, kl_beta: float, latents: Tensor | None, ref_latents: Tensor | None
+    policy_loss: Tensor,
+    info: Info,
+    kl_beta: float,
+    latents: Tensor | None,
+    ref_latents: Tensor | None,
+    strict: bool,
 ) -> tuple[Tensor, Info]:
-    if not kl_beta:
+    if not kl_beta > 0:
         return policy_loss, info
     kl_div = 2 * gaussian_kl(latents, ref_latents, 1.0).mean()  # the plain mean of squares
     kl_loss = kl_beta * kl_div
     total = policy_loss + kl_loss
-    return total, info | {"loss": total.detach(), "kl_div": kl_div.detach(), "kl_loss": kl_loss.detach()}
+    info |= {"loss": total.detach(), "kl_div": kl_div.detach(), "kl_loss": kl_loss.detach()}
+    if strict:  # the trainer's `loss += kl_loss` adds to the tensor that it logs as policy_loss
+        info["policy_loss"] = info["loss"]
+    return total, info

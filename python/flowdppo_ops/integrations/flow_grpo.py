@@ -181,15 +181,15 @@ def grpo_loss(
     Args:
         log_prob, old_log_prob, advantages: `[B]`; advantages as they are, before they are clamped.
         clip_range, adv_clip_max, beta: of `config.train`.
-        prev_sample_mean, ref_prev_sample_mean, std_dev_t: as the step returns them; needed if `beta` is not 0.
-        sqrt_dt: row vector, `sqrt(sigma - sigma_next)`; needed with `strict=False` if `beta` is not 0.
+        prev_sample_mean, ref_prev_sample_mean, std_dev_t: as the step returns them; needed if `beta > 0`.
+        sqrt_dt: row vector, `sqrt(sigma - sigma_next)`; needed with `strict=False` if `beta > 0`.
         strict: True divides the reference penalty by `2 std_dev_t^2`, as the script does, and gives a blocked row of
             infinite ratio the script's gradient, NaN. False divides by the transition's variance, `2 std_dev_t^2
             sqrt_dt^2`, and the gradient of a blocked row is 0.
 
     Returns:
         `(loss, info)`: 0-dim, and the script's logging values `approx_kl clipfrac clipfrac_gt_one clipfrac_lt_one
-        policy_loss loss`, and `kl_loss` if `beta` is not 0. Differentiable in `log_prob` and `prev_sample_mean`.
+        policy_loss loss`, and `kl_loss` if `beta > 0`. Differentiable in `log_prob` and `prev_sample_mean`.
     """
     strict = _strict(strict)
     objective = FlowGRPO(clip_range, adv_clip_max)
@@ -281,7 +281,7 @@ def _penalised(
     sqrt_dt: Tensor | None,
     strict: bool,
 ) -> tuple[Tensor, Info]:
-    if not beta:
+    if not beta > 0:
         return policy_loss, info
     if not strict and sqrt_dt is None:
         raise ValueError("flowdppo_ops: sqrt_dt is missing: with strict=False the reference penalty is the step's KL")
