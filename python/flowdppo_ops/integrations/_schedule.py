@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import draw_noise
+
 
 def look_up(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """sigma now and next of each timestep `[rows]`, as diffusers' `index_for_timestep` finds them.
@@ -24,12 +26,10 @@ def look_up(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(nth[:, -1] > 0, sigmas[index], torch.nan), sigmas[index + 1]
 
 
-def noise_source(like: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
-    """What `sde_step` is given so that it draws what diffusers' `randn_tensor` draws in float32: a generator, or, where
-    each row has its own, the noise."""
+def draw(like: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """float32 noise in the shape of `like`, as diffusers' `randn_tensor` draws it: of several generators one a row."""
     if not isinstance(generator, (list, tuple)):
-        return {"generator": generator}
+        return draw_noise(like, torch.float32, generator)
     if len(generator) == 1:
-        return {"generator": generator[0]}
-    rows = [torch.randn((1, *like.shape[1:]), generator=one, device=one.device) for one in generator]
-    return {"noise": torch.cat(rows).to(like.device)}
+        return draw_noise(like, torch.float32, generator[0])
+    return torch.cat([draw_noise(row[None], torch.float32, one) for row, one in zip(like, generator, strict=True)])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import FlowGRPO, GRPOGuard, loss, sde_step
 from ._patch import Patch, Replacement, log, wants_strict
-from ._schedule import look_up, noise_source
+from ._schedule import draw, look_up
 from ._terms import gaussian_kl, with_gradient_of_exp
 
 __all__ = ["disable", "enable", "enabled", "fallbacks", "grpo_loss", "guard_loss"]
@@ -119,7 +119,7 @@ def _fused_step(original: Callable[..., Any], output: type) -> Callable[..., Any
         elif noise_level is None:
             noise_level = self.get_noise_level_for_sigma(sigma)
         sigma, sigma_next, noise_level = (_rows(one, latents) for one in (sigma, sigma_next, noise_level))
-        given = {"prev_sample": next_latents} if next_latents is not None else noise_source(latents, generator)
+        given = {"noise": draw(latents, generator)} if next_latents is None else {"prev_sample": next_latents}
         # A next sample is scored in the dtype of the sample: one that is drawn is rounded to it, here as there, a given
         # one must not be.
         rounds = next_latents is None or next_latents.dtype == latents.dtype

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import FlowGRPO, GRPOGuard, loss, sde_step
 from ..result import PolicyLoss
 from ._patch import wants_strict
-from ._schedule import look_up, noise_source
+from ._schedule import draw, look_up
 from ._terms import gaussian_kl, with_gradient_of_exp
 
 __all__ = [
@@ -84,12 +84,9 @@ def sde_step_with_logprob(
     Raises:
         IndexError: a timestep that is not the scheduler's (on a GPU the results are NaN instead).
     """
+    mixes = _strict(strict) and sample.ndim == 3
     latents = (model_output, sample, prev_sample)
-    if _strict(strict) and sample.ndim == 3:
-        latents = [None if one is None else one.expand(timestep.numel(), *one.shape) for one in latents]
-    model_output, sample, prev_sample = latents
-    step = _step(self, model_output, timestep, sample, noise_level, prev_sample, generator, "sde", rank=4)
-    return step[:4]
+    return _step(self, *latents, timestep, noise_level, generator, rank=4, mixes=mixes)[:4]
 
 
 def guard_sde_step_with_logprob(
@@ -109,8 +106,9 @@ def guard_sde_step_with_logprob(
     `std_dev_t` is. `std_dev_t` of "cps" is the transition's standard deviation.
     """
     _strict(None)
-    step = _step(self, model_output, timestep, sample, noise_level, prev_sample, generator, sde_type, sample.ndim)
-    return step if return_sqrt_dt else step[:4]
+    latents = (model_output, sample, prev_sample)
+    results = _step(self, *latents, timestep, noise_level, generator, sde_type)
+    return results if return_sqrt_dt else results[:4]
 
 
 def miles_sde_step_with_logprob(
@@ -123,40 +121,48 @@ def miles_sde_step_with_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sde_step_with_logprob` of miles (`miles/utils/sde_log_prob.py`), which only scores."""
     _strict(None)
-    return _step(scheduler, model_output, timestep, sample, noise_level, prev_sample, None, "sde", sample.ndim)[:4]
+    return _step(scheduler, model_output, sample, prev_sample, timestep, noise_level)[:4]
 
 
 def _step(
     scheduler: Any,
     model_output: Tensor,
-    timestep: Tensor,
     sample: Tensor,
-    noise_level: float,
     prev_sample: Tensor | None,
-    generator: Generators,
-    sde_type: str,
-    rank: int,
+    timestep: Tensor,
+    noise_level: float,
+    generator: Generators = None,
+    sde_type: str = "sde",
+    rank: int | None = None,
+    mixes: bool = False,
 ) -> tuple[Tensor, ...]:
-    """prev_sample, log_prob, mean, std_dev_t, sqrt_dt; the last two `[timesteps, 1, ...]` of that rank."""
+    """prev_sample, log_prob, mean, std_dev_t, sqrt_dt; the last two `[timesteps, 1, ...]`, of `rank` or the latents'.
+
+    `mixes`: every timestep with every sample, `[timesteps, B, ...]`.
+    """
     if sde_type not in _SAMPLERS:
         raise ValueError(f"flowdppo_ops: sde_type is {sde_type!r}, wanted one of {', '.join(_SAMPLERS)}")
     sigma, sigma_next = (one.to(sample.device) for one in look_up(scheduler, timestep))
-    sample = sample.float()  # what is drawn has its dtype: the originals do not round it
+    # What is drawn has the dtype of the sample, and the originals do not round it.
+    latents = {"model_output": model_output, "sample": sample.float()}
+    latents |= {"noise": draw(sample, generator)} if prev_sample is None else {"prev_sample": prev_sample}
+    if mixes:
+        latents = {name: one.expand(len(sigma), *one.shape) for name, one in latents.items()}
     step = sde_step(
-        model_output,
-        sample,
+        **latents,
         sigma=sigma,
         sigma_next=sigma_next,
         sigma_max=scheduler.sigmas[1].to(sample.device),
         noise_level=noise_level,
         sampler=_SAMPLERS[sde_type],
-        **({"prev_sample": prev_sample} if prev_sample is not None else noise_source(sample, generator)),
     )
+    if prev_sample is None:
+        prev_sample = step.prev_sample
     sqrt_dt = torch.sqrt(sigma - sigma_next)
     std = step.std[: len(sigma)]
     std_dev_t = std / sqrt_dt if sde_type == "sde" else std
-    wide = (-1, *(1,) * (rank - 1))
-    return step.prev_sample, step.log_prob, step.prev_sample_mean, std_dev_t.reshape(wide), sqrt_dt.reshape(wide)
+    wide = (-1, *(1 for _ in range((rank or sample.ndim) - 1)))
+    return prev_sample.float(), step.log_prob, step.prev_sample_mean, std_dev_t.reshape(wide), sqrt_dt.reshape(wide)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
