@@ -2,8 +2,8 @@
 
 `actor_rollout_ref.model.external_lib=flowdppo_ops.integrations.verl_omni` is all that a recipe needs: every worker
 imports this module, which calls `enable()`. Replaced are the losses `flow_dppo`, `flow_grpo`, `dance_grpo`,
-`grpo_guard` and `kl` of the registry, and `FlowMatchSDEDiscreteScheduler.sample_previous_step`; with `strict=False` also
-how the losses' extremes are put together over micro-batches. `disable()` takes all of it back.
+`grpo_guard` and `kl` of the registry, and `FlowMatchSDEDiscreteScheduler.sample_previous_step`; with `strict=False`
+also how a loss's extremes are put together over micro-batches. `disable()` takes all of it back.
 
 What the trainer accepts and the fused functions do not (another device, half-precision means with `strict=True`, shapes
 that only broadcasting gives a meaning to) goes to the trainer's own function; `fallbacks()` counts it.
@@ -40,11 +40,19 @@ _POLICY_METRICS = {
     "actor/ratio_std": "ratio_std",
 }
 _DPPO_METRICS = {
-    f"actor/{name}": name
-    for name in (
-        "ppo_kl approx_kl ratio_mean ratio_std ratio_min ratio_max kl_new_old_mean kl_new_old_max kl_mask_fraction "
-        "pos_rm_fraction neg_rm_fraction masked_fraction unmasked_fraction"
-    ).split()
+    "actor/ppo_kl": "ppo_kl",
+    "actor/approx_kl": "approx_kl",
+    "actor/ratio_mean": "ratio_mean",
+    "actor/ratio_std": "ratio_std",
+    "actor/ratio_min": "ratio_min",
+    "actor/ratio_max": "ratio_max",
+    "actor/kl_new_old_mean": "kl_new_old_mean",
+    "actor/kl_new_old_max": "kl_new_old_max",
+    "actor/kl_mask_fraction": "kl_mask_fraction",
+    "actor/pos_rm_fraction": "pos_rm_fraction",
+    "actor/neg_rm_fraction": "neg_rm_fraction",
+    "actor/masked_fraction": "masked_fraction",
+    "actor/unmasked_fraction": "unmasked_fraction",
 }
 
 Result = tuple[Tensor, dict[str, float]]
@@ -102,7 +110,7 @@ def _flow_dppo(
     if strict and sqrt_dt.ndim > std_dev_t.ndim:
         return "std_dev_t 0-dim and sqrt_dt of rows: the trainer lays it along the last latent axis"
     settings = config.diffusion_loss
-    std = std_dev_t.flatten() * sqrt_dt if strict else _transition_std(std_dev_t, sqrt_dt)
+    std = std_dev_t.flatten() * sqrt_dt if strict else _or_infinity(_transition_std(std_dev_t, sqrt_dt))
     objective = _objective(
         FlowDPPO,
         kl_mask_threshold=float(settings.kl_mask_threshold),
@@ -149,9 +157,14 @@ def _grpo_guard(
     if reason := _unserved(strict, log_prob, rows, means, std_dev_t, sqrt_dt):
         return reason
     if strict:  # `GRPOGuard` takes sqrt_dt out again
-        objective, std = _clipped(GRPOGuard, config), std_dev_t.flatten() * sqrt_dt
-    else:
-        objective, std = _clipped(GRPOGuard, config, per_row_scale=True), _transition_std(std_dev_t, sqrt_dt)
+        std = std_dev_t.flatten() * sqrt_dt
+    else:  # a deterministic row: ratio 1, gradient 0
+        std = _transition_std(std_dev_t, sqrt_dt)
+        random = (std > 0).expand(log_prob.shape)
+        weights = random.to(log_prob.dtype) if rollout_is_weights is None else rollout_is_weights * random
+        rows = (torch.where(random, old_log_prob, log_prob.detach()), advantages, weights)
+        std = torch.where(random, std, 1e15)  # the drift has no part in its exponent, drift / (2 std)
+    objective = _clipped(GRPOGuard, config, per_row_scale=not strict)
     result = _policy_loss(strict, objective, log_prob, *rows, *means, std=std, sqrt_dt=sqrt_dt)
     return result.loss, _clip_metrics(strict, result)
 
@@ -171,7 +184,7 @@ def _kl(strict: bool, *, prev_sample_mean: Tensor, ref_prev_sample_mean: Tensor,
         old_log_prob=zeros,
         ref_prev_sample_mean=ref_prev_sample_mean,
         ref_kl_weight=1.0,
-        ref_std=std_dev_t if strict else _transition_std(std_dev_t, None),
+        ref_std=std_dev_t if strict else _or_infinity(_transition_std(std_dev_t, None)),
         objective=_objective(FlowGRPO),
     )
     return result.loss, {"actor/kl_loss": result.metrics()["kl_loss"]}
@@ -260,16 +273,21 @@ def _policy_loss(
 
 
 def _transition_std(std_dev_t: Tensor, sqrt_dt: Tensor | None) -> Tensor:
-    """Rows, or 0-dim: the standard deviation of the transition, and infinity where it is 0, which makes the KL 0 there.
+    """Rows, or 0-dim: the standard deviation of the transition.
 
-    The trainer's `std_dev_t` does not tell whether sqrt(-dt) is in it: `sample_previous_step` leaves the deviation with
-    it.
+    The trainer's `std_dev_t` does not tell whether sqrt(-dt) is in it: `sample_previous_step` has left the deviation
+    with it.
     """
     std = getattr(std_dev_t, "_flowdppo_std", None)
     if std is None:
         _patch.fall_back("std_dev_t of an unknown sampler")
         std = std_dev_t.flatten() if std_dev_t.ndim else std_dev_t
         std = std if sqrt_dt is None else std * sqrt_dt
+    return std
+
+
+def _or_infinity(std: Tensor) -> Tensor:
+    """Where `std` is 0 nothing is random: the KL is 0."""
     return std.masked_fill(std == 0, math.inf)
 
 
@@ -315,9 +333,8 @@ def _fused_step(original: Callable[..., Any], randn_tensor: Callable[..., Tensor
         include_logprob_normalizer=True,
     ):
         latents = (sample, model_output) if prev_sample is None else (sample, model_output, prev_sample)
-        reason = (
-            "per_token_timesteps" if per_token_timesteps is not None else _unserved_latents(latents, sde_type)
-        ) or _unserved_schedule(self, sample, timestep, noise_level)
+        reason = _refused(latents, per_token_timesteps, sde_type)
+        reason = reason or _unserved_latents(*latents) or _unserved_schedule(self, sample, timestep, noise_level)
         if reason:
             _patch.fall_back(f"sample_previous_step: {reason}")
             return original(
@@ -376,13 +393,15 @@ def _fused_step(original: Callable[..., Any], randn_tensor: Callable[..., Tensor
     return sample_previous_step
 
 
-def _unserved_latents(latents: tuple[Tensor, ...], sde_type: str) -> str:
-    sample = latents[0]
-    if sde_type not in _SAMPLERS or any(t.dtype != torch.float32 for t in latents):
-        return "an sde_type or a dtype that the trainer refuses"
+def _refused(latents: tuple[Tensor, ...], per_token_timesteps: Any, sde_type: str) -> str:
+    refused = per_token_timesteps is not None or sde_type not in _SAMPLERS
+    return "arguments that it refuses" if refused or any(t.dtype != torch.float32 for t in latents) else ""
+
+
+def _unserved_latents(sample: Tensor, *others: Tensor) -> str:
     if sample.device.type not in ("cpu", "cuda"):
         return f"device {sample.device.type}"
-    if sample.ndim == 0 or any(t.shape != sample.shape or t.device != sample.device for t in latents):
+    if sample.ndim == 0 or any(t.shape != sample.shape or t.device != sample.device for t in others):
         return "latents of different shapes or devices"
     if torch.is_grad_enabled() and sample.requires_grad:
         return "a gradient to the sample"
@@ -446,8 +465,7 @@ def _replacements(strict: bool) -> list[Replacement]:
     _patch.attribute(scheduler, "sample_previous_step")
     original = _patch.original(scheduler, "sample_previous_step")
     step = _fused_step(original, _patch.attribute(steps, "randn_tensor"))
-    wanted = step.__code__.co_varnames[: step.__code__.co_argcount]
-    _patch.check_parameters("FlowMatchSDEDiscreteScheduler.sample_previous_step", original, wanted)
+    _patch.check_parameters("FlowMatchSDEDiscreteScheduler.sample_previous_step", original, _parameters(step))
     found.append(Replacement(scheduler, "sample_previous_step", step))
 
     if not strict:
