@@ -1,13 +1,14 @@
 """`flowdppo_ops.integrations.verl_omni`: every recorded call of verl-omni through its own entry points.
 
-By default against a stand-in for the trainer (`trainers/verl_omni.py`), whose own functions only say that they ran. With
-FLOWDPPO_OPS_VERL_OMNI naming a checkout, and an interpreter that has what verl-omni needs, the same tests run on the
+By default against a stand-in for the trainer (`trainers/verl_omni.py`), whose own functions only say that they ran.
+With FLOWDPPO_OPS_VERL_OMNI naming a checkout, and a Python that has what verl-omni needs, the same tests run on the
 trainer itself, in a process of their own, and so do the trainer's tests of losses, registry and configuration.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import logging
 import math
@@ -27,7 +28,9 @@ from golden.load import Case, load, names
 from torch import Tensor
 from trainers import verl_omni as trainer
 
-from flowdppo_ops.integrations._patch import Incompatible
+import flowdppo_ops
+from flowdppo_ops import reference
+from flowdppo_ops.integrations import Incompatible
 
 TESTS = Path(__file__).parent
 CHECKOUT = os.environ.get("FLOWDPPO_OPS_VERL_OMNI", "")
@@ -344,12 +347,9 @@ HAS_NAN_KL = [
 
 def _nan_kl_is_high(case: Case) -> dict[str, Tensor]:
     given = case.inputs(True)
-    ratio, advantages, kl = (
-        torch.exp(given["log_prob"] - given["old_log_prob"]),
-        given["advantages"],
-        case.arrays["aux.kl_per_sample"],
-    )
-    high = ~(kl < case.number("kl_mask_threshold"))
+    ratio, advantages = torch.exp(given["log_prob"] - given["old_log_prob"]), given["advantages"]
+    random = (given["std_dev_t"].flatten() * given["sqrt_dt"]) > 0
+    high = random & ~(case.arrays["aux.kl_per_sample"] < case.number("kl_mask_threshold"))
     up, down = high & (ratio > 1) & (advantages > 0), high & (ratio < 1) & (advantages < 0)
     losses = torch.where(up | down, 0.0, -advantages * ratio)
     shares = {"kl_mask": high, "pos_rm": up, "neg_rm": down, "masked": up | down, "unmasked": ~(up | down)}
@@ -407,7 +407,8 @@ def test_recorded_step(either, name):
         include_logprob_normalizer=params["include_logprob_normalizer"],
         **options,
     )
-    ours = dict(zip(("out.prev_sample", "out.log_prob", "out.prev_sample_mean", "out.std_dev_t", "out.sqrt_dt"), found))
+    results = ("out.prev_sample", "out.log_prob", "out.prev_sample_mean", "out.std_dev_t", "out.sqrt_dt")
+    ours = dict(zip(results, found, strict=True))
     assert ours["out.prev_sample"] is given["prev_sample"]
     for key in ("out.std_dev_t", "out.sqrt_dt", "out.log_prob"):
         assert ours[key].shape == case.arrays[key].shape
@@ -473,3 +474,388 @@ def test_recorded_micro_batch_strict(strict, name):
     assert "kl_coef" not in case_names or case.params["config"]["use_kl_loss"] == "True"
     _compare(case, False, ours, {})
     assert not strict.ours.fallbacks()
+
+
+@pytest.mark.parametrize("name", names("f_e2e_verl"))
+def test_recorded_micro_batch_fixed(fixed, name):
+    """As `step_loss`, which knows the transition: of KL and reference KL too."""
+    case = load(name)
+    ours, _ = _micro_batch(case)
+    given, params = case.inputs(True), case.params
+    schedule, policy = golden.adapters.one_step_training(case, given)
+    velocity = _leaf(given["noise_pred"])
+    result = reference.step_loss(
+        velocity,
+        given["sample"],
+        given["prev_sample"],
+        old_prev_sample_mean=given["old_prev_sample_mean"],
+        **schedule,
+        **policy,
+    )
+    loss = result.loss / params["gradient_accumulation_steps"]
+    expected = {"out.loss": loss.detach(), "grad.noise_pred": _grad(loss, velocity)}
+    expected |= golden.adapters._verl_metrics(result, params["loss_mode"])
+    through_plain_functions = golden.adapters.end_to_end(case, flowdppo_ops, False, trainers_kl=False)
+    ours |= {key: through_plain_functions[key] for key in ("size.kl",) if key in through_plain_functions}
+    _compare(case, False, ours, expected)
+    assert not fixed.ours.fallbacks()
+
+
+def test_extremes_are_put_together_as_extremes(either):
+    _, metrics = _micro_batch(load("f_e2e_verl__dppo_sde_img"))
+    how = {name: str(getattr(m.aggregation, "value", m.aggregation)) for name, m in metrics.items()}
+    extremes = {"actor/ratio_min": "min", "actor/ratio_max": "max", "actor/kl_new_old_max": "max"}
+    assert how == dict.fromkeys(how, "mean") | ({} if either.strict else extremes)
+
+
+# ---- what is done about single inputs --------------------------------------------------------------------------------
+
+ROWS = 3
+
+
+def given_loss(shape: tuple[int, ...] = (ROWS, 4, 5), **changes: Any) -> dict[str, Any]:
+    """Arguments of the losses that see means, of rows of KL 0.005 at `std_dev_t` 0.5 and `sqrt_dt` 0.2."""
+    generator = torch.Generator().manual_seed(1)
+    ones = (1,) * (len(shape) - 1)
+    mean = torch.randn(shape, generator=generator)
+    arguments = {
+        "old_log_prob": torch.zeros(ROWS),
+        "log_prob": torch.tensor([0.1, -0.1, 0.2]).requires_grad_(),
+        "advantages": torch.tensor([1.0, -2.0, -1.0]),
+        "config": trainer.config(),
+        "old_prev_sample_mean": mean.detach() + 0.01,
+        "prev_sample_mean": mean.requires_grad_(),
+        "std_dev_t": torch.full((shape[0], *ones), 0.5),
+        "sqrt_dt": torch.full((ROWS,), 0.2),
+    }
+    return arguments | changes
+
+
+def ran_own(call: Any) -> bool:
+    """Whether the trainer's own function ran; its errors count, when it is the trainer itself."""
+    try:
+        _, metrics = call()
+    except Exception:
+        if not trainer.is_real():
+            raise
+        return True
+    return "own" in metrics or trainer.is_real()
+
+
+UNSERVED = {
+    "a dtype that is not float32": {
+        "log_prob": torch.zeros(ROWS).half(),
+        **{k: torch.zeros(ROWS).half() for k in ("old_log_prob", "advantages", "sqrt_dt")},
+        **{k: torch.zeros(ROWS, 4, 5).half() for k in ("old_prev_sample_mean", "prev_sample_mean")},
+        "std_dev_t": torch.ones(ROWS, 1, 1).half(),
+    },
+    "mixed precision": {"old_prev_sample_mean": torch.zeros(ROWS, 4, 5).bfloat16()},
+    "several devices": {"old_prev_sample_mean": torch.zeros(ROWS, 4, 5, device="meta")},
+    "a gradient to something that is no output of the model": {"old_log_prob": torch.zeros(ROWS, requires_grad=True)},
+    "log-probs, advantages or weights of different shapes": {"rollout_is_weights": torch.ones(ROWS, 1)},
+    "means of different shapes, or not of one row per log-prob": {"old_prev_sample_mean": torch.zeros(1, 4, 5)},
+    "std_dev_t neither 0-dim nor [B, 1, ...]": {"std_dev_t": torch.ones(ROWS)},
+    "sqrt_dt neither 0-dim nor [B]": {"sqrt_dt": torch.ones(ROWS, 1, 1)},
+    "std_dev_t 0-dim and sqrt_dt of rows: the trainer lays it along the last latent axis": {
+        "std_dev_t": torch.ones(())
+    },
+}
+
+
+@pytest.mark.parametrize("reason", UNSERVED)
+def test_what_is_not_served_goes_to_the_trainer_and_is_counted(strict, reason, caplog):
+    call = partial(strict.registry["flow_dppo"].compute_loss, **given_loss(**UNSERVED[reason]))
+    for times in (1, 2):
+        assert ran_own(call)
+        assert strict.ours.fallbacks() == {f"FlowDPPOLoss: {reason}": times}
+
+
+def test_a_device_without_a_backend_is_not_served(strict):
+    inputs = {k: v.detach().to("meta") if isinstance(v, Tensor) else v for k, v in given_loss().items()}
+    if not trainer.is_real():
+        assert ran_own(partial(strict.registry["grpo_guard"].compute_loss, **inputs))
+        assert strict.ours.fallbacks() == {"GRPOGuardLoss: device meta": 1}
+
+
+def test_half_precision_is_served_where_the_maths_decides(fixed):
+    inputs = given_loss(old_prev_sample_mean=torch.zeros(ROWS, 4, 5).bfloat16())
+    loss, _ = fixed.registry["flow_dppo"].compute_loss(**inputs)
+    assert loss.isfinite()
+    assert fixed.ours.fallbacks() == {"std_dev_t of an unknown sampler": 1}
+
+
+@pytest.mark.parametrize(
+    ("std_dev_t", "sqrt_dt"), [((ROWS, 1, 1), (ROWS,)), ((ROWS, 1, 1), ()), ((), ()), ((), (ROWS,))]
+)
+def test_sizes_of_std_and_sqrt_dt(fixed, std_dev_t, sqrt_dt):
+    inputs = given_loss(std_dev_t=torch.full(std_dev_t, 0.5), sqrt_dt=torch.full(sqrt_dt, 0.2))
+    _, metrics = fixed.registry["flow_dppo"].compute_loss(**inputs)
+    assert metrics["actor/kl_new_old_mean"] == pytest.approx(0.01**2 / (2 * (0.5 * 0.2) ** 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flow_dppo", "flow_grpo", "grpo_guard"])
+def test_gradient_of_an_infinite_ratio(either, name):
+    """The trainer's is NaN where nothing of the ratio reaches the loss."""
+    log_prob = torch.tensor([100.0, 0.0, 0.0]).requires_grad_()
+    inputs = given_loss(
+        log_prob=log_prob, advantages=torch.tensor([1.0, 1.0, -1.0]), std_dev_t=torch.full((3, 1, 1), 4.5)
+    )
+    inputs["old_prev_sample_mean"] = inputs["prev_sample_mean"].detach() + 1
+    if name == "flow_grpo":
+        inputs = {k: inputs[k] for k in ("old_log_prob", "log_prob", "advantages", "config")}
+    else:
+        inputs["std_dev_t"]._flowdppo_std = torch.full((3,), 0.9)
+    loss, metrics = either.registry[name].compute_loss(**inputs)
+    (other,) = torch.autograd.grad(log_prob.sum(), log_prob, retain_graph=True)
+    (grad,) = torch.autograd.grad(loss, log_prob)
+    assert loss.isfinite()
+    assert (other == 1).all()
+    if metrics["actor/ratio_mean"] == math.inf:
+        assert grad[0].isnan() if either.strict else grad[0] == 0
+    assert grad[1:].isfinite().all()
+
+
+def test_deviation_of_one_ratio(either):
+    one = torch.zeros(1)
+    _, metrics = either.registry["flow_grpo"].compute_loss(
+        old_log_prob=one, log_prob=one, advantages=one, config=trainer.config()
+    )
+    assert math.isnan(metrics["actor/ratio_std"]) if either.strict else metrics["actor/ratio_std"] == 0
+
+
+@pytest.mark.parametrize("name", ["flow_dppo", "grpo_guard", "kl"])
+def test_nothing_is_nan_where_nothing_is_random(fixed, name):
+    """The last CPS step, next to an ordinary row: it has ratio 1, KL 0 and no gradient of the means."""
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    velocity = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    sample, prev_sample = torch.ones(2, 4, 5), torch.zeros(2, 4, 5)
+    step = trainer.scheduler(sigmas, 1000 * sigmas[:-1]).sample_previous_step(
+        sample, velocity, torch.tensor([500.0, 1000.0]), prev_sample=prev_sample, sde_type="cps", return_sqrt_dt=True
+    )
+    _, log_prob, mean, std_dev_t, sqrt_dt = step
+    assert std_dev_t.flatten()[0] == 0
+    if name == "kl":
+        inputs = {"prev_sample_mean": mean, "ref_prev_sample_mean": mean.detach() + 0.1, "std_dev_t": std_dev_t}
+    else:
+        inputs = given_loss(
+            shape=(2, 4, 5), std_dev_t=std_dev_t, sqrt_dt=sqrt_dt, log_prob=log_prob, prev_sample_mean=mean
+        )
+        inputs |= {"old_log_prob": log_prob.detach() - 0.1, "old_prev_sample_mean": mean.detach() + 0.1}
+        inputs["advantages"] = torch.tensor([1.0, -1.0])
+    loss, metrics = fixed.registry[name].compute_loss(**inputs)
+    (grad,) = torch.autograd.grad(loss, velocity)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    assert grad[1].abs().max() > 0
+    assert all(map(math.isfinite, metrics.values()))
+    kl = 0.1**2 / (2 * std_dev_t.flatten()[1].item() ** 2)  # of the other row
+    if name == "flow_dppo":  # CPS keeps its log-prob there, and the KL of 0 does not block it
+        assert metrics["actor/kl_new_old_mean"] == pytest.approx(kl / 2, rel=1e-4)
+        assert metrics["actor/kl_mask_fraction"] == 0.5
+    else:
+        assert (grad[0] == 0).all()
+    if name == "kl":
+        assert loss.item() == pytest.approx(kl / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps", "dance_sde"])
+def test_the_kl_is_of_the_transition(either, sde_type):
+    """Strict: `std_dev_t * sqrt_dt` for every sampler, which is the transition's for one of them."""
+    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.0])
+    latents = torch.zeros(2, 4, 5)
+    made = trainer.scheduler(sigmas, 1000 * sigmas[:-1], step_index=1)
+    for timestep in (None, torch.full((2,), 750.0)):
+        _, log_prob, mean, std_dev_t, sqrt_dt = made.sample_previous_step(
+            latents, latents, timestep, prev_sample=latents, sde_type=sde_type, return_sqrt_dt=True
+        )
+        assert sqrt_dt.tolist() == [0.5, 0.5]
+        assert std_dev_t.shape == (() if timestep is None else (2, 1, 1))
+        schedule = {"sigma": 0.75, "sigma_next": 0.5, "noise_level": 0.7, "sigma_max": 0.75}
+        sampler = {"sde": "flow_sde"}.get(sde_type, sde_type)
+        std = reference.sde_step(latents, latents, prev_sample=latents, sampler=sampler, **schedule).std[0].item()
+        inputs = given_loss(
+            shape=(2, 4, 5), log_prob=log_prob, std_dev_t=std_dev_t, sqrt_dt=sqrt_dt, prev_sample_mean=mean
+        )
+        inputs |= {"old_log_prob": log_prob, "advantages": torch.zeros(2), "old_prev_sample_mean": mean + 0.1}
+        if either.strict and timestep is None:
+            inputs["sqrt_dt"] = sqrt_dt[0]  # of rows, it meets the trainer's error
+        _, metrics = either.registry["flow_dppo"].compute_loss(**inputs)
+        counted = 0.25 if either.strict and sde_type != "sde" else 1.0
+        assert metrics["actor/kl_new_old_mean"] == pytest.approx(0.1**2 / (2 * std**2 * counted), rel=1e-4)
+
+
+# ---- the step: look-up, sampling, refusals ---------------------------------------------------------------------------
+
+
+def a_step(modules: Any, **changes: Any) -> Any:
+    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.0])
+    made = trainer.scheduler(sigmas, 1000 * sigmas[:-1], changes.pop("step_index", None))
+    arguments = {
+        "sample": torch.ones(2, 4, 5),
+        "model_output": torch.ones(2, 4, 5),
+        "timestep": torch.tensor([500.0, 750.0]),
+    }
+    return made.sample_previous_step(**(arguments | changes))
+
+
+def test_each_sample_is_looked_up_by_its_timestep(strict):
+    sqrt_dt = a_step(strict, prev_sample=torch.zeros(2, 4, 5), return_sqrt_dt=True)[-1]
+    assert torch.equal(sqrt_dt, torch.tensor([0.5, 0.25]).sqrt())
+
+
+def test_of_several_equal_timesteps_it_is_the_second(strict):
+    """As diffusers' `index_for_timestep`."""
+    sigmas = torch.tensor([0.9, 0.8, 0.6, 0.3, 0.0])
+    made = trainer.scheduler(sigmas, torch.tensor([5.0, 7.0, 7.0, 7.0]))
+    latents = torch.zeros(2, 3, 3)
+    sqrt_dt = made.sample_previous_step(
+        latents, latents, torch.tensor([7.0, 5.0]), prev_sample=latents, return_sqrt_dt=True
+    )[-1]
+    assert torch.allclose(sqrt_dt, torch.tensor([0.6 - 0.3, 0.9 - 0.8]).sqrt())
+
+
+def test_a_timestep_that_is_not_in_the_schedule(strict):
+    with pytest.raises(IndexError, match=r"timestep 740\.0 is not in the schedule \[1000\.0, 750\.0, 500\.0\]"):
+        a_step(strict, timestep=torch.tensor([500.0, 740.0]))
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps", "dance_sde"])
+def test_sampling_draws_the_trainers_noise(strict, sde_type):
+    randn = strict.schedulers.randn_tensor
+    shape = (2, 4, 5)
+    found = a_step(strict, generator=torch.Generator().manual_seed(3), sde_type=sde_type, return_sqrt_dt=True)
+    noise = randn(shape, generator=torch.Generator().manual_seed(3), device=torch.device("cpu"), dtype=torch.float32)
+    prev_sample, log_prob, mean, std_dev_t, sqrt_dt = found
+    std = std_dev_t * sqrt_dt.view(-1, 1, 1) if sde_type == "sde" else std_dev_t
+    assert torch.allclose(prev_sample, mean + std * noise, rtol=0, atol=2.0**-22)
+    replay = a_step(strict, prev_sample=prev_sample, sde_type=sde_type)
+    assert torch.equal(replay[1], log_prob)
+    assert a_step(strict, sde_type=sde_type, return_logprobs=False)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "changes"),
+    [
+        (AssertionError, {"sde_type": "ode"}),
+        (AssertionError, {"sample": torch.ones(2, 4, 5).half()}),
+        (AssertionError, {"model_output": torch.ones(2, 4, 5).double()}),
+        (AssertionError, {"prev_sample": torch.ones(2, 4, 5).bfloat16()}),
+        (NotImplementedError, {"per_token_timesteps": torch.ones(2)}),
+    ],
+)
+def test_what_the_trainer_refuses_it_still_refuses(strict, error, changes):
+    with pytest.raises(error):
+        a_step(strict, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sample": torch.ones(1, 4, 5)}, "latents of different shapes or devices"),
+        ({"sample": torch.ones(2, 4, 5, requires_grad=True)}, "a gradient to the sample"),
+        ({"timestep": torch.tensor([500.0])}, "a timestep that is not one per sample"),
+        ({"noise_level": torch.ones(2)}, "a noise_level that is neither 0-dim nor [B, 1, ...] in float32"),
+        ({"noise_level": torch.ones(2, 1, 1).half()}, "a noise_level that is neither 0-dim nor [B, 1, ...] in float32"),
+        ({"timestep": None}, "no timestep and no step_index"),
+    ],
+)
+def test_steps_that_are_not_served(strict, changes, reason):
+    arguments = {"prev_sample": torch.zeros(2, 4, 5)} | changes
+    assert ran_own(lambda: a_step(strict, **arguments)[:2])
+    assert strict.ours.fallbacks() == {f"sample_previous_step: {reason}": 1}
+
+
+# ---- what a micro-batch asks of a device -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss_mode", ["flow_dppo", "flow_grpo", "grpo_guard"])
+def test_a_micro_batch_waits_three_times_and_passes_the_latents_eight(either, monkeypatch, loss_mode, stored):
+    """Adapter, worker's loss and backward. The trainer: 26 operators on latents and 29 waits, for `flow_dppo`.
+
+    Copies: two latents out of the trajectory and, where the loss reads it, the old mean. Then step and loss, forward
+    and backward; the loss reads no latents in its backward but for `grpo_guard`.
+    """
+    monkeypatch.syspath_prepend(TESTS.parent / "benches")
+    seen = importlib.import_module("counting").count(_training(stored, loss_mode), ROWS * 4 * 40)
+    assert not either.ours.fallbacks()
+    assert seen.latent_ops <= {"flow_dppo": 6, "flow_grpo": 4, "grpo_guard": 7}[loss_mode]
+    assert seen.host_syncs <= 3  # metrics, loss, and on a CPU whether the timesteps are in the schedule
+
+
+def _training(stored: torch.dtype, loss_mode: str) -> Any:
+    """A micro-batch at step 1 of trajectories as the rollout stores them: latents `[B, steps + 1, ...]`."""
+    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.0])
+    latents, velocity = torch.zeros(ROWS, 4, 4, 40, dtype=stored), torch.zeros(ROWS, 4, 40).requires_grad_()
+    timesteps = (1000 * sigmas[:-1]).expand(ROWS, 3)
+    made = trainer.scheduler(sigmas, 1000 * sigmas[:-1])
+    actor = trainer.config(loss_mode=loss_mode)
+    data = {"old_log_probs": torch.zeros(ROWS, 3)[:, 1], "advantages": torch.ones(ROWS, 3)[:, 1]}
+    if loss_mode != "flow_grpo":
+        data["old_prev_sample_mean"] = torch.zeros(ROWS, 3, 4, 40)[:, 1]
+
+    def micro_batch() -> None:
+        step = trainer.adapter(made, latents, timesteps, velocity, 1, noise_level=0.7, sde_type="sde")
+        model_output = dict(zip(("log_probs", "prev_sample_mean", "std_dev_t", "sqrt_dt"), step, strict=True))
+        loss, _ = trainer.diffusion_loss(actor, model_output, data, 4)
+        loss.detach().item()  # the worker's, for its output
+        loss.backward()
+        assert velocity.grad is not None
+
+    return micro_batch
+
+
+# ---- the trainer itself ----------------------------------------------------------------------------------------------
+
+NEEDS = ("diffusers", "hydra", "tensordict", "verl")
+THEIR_TESTS = """
+    tests/trainer/diffusion/test_diffusion_core_algos_on_cpu.py
+    tests/trainer/diffusion/test_diffusion_registry_on_cpu.py
+    tests/trainer/diffusion/test_rollout_correction_on_cpu.py
+    tests/trainer/diffusion/test_diffusion_distillation_losses_on_cpu.py
+    tests/workers/config/test_diffusion_config_on_cpu.py
+"""
+
+
+def _needs_the_trainer() -> str:
+    if not CHECKOUT:
+        return "FLOWDPPO_OPS_VERL_OMNI does not name a checkout of verl-omni"
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    return f"verl-omni needs {', '.join(missing)}, which this Python has not" if missing else ""
+
+
+real = pytest.mark.skipif(bool(_needs_the_trainer()), reason=_needs_the_trainer() or "there")
+
+
+def _pytest(directory: Path | str, *arguments: str, **environment: str) -> dict[str, str]:
+    """Test -> outcome, of pytest in a process that has the trainer."""
+    path = os.pathsep.join([str(Path(flowdppo_ops.__file__).parents[1]), str(TESTS / "trainers")])
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "bare_verl_omni", "-p", "no:cacheprovider", "-v", "-rN", *arguments],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    outcomes = dict(re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", run.stdout, re.MULTILINE))
+    assert outcomes, run.stdout + run.stderr
+    return outcomes
+
+
+@real
+@pytest.mark.parametrize("strict", ["1", "0"])
+def test_the_trainers_own_tests_say_the_same(strict):
+    """With the integration as without it; those that need what is not installed fail both times."""
+    without = _pytest(CHECKOUT, *THEIR_TESTS.split())
+    enabled = _pytest(CHECKOUT, *THEIR_TESTS.split(), FLOWDPPO_OPS_INTEGRATE="1", FLOWDPPO_OPS_STRICT=strict)
+    assert enabled == without
+    assert list(without.values()).count("PASSED") > 60
+
+
+@real
+@pytest.mark.skipif(trainer.is_real(), reason="runs the others in this file")
+def test_all_of_this_holds_for_the_trainer_itself():
+    outcomes = _pytest(TESTS.parent, str(Path(__file__).relative_to(TESTS.parent)))
+    assert {name for name, outcome in outcomes.items() if outcome not in ("PASSED", "SKIPPED")} == set()
+    assert list(outcomes.values()).count("PASSED") > 300

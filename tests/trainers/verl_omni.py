@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +54,30 @@ def scheduler(sigmas: Tensor, timesteps: Tensor, step_index: int | None = None) 
     return made
 
 
+def adapter(made: Any, latents: Tensor, timesteps: Tensor, velocity: Tensor, step: int, **algorithm: Any) -> Any:
+    """What SD3's training adapter gives the worker: log-probs, means, `std_dev_t`, `sqrt_dt` of a step of trajectories.
+
+    latents: `[B, steps + 1, ...]`; timesteps: `[B, steps]`; velocity: what the transformer says.
+    """
+    if is_real():
+        from verl_omni.pipelines.sd3_flow_grpo.diffusers_training_adapter import StableDiffusion3FlowGRPO
+
+        model = SimpleNamespace(pipeline=SimpleNamespace(guidance_scale=None), algo=SimpleNamespace(**algorithm))
+        batch = {"all_latents": latents, "all_timesteps": timesteps}
+        return StableDiffusion3FlowGRPO.forward_and_sample_previous_step(
+            lambda **_: (velocity,), made, model, {}, None, batch, step
+        )
+    return made.sample_previous_step(
+        sample=latents[:, step].float(),
+        model_output=velocity.float(),
+        timestep=timesteps[:, step],
+        prev_sample=latents[:, step + 1].float(),
+        return_logprobs=True,
+        return_sqrt_dt=True,
+        **algorithm,
+    )[1:]
+
+
 def diffusion_loss(actor: Any, model_output: dict[str, Tensor], data: dict[str, Tensor], steps: int) -> Any:
     """The worker's loss of a micro-batch and its metrics, `steps` gradients being accumulated."""
     workers = sys.modules[WORKERS]
@@ -75,9 +100,8 @@ def loaded() -> Iterator[Any]:
     if not is_real():
         sys.modules.update(_stand_in())
     try:
-        from importlib import import_module
-
-        yield SimpleNamespace(**{k: import_module(v) for k, v in zip(("algos", "schedulers", "workers"), _NAMES)})
+        algos, schedulers, workers = map(import_module, _NAMES)
+        yield SimpleNamespace(algos=algos, schedulers=schedulers, workers=workers)
     finally:
         if not is_real():
             for name in set(sys.modules) - set(before):
