@@ -539,7 +539,7 @@ def ran_own(call: Any) -> bool:
         if not trainer.is_real():
             raise
         return True
-    return "own" in metrics or trainer.is_real()
+    return trainer.is_real() or "own" in metrics
 
 
 UNSERVED = {
@@ -715,8 +715,18 @@ def test_of_several_equal_timesteps_it_is_the_second(strict):
 
 
 def test_a_timestep_that_is_not_in_the_schedule(strict):
-    with pytest.raises(IndexError, match=r"timestep 740\.0 is not in the schedule \[1000\.0, 750\.0, 500\.0\]"):
+    with pytest.raises(IndexError, match=r"the schedule has not all of the timesteps \[500\.0, 740\.0\]"):
         a_step(strict, timestep=torch.tensor([500.0, 740.0]))
+
+
+def test_timesteps_are_compared_in_the_schedules_precision(strict):
+    """As a 0-dim timestep is with a schedule."""
+    third = torch.tensor([1000 / 3, 500.0], dtype=torch.float64)
+    sigmas = torch.tensor([0.5, 1 / 3, 0.0])
+    made = trainer.scheduler(sigmas, third.flip(0).float())
+    latents = torch.zeros(2, 3, 3)
+    sqrt_dt = made.sample_previous_step(latents, latents, third, prev_sample=latents, return_sqrt_dt=True)[-1]
+    assert torch.equal(sqrt_dt, (sigmas[:-1] - sigmas[1:]).sqrt().flip(0))
 
 
 @pytest.mark.parametrize("sde_type", ["sde", "cps", "dance_sde"])
@@ -805,6 +815,35 @@ def _training(stored: torch.dtype, loss_mode: str) -> Any:
     return micro_batch
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here, or a PyTorch without CUDA")
+@pytest.mark.parametrize("sde_type", ["sde", "cps", "dance_sde"])
+def test_a_step_on_a_gpu_does_not_wait(strict, sde_type):
+    """And says what it says on a CPU; a timestep that is not in the schedule makes its row NaN."""
+    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.0])
+    sample, velocity, prev_sample = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+
+    def run(device: str, *timesteps: float) -> tuple[Tensor, ...]:
+        made = trainer.scheduler(sigmas.to(device), 1000 * sigmas[:-1].to(device))
+        leaf = velocity.to(device).requires_grad_()
+        inputs = sample.to(device), leaf, torch.tensor(timesteps).to(device)
+        arguments = {"prev_sample": prev_sample.to(device), "sde_type": sde_type, "return_sqrt_dt": True}
+        made.sample_previous_step(*inputs, **arguments)  # loads the kernels
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            _, log_prob, mean, std_dev_t, sqrt_dt = made.sample_previous_step(*inputs, **arguments)
+            (grad,) = torch.autograd.grad(log_prob.sum() + mean.sum(), leaf)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return tuple(t.detach().cpu() for t in (log_prob, mean, std_dev_t, sqrt_dt, grad))
+
+    for ours, want in zip(run("cuda", 500.0, 750.0), run("cpu", 500.0, 750.0), strict=True):
+        assert torch.allclose(ours, want, rtol=2.0**-20, atol=2.0**-20)
+    log_prob, *_ = run("cuda", 500.0, 740.0)
+    assert log_prob.isnan().tolist() == [False, True]
+
+
 # ---- the trainer itself ----------------------------------------------------------------------------------------------
 
 NEEDS = ("diffusers", "hydra", "tensordict", "verl")
@@ -824,7 +863,11 @@ def _needs_the_trainer() -> str:
     return f"verl-omni needs {', '.join(missing)}, which this Python has not" if missing else ""
 
 
-real = pytest.mark.skipif(bool(_needs_the_trainer()), reason=_needs_the_trainer() or "there")
+def _why_not() -> str:
+    return "this process is the one that it starts" if trainer.is_real() else _needs_the_trainer()
+
+
+real = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "there")
 
 
 def _pytest(directory: Path | str, *arguments: str, **environment: str) -> dict[str, str]:
@@ -854,7 +897,6 @@ def test_the_trainers_own_tests_say_the_same(strict):
 
 
 @real
-@pytest.mark.skipif(trainer.is_real(), reason="runs the others in this file")
 def test_all_of_this_holds_for_the_trainer_itself():
     outcomes = _pytest(TESTS.parent, str(Path(__file__).relative_to(TESTS.parent)))
     assert {name for name, outcome in outcomes.items() if outcome not in ("PASSED", "SKIPPED")} == set()

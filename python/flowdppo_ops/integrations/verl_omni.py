@@ -25,6 +25,7 @@ from ..objectives import FlowDPPO, FlowGRPO, GRPOGuard, Objective
 from ..policy_loss import loss
 from ..result import PolicyLoss
 from ._patch import Patch, Replacement
+from ._schedule import look_up
 
 __all__ = ["disable", "enable", "enabled", "fallbacks"]
 
@@ -355,7 +356,7 @@ def _fused_step(original: Callable[..., Any], randn_tensor: Callable[..., Tensor
             index = self.step_index
             sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
         else:
-            sigma, sigma_next = _look_up(self, timestep)
+            sigma, sigma_next = look_up(self, timestep.to(self.timesteps.dtype))
         noise = None
         if prev_sample is None:
             noise = randn_tensor(
@@ -426,21 +427,6 @@ def _unserved_schedule(scheduler: Any, sample: Tensor, timestep: Any, noise_leve
     elif not isinstance(noise_level, Real):
         return "a noise_level that is no number"
     return ""
-
-
-def _look_up(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """`[B]`: sigma now and next, found where the schedule is; the trainer has the host wait twice for each sample.
-
-    As diffusers' `index_for_timestep`: equality, and the second place where there are several. A timestep that is not
-    in the schedule raises its IndexError on a CPU; on a GPU, where asking would wait, its row becomes NaN.
-    """
-    timesteps, sigmas = scheduler.timesteps, scheduler.sigmas
-    equal = timestep.to(timesteps)[:, None] == timesteps
-    places, index = (equal * equal.cumsum(1).clamp(max=2)).max(1)  # of equal ones the first
-    found = places > 0
-    if found.device.type == "cpu" and not found.all():
-        raise IndexError(f"timestep {timestep[~found][0].item()} is not in the schedule {timesteps.tolist()}")
-    return torch.where(found, sigmas[index], math.nan), sigmas[index + 1]
 
 
 # ---- what is replaced ------------------------------------------------------------------------------------------------
