@@ -56,6 +56,10 @@ _SAMPLERS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps"}  # a strate
 _DETERMINISTIC = 1e-7  # UniRL scores no step of a smaller eta
 _CLAMP = 0.99  # of the sigma in UniRL's KL
 
+# Where the helpers are looked up: they are imported by name.
+_CLIP_USERS = ("base", "flowgrpo", "grpo")
+_AVERAGING = ("utils.misc", "train.stack", "train.unified_model_stack")
+
 _KL_METRICS = (
     *("ratio_mean", "ratio_std", "ratio_min", "ratio_max", "approx_kl", "kl_new_old_mean", "kl_new_old_max"),
     *("kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction"),
@@ -98,11 +102,11 @@ def fallbacks() -> dict[str, int]:
 
 
 def _replacements(strict: bool) -> Iterator[Replacement]:
-    flowdppo, base, *users = (_PATCH.module(f"unirl.algorithms.{name}") for name in ("flowdppo", *_CLIP_USERS))
+    flowdppo, *users = (_PATCH.module(f"unirl.algorithms.{name}") for name in ("flowdppo", *_CLIP_USERS))
     helper = _PATCH.attribute(flowdppo, "_flowdppo_kl_adv_loss")
     _PATCH.check_parameters("_flowdppo_kl_adv_loss", helper, inspect.signature(_flowdppo_kl_adv_loss).parameters)
     yield Replacement(flowdppo, "_flowdppo_kl_adv_loss", _flowdppo_kl_adv_loss)
-    for module in (base, *users):
+    for module in users:
         helper = _PATCH.attribute(module, "_grpo_clip_loss")
         _PATCH.check_parameters("_grpo_clip_loss", helper, inspect.signature(_grpo_clip_loss).parameters)
         yield Replacement(module, "_grpo_clip_loss", _grpo_clip_loss)
@@ -112,14 +116,11 @@ def _replacements(strict: bool) -> Iterator[Replacement]:
     helper = _PATCH.attribute(algorithm, "_compute_sigma_t")
     _PATCH.check_parameters("FlowDPPO._compute_sigma_t", helper, ("self", "segment", "target_steps", "device"))
     yield Replacement(algorithm, "_compute_sigma_t", _transition_sigma_t)
-    for module in map(_PATCH.module, _AVERAGING):
+    for name in _AVERAGING:
+        module = _PATCH.module(f"unirl.{name}")
         helper = _PATCH.attribute(module, "aggregate_numeric_metrics")
         _PATCH.check_parameters("aggregate_numeric_metrics", helper, ("metrics_list",))
         yield Replacement(module, "aggregate_numeric_metrics", _aggregate_numeric_metrics)
-
-
-_CLIP_USERS = ("base", "flowgrpo", "grpo")
-_AVERAGING = ("unirl.utils.misc", "unirl.train.stack", "unirl.train.unified_model_stack")
 
 
 # ---- the loss helpers ------------------------------------------------------------------------------------------------
@@ -303,11 +304,9 @@ def _row_sigma(sigma_t: Tensor, row_shape: tuple[int, ...]) -> Tensor | None:
 
 def _strict_sigma_t(algorithm: Any, segment: Any, target_steps: list[int], device: torch.device) -> Tensor:
     """`[1, S, 1, 1, 1]` float32, UniRL's: Flow-SDE's whatever the strategy, with sigma clamped to 0.99; or ones."""
-    steps = _steps(algorithm, segment, target_steps, device)
-    if steps is None:
+    if not algorithm.add_kl_coefficient:
         return torch.ones(1, len(target_steps), 1, 1, 1, device=device)
-    sigmas, index = steps
-    sigma, sigma_next = sigmas[index], sigmas[index + 1]
+    sigma, sigma_next, _ = _schedule(segment, target_steps, device)
     std_dev_t = torch.sqrt(sigma / (1.0 - torch.clamp(sigma, max=_CLAMP))) * float(algorithm.params.eta)
     return (std_dev_t * torch.sqrt(sigma - sigma_next)).reshape(1, -1, 1, 1, 1)
 
@@ -316,26 +315,22 @@ def _transition_sigma_t(self: Any, segment: Any, target_steps: list[int], device
     """The same of the transition that the stage's strategy makes; inf, and so no KL, where nothing is random."""
     strategy = getattr(self.stage, "strategy", None)
     sampler = _SAMPLERS.get(getattr(strategy, "canonical_name", ""))
-    steps = _steps(self, segment, target_steps, device)
-    if sampler is None or steps is None:
-        if steps is not None:
-            _PATCH.fall_back(f"sigma of the KL with strategy {type(strategy).__name__}")
+    if sampler is None and self.add_kl_coefficient:
+        _PATCH.fall_back(f"sigma of the KL with strategy {type(strategy).__name__}")
+    if sampler is None or not self.add_kl_coefficient:
         return _strict_sigma_t(self, segment, target_steps, device)
-    sigmas, index = steps[0].double(), steps[1]
-    sigma_max = sigmas[1] if len(sigmas) > 1 else sigmas.new_tensor(_CLAMP)
-    eta = sigmas.new_tensor(float(self.params.eta))
-    std = reference.transition(sampler, sigmas[index], sigmas[index + 1], eta, sigma_max)[2]
+    sigma, sigma_next, sigma_max = (t.double() for t in _schedule(segment, target_steps, device))
+    std = reference.transition(sampler, sigma, sigma_next, sigma.new_tensor(float(self.params.eta)), sigma_max)[2]
     return torch.where(std == 0, math.inf, std).float().reshape(1, -1, 1, 1, 1)
 
 
-def _steps(algorithm: Any, segment: Any, target_steps: list[int], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """The schedule in float32 and the steps' positions in it; None where no sigma is wanted."""
-    if not algorithm.add_kl_coefficient:
-        return None
+def _schedule(segment: Any, target_steps: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32: the steps' sigma now and next, and the sigma_max that UniRL's stages give their strategy."""
     if segment.sigmas is None:
         raise ValueError("FlowDPPO with add_kl_coefficient=True requires segment.sigmas.")
     sigmas = segment.sigmas.to(device=device, dtype=torch.float32)
-    return sigmas, torch.tensor(target_steps, dtype=torch.long, device=device)
+    index = torch.tensor(target_steps, dtype=torch.long, device=device)
+    return sigmas[index], sigmas[index + 1], sigmas[1]
 
 
 # ---- metrics over micro-batches --------------------------------------------------------------------------------------
@@ -505,7 +500,7 @@ def _row_vector(value: float | Tensor, latents: Tensor) -> float | Tensor:
         value = value.reshape(())
     elif value.ndim < latents.ndim:
         value = value.reshape(*value.shape, *(1,) * (latents.ndim - value.ndim))
-    return value.to(latents.device)
+    return value.to(latents.device, non_blocking=True)
 
 
 def _unserved_step(
@@ -551,12 +546,14 @@ _CLASSES: dict[str, tuple[str, type]] = {
     "CPSSDEStrategy": ("unirl.sde.kernels", _Strategy),
     "DanceSDEStrategy": ("unirl.sde.kernels", _Strategy),
 }
-_ALGORITHM_METHODS: dict[str, tuple[str, ...]] = {
+# What is called or replaced of UniRL's: methods with their parameters, and names of `unirl.algorithms.base`.
+_ALGORITHM_METHODS = {
     "_resolve_target_steps": ("self", "segment"),
     "compute_loss_and_backward": tuple(inspect.signature(_Algorithm.compute_loss_and_backward).parameters),
     "prepare_segment": ("self", "conditions", "segment"),
 }
-_STRATEGY_METHODS: dict[str, tuple[str, ...]] = {"denoise": tuple(inspect.signature(_Strategy.denoise).parameters)}
+_STRATEGY_METHODS = {"denoise": tuple(inspect.signature(_Strategy.denoise).parameters)}
+_BASE = ("AlgorithmStepResult", "_resolve_clip_range_from_schedule", "gather_sde_field", "typed_conditions")
 
 
 def __getattr__(name: str) -> Any:
@@ -564,9 +561,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, mine = _CLASSES[name]
     base = _PATCH.attribute(_PATCH.module(module), name)
-    methods: dict[str, tuple[str, ...]] = _ALGORITHM_METHODS if issubclass(mine, _Algorithm) else _STRATEGY_METHODS
-    for method, parameters in methods.items():
+    is_algorithm = issubclass(mine, _Algorithm)
+    for method, parameters in (_ALGORITHM_METHODS if is_algorithm else _STRATEGY_METHODS).items():
         _PATCH.check_parameters(f"{name}.{method}", _PATCH.attribute(base, method), parameters)
+    for needed in _BASE if is_algorithm else ():
+        _PATCH.attribute(_PATCH.module("unirl.algorithms.base"), needed)
     own = {"__module__": __name__, "__doc__": mine.__doc__, "__signature__": _signature(base, mine)}
     made = globals()[name] = type(name, (mine, base), own)
     return made
