@@ -37,7 +37,7 @@ DEFECTS: list[Defect] = [
         name="sigma of the KL with CPS and Dance",
         trainer="UniRL",
         behaviour="`FlowDPPO._compute_sigma_t` has Flow-SDE's formula whatever the strategy",
-        effect="steps 0, 1 and 4 of that schedule: the KL is too small by 2.37, 0.81 and 0.34 (CPS), 100, 27 and 4.5 (Dance)",
+        effect="steps 0, 1 and 4 of that schedule: 0.42, 1.24 and 2.97 times the KL (CPS), 0.01, 0.037 and 0.22 (Dance)",
         strict="as UniRL",
         fixed="the transition's standard deviation; no KL at the last step of CPS, which draws nothing",
     ),
@@ -45,8 +45,8 @@ DEFECTS: list[Defect] = [
         name="sigma_t for token and video trajectories",
         trainer="UniRL",
         behaviour="`[1, S, 1, 1, 1]` is broadcast against means of rank 4 and 6",
-        effect="an exception; or, where sizes happen to fit (token: B = S, B = 1 or S = 1; video: C = S or C = 1), a KL of "
-        "mixed rows or steps",
+        effect="an exception; or a KL of mixed rows or steps where sizes happen to fit (token: B = S, B = 1 or S = 1; "
+        "video: C = S or C = 1)",
         strict="one KL per row",
         fixed="one KL per row",
     ),
