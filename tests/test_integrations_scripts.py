@@ -6,30 +6,29 @@ With `strict=True` every recorded number is reproduced, shapes included; with `s
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import inspect
 import logging
 import os
 import re
 import sys
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Union
+from typing import Any
 
 import pytest
 import torch
 from golden.load import Case, load, names
 from test_golden import DIFFERENCES, _allowed, _mismatch
 from torch import Tensor
+from trainers import flow_factory as surface
+from trainers.flow_factory import RESULTS, SDESchedulerOutput
 
 from flowdppo_ops.integrations import DEFECTS, Incompatible, _schedule, flow_factory, flow_grpo
 
 Results = dict[str, Tensor | None]
 
-MODULE = "flow_factory.scheduler.flow_match_euler_discrete"
 # An input, and what the scripts keep to themselves: it shows in the loss.
 NOT_RETURNED = {"out.ratio_mean_bias", "out.ratio"}
 
@@ -352,62 +351,12 @@ def test_strict_from_the_environment(monkeypatch):
 
 # ---- Flow-Factory: the step ------------------------------------------------------------------------------------------
 
-RESULTS = ["next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred"]
-
-
-@dataclass
-class SDESchedulerOutput:
-    next_latents: Tensor | None = None
-    next_latents_mean: Tensor | None = None
-    std_dev_t: Tensor | None = None
-    dt: Tensor | None = None
-    log_prob: Tensor | None = None
-    noise_pred: Tensor | None = None
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SDESchedulerOutput:
-        return cls(**{name: data[name] for name in {one.name for one in fields(cls)} & data.keys()})
-
-
-class FlowMatchEulerDiscreteSDEScheduler:
-    """The surface that the integration relies on. Its own step does nothing but return what it was called with."""
-
-    def __init__(self, given: dict[str, Tensor], dynamics_type: str = "Flow-SDE", noise_level: float = 0.7) -> None:
-        self.sigmas, self.timesteps = given["sigmas"], given["timesteps"]
-        self.dynamics_type, self.noise_level, self.is_eval = dynamics_type, noise_level, False
-
-    def get_noise_level_for_sigma(self, sigma: Tensor) -> Tensor:
-        return torch.where(sigma > self.sigmas[-2], self.noise_level, 0.0)
-
-    def step(
-        self,
-        noise_pred,
-        timestep,
-        latents,
-        next_latents=None,
-        timestep_next=None,
-        generator=None,
-        noise_level=None,
-        compute_log_prob=True,
-        return_dict=True,
-        return_kwargs=RESULTS,
-        dynamics_type=None,
-        sigma_max=None,
-    ):
-        return locals()
-
 
 @pytest.fixture
-def trainer(monkeypatch):
-    """A module of the trainer's name with that surface."""
-    module = ModuleType(MODULE)
-    own = vars(FlowMatchEulerDiscreteSDEScheduler)
-    module.FlowMatchEulerDiscreteSDEScheduler = type("FlowMatchEulerDiscreteSDEScheduler", (), dict(own))
-    module.SDESchedulerOutput = SDESchedulerOutput
-    for name in ("flow_factory", "flow_factory.scheduler"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, MODULE, module)
-    return module
+def trainer():
+    """A module of the trainer's name, with the surface that the integration relies on."""
+    with surface.stand_in() as module:
+        yield module
 
 
 @pytest.fixture
@@ -774,25 +723,10 @@ def test_the_real_step(which, sde_type, draws, layout):
 
 
 @pytest.fixture
-def real_flow_factory(monkeypatch):
-    """Its scheduler's module; its packages without what they import beside it."""
-    source = needs("FLOWDPPO_OPS_FLOW_FACTORY", "diffusers", "accelerate", "transformers") / "src" / "flow_factory"
-    known = {name for name in sys.modules if name.partition(".")[0] == "flow_factory"}
-    assert not known
-    for name in ("flow_factory", "flow_factory.scheduler", "flow_factory.utils"):
-        package = ModuleType(name)
-        package.__path__ = [str(source.joinpath(*name.split(".")[1:]))]
-        monkeypatch.setitem(sys.modules, name, package)
-    # What the step needs of `utils.base`, which imports media libraries.
-    base = ModuleType("flow_factory.utils.base")
-    tree = ast.parse((source / "utils" / "base.py").read_text())
-    (function,) = [one for one in tree.body if getattr(one, "name", "") == "to_broadcast_tensor"]
-    code = compile(ast.Module([function], []), "base.py", "exec")
-    exec(code, vars(base) | {"Union": Union, "List": list, "torch": torch}, vars(base))
-    monkeypatch.setitem(sys.modules, base.__name__, base)
-    yield importlib.import_module(MODULE)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "flow_factory"]:
-        del sys.modules[name]
+def real_flow_factory():
+    checkout = needs("FLOWDPPO_OPS_FLOW_FACTORY", "diffusers", "accelerate", "transformers")
+    with surface.real(checkout) as module:
+        yield module
 
 
 @pytest.mark.parametrize("dynamics", ["Flow-SDE", "Dance-SDE", "CPS", "ODE"])

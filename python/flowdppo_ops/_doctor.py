@@ -142,7 +142,7 @@ def _integrations() -> Iterator[Line]:
 
 def _active(name: str) -> str:
     module = sys.modules.get(f"{__package__}.integrations.{name}")
-    if module is None or not module.enabled():
+    if module is None or not getattr(module, "active", module.enabled)():
         return "not active in this process"
     fallbacks = getattr(module, "fallbacks", dict)()
     calls = "; ".join(f"{reason}: {times} calls" for reason, times in fallbacks.items())

@@ -96,6 +96,11 @@ def enabled() -> bool:
     return _PATCH.strict is not None
 
 
+def active() -> bool:
+    """Whether the helpers are rebound, or a recipe has asked for a class of this module."""
+    return enabled() or not _CLASSES.keys().isdisjoint(globals())
+
+
 def fallbacks() -> dict[str, int]:
     """reason -> how many calls UniRL's own function served for it."""
     return dict(_PATCH.fallbacks)
