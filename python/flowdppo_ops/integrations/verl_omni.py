@@ -232,7 +232,7 @@ def _unserved(
     if not means:
         return ""
     ones = (1,) * (means[0].ndim - 1)
-    if len(shape) != 1 or any(m.shape != means[0].shape or m.shape[:1] != shape for m in means):
+    if any(m.shape != means[0].shape or m.shape[:1] != shape for m in means):
         return "means of different shapes, or not of one row per log-prob"
     if std_dev_t.ndim and std_dev_t.shape != shape + ones:
         return "std_dev_t neither 0-dim nor [B, 1, ...]"
@@ -258,7 +258,7 @@ def _policy_loss(
     result = loss(
         mean,
         old_mean,
-        advantages.detach(),
+        advantages,
         std=std,
         sqrt_dt=sqrt_dt,
         log_prob=log_prob,
