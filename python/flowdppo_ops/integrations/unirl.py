@@ -563,7 +563,7 @@ def __getattr__(name: str) -> Any:
         _patch.check_parameters(f"{name}.{method}", _patch.attribute(base, method), parameters)
     for needed in _BASE if is_algorithm else ():
         _patch.attribute(_patch.module("unirl.algorithms.base"), needed)
-    own = {"__module__": __name__, "__doc__": mine.__doc__, "__signature__": _signature(base, mine)}
+    own = {"__doc__": mine.__doc__, "__signature__": _signature(base, mine)}
     made = globals()[name] = type(name, (mine, base), own)
     return made
 
