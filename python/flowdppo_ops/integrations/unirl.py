@@ -378,7 +378,7 @@ class _Algorithm:
         replay = self.stage.replay(typed, segment=segment, params=self.params, step_indices=steps)
         new_logp = replay.log_probs
         old_logp = _anchor(segment, "sde_logp", steps, new_logp)
-        wide = advantages.detach().to(dtype=new_logp.dtype, device=new_logp.device).reshape(-1, 1).expand_as(new_logp)
+        wide = advantages.to(dtype=new_logp.dtype, device=new_logp.device).reshape(-1, 1).expand_as(new_logp)
         rows = new_logp, old_logp, wide
         per_element, late, setting = self._per_element(rows, segment, steps, replay, training_progress)
         mean = per_element.mean()
