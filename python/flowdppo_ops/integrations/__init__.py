@@ -137,7 +137,7 @@ DEFECTS: list[Defect] = [
         name="sigma of the KL with CPS and Dance",
         trainer="UniRL",
         behaviour="`FlowDPPO._compute_sigma_t` has Flow-SDE's formula whatever the strategy",
-        effect="steps 0, 1 and 4 of that schedule: 0.42, 1.24 and 2.97 times the KL (CPS), 0.01, 0.037, 0.22 (Dance)",
+        effect="steps 0, 1, 4 of that schedule: 0.42, 1.24 and 2.97 times the KL (CPS), 0.01, 0.037 and 0.22 (Dance)",
         strict="as UniRL",
         fixed="the transition's standard deviation; no KL at the last step of CPS, which draws nothing",
     ),

@@ -50,7 +50,7 @@ __all__ = [
     "fallbacks",
 ]
 
-_PATCH = Patch("UniRL", tested="commit 1a7b501e8fe8517b432a130220d2ff462f9b5afa")
+_patch = Patch("UniRL", tested="commit 1a7b501e8fe8517b432a130220d2ff462f9b5afa")
 
 _SAMPLERS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps"}  # a strategy's canonical_name -> ours
 _DETERMINISTIC = 1e-7  # UniRL scores no step of a smaller eta
@@ -83,17 +83,17 @@ def enable(strict: bool | None = None) -> None:
     Raises:
         Incompatible: UniRL is not importable, or its surface is another than that of the commit tested.
     """
-    _PATCH.enable(strict, _replacements)
+    _patch.enable(strict, _replacements)
 
 
 def disable() -> None:
     """Puts UniRL's own functions back."""
-    _PATCH.disable()
+    _patch.disable()
 
 
 def enabled() -> bool:
     """Whether the helpers are rebound; the classes of this module need no `enable()`."""
-    return _PATCH.strict is not None
+    return _patch.strict is not None
 
 
 def active() -> bool:
@@ -103,29 +103,26 @@ def active() -> bool:
 
 def fallbacks() -> dict[str, int]:
     """reason -> how many calls UniRL's own function served for it."""
-    return dict(_PATCH.fallbacks)
+    return dict(_patch.fallbacks)
 
 
 def _replacements(strict: bool) -> Iterator[Replacement]:
-    flowdppo, *users = (_PATCH.module(f"unirl.algorithms.{name}") for name in ("flowdppo", *_CLIP_USERS))
-    helper = _PATCH.attribute(flowdppo, "_flowdppo_kl_adv_loss")
-    _PATCH.check_parameters("_flowdppo_kl_adv_loss", helper, inspect.signature(_flowdppo_kl_adv_loss).parameters)
-    yield Replacement(flowdppo, "_flowdppo_kl_adv_loss", _flowdppo_kl_adv_loss)
+    flowdppo, *users = (_patch.module(f"unirl.algorithms.{name}") for name in ("flowdppo", *_CLIP_USERS))
+    yield _replacement(flowdppo, "_flowdppo_kl_adv_loss", _flowdppo_kl_adv_loss)
     for module in users:
-        helper = _PATCH.attribute(module, "_grpo_clip_loss")
-        _PATCH.check_parameters("_grpo_clip_loss", helper, inspect.signature(_grpo_clip_loss).parameters)
-        yield Replacement(module, "_grpo_clip_loss", _grpo_clip_loss)
+        yield _replacement(module, "_grpo_clip_loss", _grpo_clip_loss)
     if strict:
         return
-    algorithm = _PATCH.attribute(flowdppo, "FlowDPPO")
-    helper = _PATCH.attribute(algorithm, "_compute_sigma_t")
-    _PATCH.check_parameters("FlowDPPO._compute_sigma_t", helper, ("self", "segment", "target_steps", "device"))
-    yield Replacement(algorithm, "_compute_sigma_t", _transition_sigma_t)
+    yield _replacement(_patch.attribute(flowdppo, "FlowDPPO"), "_compute_sigma_t", _transition_sigma_t)
     for name in _AVERAGING:
-        module = _PATCH.module(f"unirl.{name}")
-        helper = _PATCH.attribute(module, "aggregate_numeric_metrics")
-        _PATCH.check_parameters("aggregate_numeric_metrics", helper, ("metrics_list",))
-        yield Replacement(module, "aggregate_numeric_metrics", _aggregate_numeric_metrics)
+        module = _patch.module(f"unirl.{name}")
+        yield _replacement(module, "aggregate_numeric_metrics", _aggregate_numeric_metrics)
+
+
+def _replacement(owner: Any, name: str, value: Callable[..., Any]) -> Replacement:
+    """Of a function with the same parameters."""
+    _patch.check_parameters(name, _patch.attribute(owner, name), inspect.signature(value).parameters)
+    return Replacement(owner, name, value)
 
 
 # ---- the loss helpers ------------------------------------------------------------------------------------------------
@@ -143,7 +140,7 @@ def _flowdppo_kl_adv_loss(
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """What `enable()` puts in the place of UniRL's: per-element loss `[B, S]`, and the metrics."""
     rows, means = (new_logp, old_logp, advantages), (new_means, old_means)
-    return _kl_adv_loss(rows, means, sigma_t, kl_mask_threshold, _PATCH.strict is not False)
+    return _kl_adv_loss(rows, means, sigma_t, kl_mask_threshold, _patch.strict is not False)
 
 
 def _grpo_clip_loss(
@@ -155,7 +152,7 @@ def _grpo_clip_loss(
     clip_range_high: float | None = None,
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """What `enable()` puts in the place of UniRL's, for rows of any shape: steps or tokens."""
-    return _clip_loss((new_logp, old_logp, advantages), clip_range, clip_range_high, _PATCH.strict is not False)
+    return _clip_loss((new_logp, old_logp, advantages), clip_range, clip_range_high, _patch.strict is not False)
 
 
 _Rows = tuple[Tensor, Tensor, Tensor]  # new and old log-probs, advantages
@@ -264,8 +261,8 @@ class _Late(Mapping[str, Tensor]):
 
 def _own(module: str, name: str, reason: str, **given: Any) -> Any:
     """UniRL's own function, counted."""
-    _PATCH.fall_back(reason)
-    return _PATCH.original(_PATCH.module(module), name)(**given)
+    _patch.fall_back(reason)
+    return _patch.original(_patch.module(module), name)(**given)
 
 
 def _unserved_rows(rows: _Rows) -> str:
@@ -321,7 +318,7 @@ def _transition_sigma_t(self: Any, segment: Any, target_steps: list[int], device
     strategy = getattr(self.stage, "strategy", None)
     sampler = _SAMPLERS.get(getattr(strategy, "canonical_name", ""))
     if sampler is None and self.add_kl_coefficient:
-        _PATCH.fall_back(f"sigma of the KL with strategy {type(strategy).__name__}")
+        _patch.fall_back(f"sigma of the KL with strategy {type(strategy).__name__}")
     if sampler is None or not self.add_kl_coefficient:
         return _strict_sigma_t(self, segment, target_steps, device)
     sigma, sigma_next, sigma_max = (t.double() for t in _schedule(segment, target_steps, device))
@@ -343,7 +340,7 @@ def _schedule(segment: Any, target_steps: list[int], device: torch.device) -> tu
 
 def _aggregate_numeric_metrics(metrics_list: list[dict[str, Any]]) -> dict[str, float]:
     """UniRL's means over micro-batches, updates and ranks; of a minimum the least and of a maximum the largest."""
-    aggregate = _PATCH.original(_PATCH.module("unirl.utils.misc"), "aggregate_numeric_metrics")
+    aggregate = _patch.original(_patch.module("unirl.utils.misc"), "aggregate_numeric_metrics")
     merged = aggregate(metrics_list)
     for suffix, extreme in (("_min", min), ("_max", max)):
         for name in filter(lambda name: name.endswith(suffix), merged):
@@ -378,7 +375,7 @@ class _Algorithm:
             UniRL's `AlgorithmStepResult`. The device is waited for after the backward is launched, for the loss and for
             all metrics together.
         """
-        base = _PATCH.module("unirl.algorithms.base")
+        base = _patch.module("unirl.algorithms.base")
         steps = self._resolve_target_steps(segment)
         if not steps:
             return base.AlgorithmStepResult(loss=0.0, metrics={}, num_steps_or_tokens=0, has_backward=False)
@@ -386,7 +383,7 @@ class _Algorithm:
         replay = self.stage.replay(typed, segment=segment, params=self.params, step_indices=steps)
         new_logp = replay.log_probs
         old_logp = _anchor(segment, "sde_logp", steps, new_logp)
-        wide = advantages.detach().to(dtype=new_logp.dtype, device=new_logp.device).reshape(-1, 1).expand_as(new_logp)
+        wide = advantages.to(dtype=new_logp.dtype, device=new_logp.device).reshape(-1, 1).expand_as(new_logp)
         rows = new_logp, old_logp, wide
         per_element, late, setting = self._per_element(rows, segment, steps, replay, training_progress)
         mean = per_element.mean()
@@ -420,7 +417,7 @@ class _FlowGRPO(_Algorithm):
     def _per_element(
         self, rows: _Rows, segment: Any, steps: list[int], replay: Any, training_progress: float
     ) -> tuple[Tensor, Mapping[str, Tensor], dict[str, float]]:
-        scheduled = _PATCH.module("unirl.algorithms.base")._resolve_clip_range_from_schedule
+        scheduled = _patch.module("unirl.algorithms.base")._resolve_clip_range_from_schedule
         clip_range = float(scheduled(self.clip_range, self.clip_schedule, training_progress))
         return *_clip_loss(rows, clip_range, None, self.strict), {"clip_range": clip_range}
 
@@ -430,7 +427,7 @@ def _anchor(segment: Any, field: str, steps: list[int], like: Tensor) -> Tensor:
     UniRL's gather copies it twice."""
     value, recorded = getattr(segment, field), segment.sde_indices
     if value is None or recorded.tolist() != steps:
-        base = _PATCH.module("unirl.algorithms.base")
+        base = _patch.module("unirl.algorithms.base")
         value = base.gather_sde_field(value, recorded, steps, field_name=field)
     return value.to(dtype=like.dtype, device=like.device)
 
@@ -473,7 +470,7 @@ class _Strategy:
         """
         reason = _unserved_step(noise_pred, sample, prev_sample, sigma, sigma_next, sigma_max, eta)
         if reason:
-            _PATCH.fall_back(reason)
+            _patch.fall_back(reason)
             schedule = {"eta": eta, "sigma_max": sigma_max, "step_index": step_index}
             return super().denoise(noise_pred, sample, sigma, sigma_next, prev_sample=prev_sample, **schedule)
         scored = not eta < _DETERMINISTIC
@@ -565,13 +562,13 @@ def __getattr__(name: str) -> Any:
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, mine = _CLASSES[name]
-    base = _PATCH.attribute(_PATCH.module(module), name)
+    base = _patch.attribute(_patch.module(module), name)
     is_algorithm = issubclass(mine, _Algorithm)
     for method, parameters in (_ALGORITHM_METHODS if is_algorithm else _STRATEGY_METHODS).items():
-        _PATCH.check_parameters(f"{name}.{method}", _PATCH.attribute(base, method), parameters)
+        _patch.check_parameters(f"{name}.{method}", _patch.attribute(base, method), parameters)
     for needed in _BASE if is_algorithm else ():
-        _PATCH.attribute(_PATCH.module("unirl.algorithms.base"), needed)
-    own = {"__module__": __name__, "__doc__": mine.__doc__, "__signature__": _signature(base, mine)}
+        _patch.attribute(_patch.module("unirl.algorithms.base"), needed)
+    own = {"__doc__": mine.__doc__, "__signature__": _signature(base, mine)}
     made = globals()[name] = type(name, (mine, base), own)
     return made
 
@@ -588,4 +585,4 @@ def _signature(base: Callable[..., Any], mine: type) -> inspect.Signature:
 
 
 def _say_fused(instance: object, more: str = "") -> None:
-    _PATCH._say_once(logging.INFO, f"flowdppo_ops: UniRL's {type(instance).__name__} runs fused{more}")
+    _patch._say_once(logging.INFO, f"flowdppo_ops: UniRL's {type(instance).__name__} runs fused{more}")
