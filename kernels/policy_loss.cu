@@ -324,8 +324,8 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
 // ---- entry points --------------------------------------------------------------------------------------------------
 
 // Two blocks on a multiprocessor at least, not more: asked for three, the compiler saves registers by sinking half of
-// an iteration's loads below the arithmetic. It takes 62 to 124; 2 or 3 blocks with 6 loads a thread are 49 to 74 KB in
-// flight, where an H200 should need ~30 (4.8 TB/s, 132 multiprocessors, 0.8 us).
+// an iteration's loads below the arithmetic. It takes 62 to 126; 2 or 3 blocks with 4 to 8 loads a thread are 33 to 74
+// KB in flight, where an H200 should need ~30 (4.8 TB/s, 132 multiprocessors, 0.8 us).
 #define POLICY_LOSS(variant, Source, ...)                                            \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
       policy_loss_forward_##variant(const __grid_constant__ PolicyLossForward p) {   \

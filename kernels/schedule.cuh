@@ -69,6 +69,3 @@ __device__ __forceinline__ StepRow shared_step(const Schedule& schedule, long lo
 
 // Nothing is random in such a row: noise level 0, or the last step of CPS.
 __device__ __forceinline__ bool is_deterministic(const Transition& t) { return t.std == 0.0; }
-
-// What a residual is measured in: (x' - mu) / unit.
-__device__ __forceinline__ double residual_unit(const Transition& t) { return is_deterministic(t) ? 1.0 : t.std; }

@@ -31,17 +31,29 @@ def loss(api):
 
 
 @pytest.fixture(scope="session")
-def step_loss(request: pytest.FixtureRequest):
+def step_loss(api):
     """The `step_loss` under test."""
-    return reference.step_loss if request.config.getoption("--impl") == "reference" else flowdppo_ops.step_loss
+    return api.step_loss
 
 
 @pytest.fixture(scope="session")
-def fused(request: pytest.FixtureRequest):
-    """The native `loss`, for what the reference does not promise."""
-    if request.config.getoption("--impl") == "reference":
+def native(api):
+    """What holds the native functions, for what the reference does not promise."""
+    if api is reference:
         pytest.skip("promised by the native backend alone")
-    return flowdppo_ops.loss
+    return api
+
+
+@pytest.fixture(scope="session")
+def fused(native):
+    """The native `loss`."""
+    return native.loss
+
+
+@pytest.fixture(scope="session")
+def fused_step(native):
+    """The native `step_loss`."""
+    return native.step_loss
 
 
 @pytest.fixture(autouse=True)

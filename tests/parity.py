@@ -38,6 +38,11 @@ def is_step(arguments: dict[str, Any]) -> bool:
     return "model_output" in arguments
 
 
+def specification(arguments: dict[str, Any]) -> Callable[..., PolicyLoss]:
+    """The reference's function for a call."""
+    return reference.step_loss if is_step(arguments) else reference.loss
+
+
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +90,7 @@ def widen(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def three_way(loss: Callable[..., PolicyLoss], arguments: dict[str, Any]) -> Results:
     """Runs `loss` and asserts the policy for all it returns; gives back what it returned."""
-    specified = reference.step_loss if is_step(arguments) else reference.loss
+    specified = specification(arguments)
     mine, eager = run(loss, arguments), run(specified, arguments)
     truth = run(specified, widen(arguments))
     scale = scales(widen(arguments), truth)
@@ -291,7 +296,7 @@ def as_means(arguments: dict[str, Any]) -> tuple[dict[str, Any], Spread]:
 
 def far_from_ties(arguments: dict[str, Any], margin: float = 1e-3) -> bool:
     """Whether no row is so near a threshold that rounding may decide its side. Exact ties are tested apart."""
-    truth = run(reference.loss, widen(arguments))
+    truth = run(specification(arguments), widen(arguments))
     objective, ratio = arguments["objective"], truth["ratio"]
     limits = [1.0]
     if isinstance(objective, FlowDPPO):

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from cases import OBJECTIVES, THRESHOLD, mask_cells
+from cases import CELLS, OBJECTIVES, THRESHOLD, mask_cells
 
 from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, reference
 
@@ -18,6 +18,7 @@ SAMPLERS = ("flow_sde", "dance_sde", "cps")
 OLD_FORMS = {"mean": "old_prev_sample_mean", "output": "old_model_output", "residual": "old_residual"}
 REF_FORMS = {"mean": "ref_prev_sample_mean", "output": "ref_model_output"}
 SCHEDULE = ("sigma", "sigma_next", "noise_level")
+SIGMA_MAX = 0.9375  # exact in every dtype
 LATENTS = ("model_output", "uncond_output", "sample", "prev_sample", *OLD_FORMS.values(), *REF_FORMS.values())
 
 STEP_OBJECTIVES = OBJECTIVES | {
@@ -56,6 +57,8 @@ STEP_DTYPES = {
         "guidance_scale": _f16,
     },
 }
+# For the CPU and the reference alone.
+FLOAT64_DTYPES = {"float64": {"*": torch.float64}, "one float64 latent": {"*": _f32, "sample": torch.float64}}
 
 
 def draw_step(
@@ -68,16 +71,17 @@ def draw_step(
     guidance: bool = False,
     old_log_prob: bool = False,
     weights: bool = False,
-    deterministic: bool = False,
+    deterministic: bool | tuple[int, ...] = False,
     dtypes: dict[str, torch.dtype] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """Keyword arguments for `step_loss`.
 
-    old_form: None draws no old policy. deterministic: every third row has no noise. `options` go to `step_loss`; with a
-    `ref_form` the weight of the reference term is 0.5. The row's number picks its KL (0.1 or 10 thresholds), the side
-    of its ratio and the sign of its advantage, with periods 2, 4 and 12.
+    old_form: None draws no old policy. deterministic: these rows, or every third, have no noise; with "cps" every
+    second of them is a last step instead. `options` go to `step_loss`; with a `ref_form` the weight of the reference
+    term is 0.5. The row's number picks its KL (0.1 or 10 thresholds), the side of its ratio and the sign of its
+    advantage, with periods 2, 4 and 12. Every fifth row begins at sigma 1, where `sigma_max` counts.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, numel = math.prod(row_shape), math.prod(latent_shape)
@@ -103,13 +107,15 @@ def draw_step(
     lean = torch.where(number // 2 % 2 == 0, 4.0, -4.0).double()
     sign = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)[number // 4 % 3]
 
-    sigma = keep("sigma", uniform(0.4, 0.95))
-    sigma_next = keep("sigma_next", sigma * uniform(0.6, 0.8))
-    noise_level = uniform(0.3, 0.9)
-    if deterministic:
-        noise_level[::3] = 0.0
-    noise_level = keep("noise_level", noise_level)
-    a, b, std = reference.transition(sampler, sigma, sigma_next, noise_level, torch.tensor(0.99, dtype=torch.float64))
+    sigma = keep("sigma", torch.where(number % 5 == 4, 1.0, uniform(0.4, 0.95)))
+    sigma_next, noise_level = sigma * uniform(0.6, 0.8), uniform(0.3, 0.9)
+    fixed = list(range(0, rows, 3) if deterministic is True else deterministic or ())
+    last = fixed[1::2] if sampler == "cps" else []
+    sigma_next[last] = 0.0
+    noise_level[[row for row in fixed if row not in last]] = 0.0
+    sigma_next, noise_level = keep("sigma_next", sigma_next), keep("noise_level", noise_level)
+    sigma_max = torch.tensor(SIGMA_MAX, dtype=torch.float64)
+    a, b, std = reference.transition(sampler, sigma, sigma_next, noise_level, sigma_max)
     a, b, std = (row[:, None] for row in (a, b, std))
     some_std = torch.where(std == 0, 0.3, std)
 
@@ -143,19 +149,48 @@ def draw_step(
         keep("old_log_prob", value * (numel if options.get("latent_reduction") == "sum" else 1))
     if weights:
         keep("weights", uniform(0.5, 1.5))
-    return out | {"sampler": sampler} | options
+    return out | {"sampler": sampler, "sigma_max": SIGMA_MAX} | options
+
+
+# Steps from sigma 1 whose coefficients are dyadic: the rest of the schedule, b and std; a is 1/2 in all of them.
+DYADIC = {
+    "flow_sde": ({"sigma_next": 0.75, "noise_level": 1.0, "sigma_max": 0.75}, -0.25, 1.0),
+    "dance_sde": ({"sigma_next": 0.75, "noise_level": 2.0}, -0.25, 1.0),
+    "cps": ({"sigma_next": 0.5, "noise_level": 1.0}, -0.5, 0.5),
+}
 
 
 def step_mask_cells(
-    numel: int, old_form: str, dtype: torch.dtype = torch.float32
+    numel: int,
+    old_form: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    sampler: str = "dance_sde",
+    kl_divisor: str = "gaussian",
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """The rows of `cases.mask_cells` as steps: sigma 1 -> 3/4 with noise level 1/4 of Dance-SDE has b = -1/4 and
-    std = 1/8. The samples are 0, so that means, outputs and residuals are all exact."""
-    arguments, keep = mask_cells(numel, dtype)
-    mean, old_mean, x_next = (
-        arguments.pop(name) for name in ("prev_sample_mean", "old_prev_sample_mean", "prev_sample")
-    )
-    old = {"mean": old_mean, "output": -4 * old_mean, "residual": (x_next - old_mean) / arguments.pop("std")}[old_form]
-    arguments |= {"sampler": "dance_sde", "sigma": 1.0, "sigma_next": 0.75, "noise_level": 0.25}
-    latents = {"model_output": -4 * mean, "sample": torch.zeros_like(mean), "prev_sample": x_next}
-    return arguments | latents | {OLD_FORMS[old_form]: old}, keep
+    """The cells of `cases.mask_cells` as steps, exact in every form of the old policy.
+
+    Outputs are multiples of 1/4 and samples of 1/8, so that every mean is one of 1/16 with at most 8 significant bits.
+    `v - v°` is one of three powers of 2, and its square, but for the divisor, is the KL: the threshold in the middle.
+    """
+    generator = torch.Generator().manual_seed(numel)
+    schedule, b, std = DYADIC[sampler]
+    size = {"below": 0.5, "at": 1.0, "above": 2.0}  # of v - v°
+    lean = {"below": 0.0, "at": 0.5, "above": 1.0}  # of x' - mu°, in drifts: the log-ratio is 0 in the middle
+    gap = torch.tensor([size[kl] for kl, _, _ in CELLS])[:, None]
+    gap = gap * (2.0 * torch.randint(0, 2, (len(CELLS), numel), generator=generator) - 1)
+    old_output = torch.randint(-4, 5, (len(CELLS), numel), generator=generator) / 4
+    sample = torch.randint(-8, 9, (len(CELLS), numel), generator=generator) / 8
+    old_mean = 0.5 * sample + b * old_output
+    away = b * gap * torch.tensor([lean[ratio] for _, ratio, _ in CELLS])[:, None]
+    latents = {"model_output": old_output + gap, "sample": sample, "prev_sample": old_mean + away}
+    latents[OLD_FORMS[old_form]] = {"mean": old_mean, "output": old_output, "residual": away / std}[old_form]
+    for value in latents.values():
+        assert torch.equal(value.to(dtype).float(), value)  # the premise: nothing is rounded
+    divisor = {"gaussian": 2 * std**2, "constant": 2.0, "velocity": b**2}[kl_divisor]
+    kl_space = "velocity" if kl_divisor == "velocity" else "latent"
+    arguments = {name: value.to(dtype) for name, value in latents.items()} | {
+        "advantages": torch.tensor([sign for _, _, sign in CELLS]),
+        "objective": FlowDPPO(b**2 / divisor, normalize_kl=kl_divisor != "constant", kl_space=kl_space),
+    }
+    return arguments | {"sampler": sampler, "sigma": 1.0} | schedule, mask_cells(1)[1]

@@ -10,7 +10,7 @@ import torch
 from cases import OBJECTIVES, draw
 
 import flowdppo_ops
-from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, reference
+from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard
 
 GRPO, GUARD = OBJECTIVES["grpo"], OBJECTIVES["guard"]
 ROWS, LATENTS = (4, 3), (4, 3, 6, 2)
@@ -400,9 +400,43 @@ def test_sde_step(api, change, error, facts):
     says(str(caught.value), ("flowdppo_ops.sde_step", *facts))
 
 
-def test_the_good_steps_are_good():
-    assert math.isfinite(reference.step_loss(**step()).loss)
-    assert torch.isfinite(reference.sde_step(**sde()).log_prob).all()
+def test_the_good_steps_are_good(api):
+    assert math.isfinite(api.step_loss(**step()).loss)
+    assert torch.isfinite(api.sde_step(**sde()).log_prob).all()
+
+
+def test_a_bad_step_leaves_no_trace(step_loss):
+    good = step(model_output=torch.ones(LATENTS, requires_grad=True))
+    with pytest.raises(ValueError, match="old_model_output"):
+        step_loss(**good, old_model_output=latents())
+    assert good["model_output"].grad is None
+    step_loss(**good).loss.backward()
+    assert torch.isfinite(good["model_output"].grad).all()
+
+
+GUIDED = {"uncond_output": latents(), "guidance_scale": torch.ones(ROWS), "sigma": torch.full(ROWS, 0.8)}
+
+
+@pytest.mark.parametrize("name", ["model_output", "sample", "prev_sample", "old_prev_sample_mean", *GUIDED])
+def test_freed_memory_of_a_step_is_not_read(fused_step, name):
+    arguments = step(**{name: value.clone() for name, value in GUIDED.items()})
+    arguments[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"\b{name}\b.*\bmemory\b"):
+        fused_step(**arguments)
+
+
+@pytest.mark.parametrize("name", ["sample", "old_prev_sample_mean", "uncond_output", "guidance_scale", "sigma"])
+def test_sparse_tensors_of_a_step_do_not_crash(fused_step, name):
+    arguments = step(**GUIDED)
+    arguments[name] = arguments[name].to_sparse()
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        fused_step(**arguments)
+
+
+def test_another_device_of_a_step(fused_step):
+    arguments = {name: v.to("meta") if torch.is_tensor(v) else v for name, v in step(**GUIDED).items()}
+    with pytest.raises(RuntimeError, match=r"meta.*flowdppo_ops\.reference\.step_loss"):
+        fused_step(**arguments)
 
 
 ENCODE = {

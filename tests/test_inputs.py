@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES, OBJECTIVES, draw
-from parity import equal_bits, run, three_way
+from parity import equal_bits, leaves, run, three_way
+from step_cases import LATENTS, SCHEDULE, STEP_DTYPES, STEP_OBJECTIVES, draw_step
 
 import flowdppo_ops
 from flowdppo_ops import FlowGRPO, GRPOGuard
@@ -97,6 +98,80 @@ def test_row_vectors(loss, name, value, row_shape):
     mine, wanted = run(loss, arguments | {name: value}), run(loss, arguments | {name: full})
     for key in ("loss", "log_prob", "ratio", "kl", "keep", "grad prev_sample_mean"):
         torch.testing.assert_close(mine[key], wanted[key], rtol=2e-6, atol=1e-9)  # dtypes included
+
+
+# ---- the same of step_loss -------------------------------------------------------------------------------------------
+
+FULL_STEP = {"old_form": "residual", "ref_form": "output", "guidance": True, "weights": True}
+
+
+@pytest.mark.parametrize("change", [transposed, sliced, offset])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16 outputs, float16 policies", "every latent another"])
+@pytest.mark.parametrize("objective", STEP_OBJECTIVES.values(), ids=STEP_OBJECTIVES)
+def test_strides_of_steps_do_not_matter(fused_step, change, dtypes, objective):
+    """Of latents, rows and schedules; an odd address goes through the same loops."""
+    arguments = draw_step((4, 3), (6, 7), objective=objective, dtypes=STEP_DTYPES[dtypes], **FULL_STEP)
+    strided = {name: change(value) if torch.is_tensor(value) else value for name, value in arguments.items()}
+    equal_bits(run(fused_step, strided), run(fused_step, arguments))
+
+
+def test_expanded_inputs_of_steps(fused_step):
+    """One unconditional output for all rows, one advantage for all steps, one sample: strides of 0."""
+    arguments = draw_step((4, 3), (6, 7), reduction="none", **FULL_STEP)
+    for name in ("sample", "old_residual", "ref_model_output"):
+        arguments[name] = arguments[name][:1, :1].expand(4, 3, 6, 7)
+    for name in ("advantages", "sigma", "sigma_next", "guidance_scale"):
+        arguments[name] = arguments[name][:, :1].expand(4, 3)
+    dense = {name: value.contiguous() if torch.is_tensor(value) else value for name, value in arguments.items()}
+    equal_bits(run(fused_step, arguments), run(fused_step, dense))
+
+
+def test_gradients_through_views(step_loss):
+    """The outputs are two halves of one batch, as guidance is run."""
+    arguments = draw_step((4,), (6, 7), reduction="none", **FULL_STEP)
+    wanted = run(step_loss, arguments)
+    both = torch.cat([arguments[name] for name in leaves(arguments)]).requires_grad_()
+    arguments["model_output"], arguments["uncond_output"] = both.chunk(2)
+    loss = step_loss(**arguments).loss
+    loss.backward(1 + torch.arange(4) % 5 / 4)
+    assert torch.equal(both.grad, torch.cat([wanted["grad model_output"], wanted["grad uncond_output"]]))
+
+
+@pytest.mark.parametrize("name", [*SCHEDULE, "sigma_max", "guidance_scale", "weights", "ref_std"])
+@pytest.mark.parametrize(("value", "row_shape"), ROW_VECTORS.values(), ids=ROW_VECTORS)
+def test_row_vectors_of_steps(native, name, value, row_shape):
+    """To the bit: a schedule is broadcast by its index, and rounded to float32 before anything is formed of it."""
+    arguments = draw_step(row_shape, (6, 7), objective=OBJECTIVES["guard"], **FULL_STEP)
+    arguments |= {"sigma": torch.full(row_shape, 0.95), "sigma_next": torch.full(row_shape, 0.25)}
+    full = torch.as_tensor(value).float()
+    full = full.reshape(full.shape[: len(row_shape)]).expand(row_shape).contiguous()
+    if name == "sigma_max":
+        arguments["sigma"] = torch.ones(row_shape)
+    mine, wanted = (run(native.step_loss, arguments | {name: given}) for given in (value, full))
+    assert torch.isfinite(wanted["loss"])
+    equal_bits(mine, wanted)
+
+
+@pytest.mark.parametrize("objective", STEP_OBJECTIVES.values(), ids=STEP_OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", [*LATENTS[:4], "old_residual", "ref_model_output", "advantages", "sigma", "guidance_scale"]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_steps_stay_alone(step_loss, objective, name, bad):
+    arguments = draw_step(objective=objective, reduction="none", **FULL_STEP)
+    if objective is STEP_OBJECTIVES["guard"] and name == "sigma":
+        arguments["objective"] = STEP_OBJECTIVES["guard own scale"]  # the batch's own scale is a mean over the schedule
+    calm = run(step_loss, arguments)
+    arguments[name] = arguments[name].clone()
+    arguments[name].view(12, -1)[5, -1] = bad
+    mine = run(step_loss, arguments)
+    others = torch.arange(12) != 5
+    for key in ("loss", "log_prob", "log_ratio", "ratio", "kl", "keep", "grad model_output", "grad uncond_output"):
+        assert torch.equal(mine[key][others], calm[key][others]), key
+    finite = all(torch.isfinite(mine[key][5]) for key in ("loss", "log_ratio", "ratio", "kl"))
+    assert not finite or (bad == float("inf") and name == "advantages")  # which is blocked or clamped
+    if name != "ref_model_output":  # of the policy's loss
+        assert (mine["metrics"]["nonfinite_fraction"] > 0) == (not finite)
 
 
 # ---- non-finite rows -------------------------------------------------------------------------------------------------

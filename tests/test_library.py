@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
 import pytest
 import torch
 from compilers import needs_cxx
+from step_cases import draw_step
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flowdppo_ops
-from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, _args
+from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, _args, _step_args
 from flowdppo_ops._library import policy_loss as _library
 from flowdppo_ops._torch import FAMILY
 
@@ -24,10 +26,16 @@ OBJECTIVES = {
     "grpo_guard": GRPOGuard(1e-3),
 }
 SOURCES = ("prev_sample", "log_prob")
+FUNCTIONS = pytest.mark.parametrize("source", ["prev_sample", "step"], ids=["loss", "step_loss"])
 
 
 def inputs(source: str, dtype=torch.float32, rows=8, numel=37) -> tuple[dict, dict]:
-    """`(differentiable, constant)` keyword arguments of `loss`."""
+    """`(differentiable, constant)` keyword arguments of `loss`, or of `step_loss` for the source "step"."""
+    if source == "step":
+        options = {"old_form": "residual", "ref_form": "output", "guidance": True, "weights": True}
+        constant = draw_step((rows,), (numel,), dtypes={"*": dtype}, **options)
+        del constant["objective"]
+        return {name: constant.pop(name) for name in ("model_output", "uncond_output")}, constant
     torch.manual_seed(5)
     mean = torch.randn(rows, numel, dtype=dtype)
     noise = 0.5 * torch.randn(rows, numel, dtype=dtype)
@@ -49,10 +57,15 @@ def inputs(source: str, dtype=torch.float32, rows=8, numel=37) -> tuple[dict, di
     return {"prev_sample_mean": mean, "log_prob": log_prob}, {**constant, "old_log_prob": log_prob + nudge}
 
 
+def call(**arguments) -> flowdppo_ops.PolicyLoss:
+    """The function that these are arguments of."""
+    return (flowdppo_ops.step_loss if "model_output" in arguments else flowdppo_ops.loss)(**arguments)
+
+
 def run(differentiable: dict, constant: dict, objective) -> tuple:
     """Loss, rows and gradients of one call, gradients in the order of `differentiable`."""
     leaves = {name: value.detach().requires_grad_() for name, value in differentiable.items()}
-    result = flowdppo_ops.loss(**leaves, **constant, objective=objective)
+    result = call(**leaves, **constant, objective=objective)
     grads = torch.autograd.grad(result.loss, list(leaves.values()))
     return result.loss.detach(), result.ratio, result.kl, result.keep, *grads
 
@@ -62,7 +75,7 @@ def assert_equal(mine: tuple, wanted: tuple) -> None:
         assert torch.equal(a, b), f"output {index}: {a} is not {b}"
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [*SOURCES, "step"])
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_inputs_reach_both_sides_of_every_branch(source, objective):
     keep = run(*inputs(source), objective)[3]
@@ -70,24 +83,37 @@ def test_inputs_reach_both_sides_of_every_branch(source, objective):
     assert not keep.all(), "no row is blocked"
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_cxx)])
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_compiled_equals_eager(objective, source, backend, dynamic):
+def assert_compiled_equals_eager(source, objective, backend, dynamic):
     torch._dynamo.reset()
     differentiable, constant = inputs(source)
 
-    def call(*leaves):
-        result = flowdppo_ops.loss(**dict(zip(differentiable, leaves, strict=True)), **constant, objective=objective)
+    def rows(*leaves):
+        result = call(**dict(zip(differentiable, leaves, strict=True)), **constant, objective=objective)
         return result.loss, result.ratio, result.kl, result.keep
 
-    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
+    compiled = torch.compile(rows, fullgraph=True, backend=backend, dynamic=dynamic)
     leaves = [value.detach().requires_grad_() for value in differentiable.values()]
-    loss, *rows = compiled(*leaves)
-    assert not any(row.requires_grad for row in rows)
+    loss, *others = compiled(*leaves)
+    assert not any(row.requires_grad for row in others)
     grads = torch.autograd.grad(loss, leaves)
-    assert_equal((loss.detach(), *rows, *grads), run(differentiable, constant, objective))
+    assert_equal((loss.detach(), *others, *grads), run(differentiable, constant, objective))
+
+
+backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_cxx)])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@backends
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_compiled_equals_eager(objective, source, backend, dynamic):
+    assert_compiled_equals_eager(source, objective, backend, dynamic)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@backends
+def test_compiled_step_equals_eager(backend, dynamic):
+    assert_compiled_equals_eager("step", OBJECTIVES["grpo_guard"], backend, dynamic)  # which reads every latent twice
 
 
 def test_compiled_function_may_return_the_whole_result():
@@ -99,26 +125,32 @@ def test_compiled_function_may_return_the_whole_result():
     assert result.metrics() == eager.metrics()
 
 
-def test_exported_program_equals_eager():
-    differentiable, constant = inputs("prev_sample")
+@FUNCTIONS
+def test_exported_program_equals_eager(source):
+    differentiable, constant = inputs(source)
 
     class Loss(torch.nn.Module):
-        def forward(self, mean):
-            return flowdppo_ops.loss(mean, **constant).loss
+        def forward(self, *leaves):
+            return call(**dict(zip(differentiable, leaves, strict=True)), **constant).loss
 
-    mean = differentiable["prev_sample_mean"]
-    program = torch.export.export(Loss(), (mean,))
-    assert torch.equal(program.module()(mean), Loss()(mean))
+    leaves = tuple(differentiable.values())
+    program = torch.export.export(Loss(), leaves)
+    assert torch.equal(program.module()(*leaves), Loss()(*leaves))
 
 
 def checked(differentiable: dict, constant: dict, objective, reduction="mean") -> _args.LossCall:
+    if "model_output" in differentiable:
+        names = ("old_prev_sample_mean", "old_model_output", "old_log_prob", "ref_prev_sample_mean", "process_group")
+        options = {"latent_reduction": "mean", "reduction": reduction, "objective": objective}
+        given = {**dict.fromkeys(names), **differentiable, **constant, **options}
+        return _step_args.check_step_loss("test", FAMILY, **given)
     missing = dict.fromkeys(("prev_sample", "log_prob", "old_log_prob", "ref_std", "process_group"))
     options = {"density": "gaussian", "latent_reduction": "mean", "reduction": reduction, "objective": objective}
     return _args.check_loss("test", FAMILY, **{**missing, **differentiable, **constant, **options})
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [*SOURCES, "step"])
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_opcheck(objective, source, reduction):
     differentiable, constant = inputs(source)
@@ -126,12 +158,36 @@ def test_opcheck(objective, source, reduction):
     arguments = _library.operator_arguments(call)
     torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*arguments, None))
     torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss_shard_sums.default, arguments)
+    sums = torch.ops.flowdppo_ops.policy_loss_shard_sums(*arguments)
+    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*arguments, sums.detach()))
 
     loss, numbers = _library.policy_loss(call)
     latents = [None if t is None else t.detach() for t in call.latents]
-    wants_log_prob = source == "log_prob"
-    args = (torch.ones_like(loss), numbers, *latents, "", "", True, False, wants_log_prob)
+    forms = ("", "") if call.schedule is None else call.schedule[1:3]
+    wants = True, source == "step", source == "log_prob"
+    args = (torch.ones_like(loss), numbers, *latents, *forms, *wants)
     torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss_backward.default, args)
+
+
+@pytest.mark.parametrize("alone", ["model_output", "uncond_output"])
+@pytest.mark.parametrize("through", ["the direct road", "the dispatcher"])
+def test_one_of_two_outputs_is_trained(alone, through):
+    """The other gets no gradient, and what is asked for is what both would have got."""
+    differentiable, constant = inputs("step")
+    both = dict(zip(differentiable, run(differentiable, constant, OBJECTIVES["grpo_guard"])[4:], strict=True))
+    leaf = differentiable[alone].requires_grad_()
+    with contextlib.nullcontext() if through == "the direct road" else Through():
+        result = call(**differentiable, **constant, objective=OBJECTIVES["grpo_guard"])
+    result.loss.backward()
+    assert torch.equal(leaf.grad, both[alone])
+    assert all(value.grad is None for name, value in differentiable.items() if name != alone)
+
+
+class Through(TorchDispatchMode):
+    """Sees every operator, which closes the direct road."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "kept_mean"])
@@ -151,17 +207,19 @@ def test_gradcheck(objective, source, density, reduction):
     assert torch.autograd.gradcheck(call, leaves, eps=1e-7, atol=1e-6)
 
 
-def test_second_derivative_is_refused():
-    differentiable, constant = inputs("prev_sample")
-    mean = differentiable["prev_sample_mean"].requires_grad_()
-    (grad,) = torch.autograd.grad(flowdppo_ops.loss(mean, **constant).loss, mean, create_graph=True)
-    assert grad.requires_grad, "a penalty on this gradient would silently be a constant"
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+@FUNCTIONS
+def test_second_derivative_is_refused(source):
+    differentiable, constant = inputs(source)
+    leaves = [value.requires_grad_() for value in differentiable.values()]
+    for grad in torch.autograd.grad(call(**differentiable, **constant).loss, leaves, create_graph=True):
+        assert grad.requires_grad, "a penalty on this gradient would silently be a constant"
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward(retain_graph=True)
 
 
-def test_autocast_leaves_the_result_alone():
-    differentiable, constant = inputs("prev_sample")
+@FUNCTIONS
+def test_autocast_leaves_the_result_alone(source):
+    differentiable, constant = inputs(source)
     wanted = run(differentiable, constant, FlowDPPO())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_equal(run(differentiable, constant, FlowDPPO()), wanted)
@@ -180,41 +238,49 @@ def test_means_from_an_autocast_model():
     assert model.weight.grad.abs().sum() > 0
 
 
+@FUNCTIONS
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant):
-    differentiable, constant = inputs("prev_sample")
-    mean = differentiable["prev_sample_mean"].requires_grad_()
-    (wanted,) = torch.autograd.grad(flowdppo_ops.loss(mean * 2, **constant).loss, mean)
-    loss = checkpoint(lambda m: flowdppo_ops.loss(m * 2, **constant).loss, mean, use_reentrant=use_reentrant)
-    loss.backward()
-    assert torch.equal(mean.grad, wanted)
+def test_activation_checkpointing(source, use_reentrant):
+    differentiable, constant = inputs(source)
+    leaves = [value.requires_grad_() for value in differentiable.values()]
+
+    def loss(*leaves):
+        doubled = [leaf * 2 for leaf in leaves]
+        return call(**dict(zip(differentiable, doubled, strict=True)), **constant).loss
+
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    checkpoint(loss, *leaves, use_reentrant=use_reentrant).backward()
+    assert_equal(tuple(leaf.grad for leaf in leaves), wanted)
 
 
-def test_inference_mode_and_no_grad():
-    differentiable, constant = inputs("prev_sample")
-    wanted = flowdppo_ops.loss(**differentiable, **constant).loss
-    mean = differentiable["prev_sample_mean"].requires_grad_()
+@FUNCTIONS
+def test_inference_mode_and_no_grad(source):
+    differentiable, constant = inputs(source)
+    wanted = call(**differentiable, **constant).loss
+    leaves = {name: value.requires_grad_() for name, value in differentiable.items()}
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            loss = flowdppo_ops.loss(mean, **constant).loss
+            loss = call(**leaves, **constant).loss
         assert torch.equal(loss, wanted)
         assert not loss.requires_grad
 
 
-def test_fake_tensors_never_reach_native_code(monkeypatch):
+@FUNCTIONS
+def test_fake_tensors_never_reach_native_code(monkeypatch, source):
     def refuse(*args):
         raise AssertionError("native code was called")
 
-    monkeypatch.setattr(_library._native, "policy_loss_forward", refuse)
-    monkeypatch.setattr(_library._native, "policy_loss_backward", refuse)
-    differentiable, constant = inputs("prev_sample", torch.bfloat16)
+    for name in ("policy_loss_forward", "policy_loss_backward", "policy_loss_shard_sums"):
+        monkeypatch.setattr(_library._native, name, refuse)
+    differentiable, constant = inputs(source, torch.bfloat16)
     with FakeTensorMode() as mode:
         fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in constant.items()}
-        mean = mode.from_tensor(differentiable["prev_sample_mean"]).requires_grad_()
-        result = flowdppo_ops.loss(mean, **fake)
+        leaves = {name: mode.from_tensor(value).requires_grad_() for name, value in differentiable.items()}
+        result = call(**leaves, **fake)
         result.loss.backward()
         assert (result.loss.dtype, result.loss.shape, result.keep.shape) == (torch.float32, (), (8,))
-        assert (mean.grad.dtype, mean.grad.shape) == (torch.bfloat16, mean.shape)
+        for leaf in leaves.values():
+            assert (leaf.grad.dtype, leaf.grad.shape) == (torch.bfloat16, leaf.shape)
 
 
 def test_native_code_refuses_memory_that_is_not_there():
@@ -238,7 +304,8 @@ def test_native_code_refuses_memory_that_is_not_there():
         )
 
 
-def test_dispatch_modes_see_the_operators():
+@FUNCTIONS
+def test_dispatch_modes_see_the_operators(source):
     seen = []
 
     class Log(TorchDispatchMode):
@@ -246,7 +313,7 @@ def test_dispatch_modes_see_the_operators():
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    differentiable, constant = inputs("prev_sample")
+    differentiable, constant = inputs(source)
     wanted = run(differentiable, constant, FlowDPPO())
     with Log():
         assert_equal(run(differentiable, constant, FlowDPPO()), wanted)
@@ -266,6 +333,12 @@ def test_saved_tensor_hooks_see_what_is_kept():
         flowdppo_ops.loss(mean, **{**constant, "ref_kl_weight": 0.0}).loss.backward()
     # FlowDPPO's backward reads the mean and the sample; the old mean is free to go.
     assert packed.count(mean.shape) == 2
+
+    differentiable, constant = inputs("step")
+    leaves, packed[:] = {name: value.requires_grad_() for name, value in differentiable.items()}, []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(**leaves, **{**constant, "ref_kl_weight": 0.0}).loss.backward()
+    assert packed.count(mean.shape) == 4  # both outputs and both samples; the residual is free to go
 
 
 def test_the_interpreter_runs_on_during_a_long_call():
@@ -299,9 +372,11 @@ def test_lazily_negated_views_have_their_own_sign():
     assert torch.equal(flowdppo_ops.loss(**differentiable, **{**constant, "prev_sample": negated}).loss, wanted)
 
 
-def test_the_operator_takes_any_strides():
-    differentiable, constant = inputs("prev_sample")
-    call = checked(differentiable, {**constant, "sqrt_dt": torch.tensor(0.3)}, FlowDPPO())
+@FUNCTIONS
+def test_the_operator_takes_any_strides(source):
+    differentiable, constant = inputs(source)
+    name = "sqrt_dt" if source == "prev_sample" else "sigma_max"
+    call = checked(differentiable, {**constant, name: torch.tensor(0.3)}, FlowDPPO())
     arguments = _library.operator_arguments(call)
     latents = len(call.latents)
     strided = [None if t is None else t.t().contiguous().t() for t in arguments[:latents]]

@@ -8,7 +8,9 @@ import torch
 from cases import DTYPES, LATENTS, LOG_PROBS, draw
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from parity import far_from_ties, run, three_way
+from parity import equal_bits, far_from_ties, run, three_way
+from step_cases import LATENTS as STEP_LATENTS
+from step_cases import OLD_FORMS, REF_FORMS, SAMPLERS, SCHEDULE, draw_step
 
 from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard
 
@@ -104,3 +106,98 @@ def test_wild_values_never_crash(loss, call, places):
             assert 0 <= value <= 1, name
     bad = sum(not math.isfinite(value) for value in mine["ratio"].flatten().tolist())
     assert mine["metrics"]["nonfinite_fraction"] >= bad / mine["ratio"].numel() - 1e-6  # a float32 share
+
+
+# ---- step_loss -------------------------------------------------------------------------------------------------------
+
+step_mixed = st.fixed_dictionaries(
+    {"*": st.just(torch.float32)},
+    optional=dict.fromkeys(
+        (*STEP_LATENTS, *SCHEDULE, "advantages", "guidance_scale", "weights", "ref_std"),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    ),
+)
+step_objective = st.one_of(
+    objective,
+    st.builds(FlowDPPO, kl_mask_threshold=st.sampled_from([1e-4, 1e-2]), kl_space=st.just("velocity")),
+)
+step_calls = st.fixed_dictionaries(
+    {
+        "row_shape": dims,
+        "latent_shape": latent_dims,
+        "sampler": st.sampled_from(SAMPLERS),
+        "old_form": st.sampled_from([*OLD_FORMS]),
+        "ref_form": st.sampled_from([None, *REF_FORMS]),
+        "guidance": st.booleans(),
+        "old_log_prob": st.booleans(),
+        "deterministic": st.booleans(),
+        "dtypes": st.one_of(step_mixed, st.just(DTYPES["float64"])),
+        "objective": step_objective,
+        "latent_reduction": st.sampled_from(["mean", "sum"]),
+        "reduction": st.sampled_from(["mean", "sum", "none", "kept_mean"]),
+        "weights": st.booleans(),
+        "seed": st.integers(0, 1000),
+    }
+)
+
+
+@dependable
+@given(call=step_calls)
+@example(call={"row_shape": (), "latent_shape": ()})
+@example(call={"row_shape": (), "latent_shape": (1,), "old_form": "residual", "guidance": True})
+def test_steps_agree_with_the_reference(step_loss, call):
+    arguments = draw_step(**call)
+    # A deterministic row's ratio is exactly 1, on both sides of it at once, in every arithmetic.
+    assume(call.get("deterministic") or far_from_ties(arguments))
+    three_way(step_loss, arguments)
+
+
+few = settings(dependable, max_examples=40)
+
+
+@few
+@given(call=step_calls, rows=st.integers(2, 9), data=st.data())
+def test_rows_may_come_in_any_order(native, call, rows, data):
+    """Every row by itself: permuted inputs give the permuted outputs, to the bit."""
+    call |= {"row_shape": (rows,), "reduction": "sum"}
+    if isinstance(call["objective"], GRPOGuard):  # whose batch means are sums in another order
+        call["objective"] = GRPOGuard(0.02, per_row_scale=True)
+    arguments = draw_step(**call)
+    order = torch.tensor(data.draw(st.permutations(range(rows))))
+    permuted = {name: value[order] if torch.is_tensor(value) else value for name, value in arguments.items()}
+    mine, wanted = run(native.step_loss, permuted), run(native.step_loss, arguments)
+    for name, value in wanted.items():
+        if name not in ("loss", "metrics"):
+            torch.testing.assert_close(mine[name], value[order], rtol=0, atol=0)
+
+
+@few
+@given(call=step_calls, factor=st.sampled_from([0.25, 2.0, -1.0]), name=st.sampled_from(["advantages", "weights"]))
+def test_the_loss_is_linear_in(native, call, factor, name):
+    """Powers of 2, to the bit: nothing of the policy's term but its scale hangs on the size of the advantages."""
+    call |= {
+        "objective": FlowDPPO(1e-2, mask=("symmetric", "asymmetric")[factor > 0]),
+        "ref_form": None,
+        "weights": True,
+    }
+    arguments = draw_step(**call)
+    mine, wanted = (
+        run(native.step_loss, arguments | {name: arguments[name] * by}, upstream=over)
+        for by, over in ((factor, 1.0), (1.0, factor))
+    )
+    mine["loss"] = mine["loss"] / factor
+    del mine["metrics"], wanted["metrics"]
+    equal_bits(mine, wanted)
+
+
+@few
+@given(call=step_calls)
+def test_a_guidance_scale_of_1_changes_nothing(native, call):
+    call |= {"dtypes": DTYPES["float64"], "guidance": False}
+    arguments = draw_step(**call)
+    assume(call["deterministic"] or far_from_ties(arguments))
+    guided = {"uncond_output": arguments["model_output"].flip(-1) + 0.5, "guidance_scale": 1.0}
+    mine, wanted = run(native.step_loss, arguments | guided), run(native.step_loss, arguments)
+    assert (mine["grad uncond_output"] == 0).all()
+    for name in ("loss", "log_prob", "log_ratio", "ratio", "kl", "keep", "grad model_output"):
+        torch.testing.assert_close(mine[name], wanted[name], rtol=1e-7, atol=1e-12)

@@ -192,13 +192,23 @@ def _empty_gradients_ahead(call: LossCall) -> tuple[Tensor | None, Tensor | None
 
 
 def _backward(
-    grad_loss: Tensor, numbers: Tensor, latents: Latents, forms: tuple[str, str] | None, wants: tuple[bool, bool, bool]
+    grad_loss: Tensor,
+    numbers: Tensor,
+    latents: Latents,
+    forms: tuple[str, str] | None,
+    wants: tuple[bool, bool, bool],
+    memory: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `output` and `uncond_output`, in their dtypes, and of `log_prob`, flat, in the arithmetic dtype."""
+    """Gradients of `output` and `uncond_output`, in their dtypes, and of `log_prob`, flat, in the arithmetic dtype.
+
+    `memory`: for the first two, where there is some already.
+    """
     rows = (numbers.numel() - _native.BATCH_LEN) // _fields(forms is not None)
     grad_loss = grad_loss.contiguous()  # held by its name until Rust has read it: autograd hands down expanded scalars
-    grad_output = torch.empty_like(latents.output) if wants[0] else None
-    grad_uncond = torch.empty_like(latents.uncond_output) if wants[1] else None
+    grad_output, grad_uncond = [
+        None if not wanted else torch.empty_like(like) if given is None else given
+        for wanted, like, given in zip(wants[:2], latents[:2], memory, strict=True)
+    ]
     grad_log_prob = numbers.new_empty(rows) if wants[2] else None
     arrays, numel = tuple([array(t) for t in latents]), _latent_elements(latents, rows)
     arguments = arrays, forms, vector(grad_loss, rows), numbers.data_ptr(), rows, numel
@@ -248,7 +258,8 @@ def _eager_backward(ctx, grad_loss):
     latents, saved = Latents(*tensors), ctx.saved
     wants_output, wants_uncond, wants_log_prob, _, _ = ctx.needs_input_grad
     wants = wants_output and latents.output is not None, wants_uncond, wants_log_prob
-    grad_output, grad_uncond, grad_log_prob = _backward(grad_loss, numbers, latents, saved.forms, wants)
+    memory = ahead or (None, None)
+    grad_output, grad_uncond, grad_log_prob = _backward(grad_loss, numbers, latents, saved.forms, wants, memory)
     grad_log_prob = None if grad_log_prob is None else _as_log_prob(grad_log_prob, saved)
     return grad_output, grad_uncond, grad_log_prob, None, None
 

@@ -1,0 +1,419 @@
+"""What `step_loss` promises to the bit: masks, on-policy numbers, one row beside others, dtypes, threads, memory."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from cases import CELLS
+from parity import equal_bits, leaves, run, upstream_of
+from step_cases import (
+    LATENTS,
+    OLD_FORMS,
+    REF_FORMS,
+    SAMPLERS,
+    SCHEDULE,
+    STEP_DTYPES,
+    STEP_OBJECTIVES,
+    draw_step,
+    step_mask_cells,
+)
+
+from flowdppo_ops import FlowDPPO, GRPOGuard, _native
+
+samplers = pytest.mark.parametrize("sampler", SAMPLERS)
+old_forms = pytest.mark.parametrize("old_form", OLD_FORMS)
+objectives = pytest.mark.parametrize("objective", STEP_OBJECTIVES.values(), ids=STEP_OBJECTIVES)
+dtypes_of_all = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+
+
+# ---- the mask --------------------------------------------------------------------------------------------------------
+
+
+@samplers
+@old_forms
+@dtypes_of_all
+@pytest.mark.parametrize("kl_divisor", ["gaussian", "constant", "velocity"])
+def test_every_mask_cell(step_loss, sampler, old_form, dtype, kl_divisor):
+    for numel in (1, 41, 64):  # 41: N times the rounded 1/N is not 1
+        arguments, keep = step_mask_cells(numel, old_form, dtype, sampler=sampler, kl_divisor=kl_divisor)
+        output = arguments["model_output"].requires_grad_()
+        result = step_loss(**arguments, reduction="sum")
+        result.loss.backward()
+        wrong = [cell for cell, want, got in zip(CELLS, keep, result.keep, strict=True) if want != got]
+        assert not wrong
+        limit = arguments["objective"].kl_mask_threshold
+        for row, (kl, ratio, sign) in enumerate(CELLS):
+            here, at = result.kl[row].item(), result.ratio[row].item()
+            assert {"below": here < limit, "at": here == limit, "above": here > limit}[kl]
+            assert {"below": at < 1, "at": at == 1, "above": at > 1}[ratio]
+            moved = bool((output.grad[row] != 0).any())
+            # Where t is 1/2 the innovation is the drift: x' is the mean, and nothing pulls.
+            silent = sign == 0 or ratio == "above"
+            assert moved == (bool(keep[row]) and not silent), (kl, ratio, sign)
+
+
+@pytest.mark.parametrize("mask", ["symmetric", "none"])
+def test_mask_cells_of_the_ablations(step_loss, mask):
+    arguments, _ = step_mask_cells(64, "residual")
+    arguments["objective"] = FlowDPPO(arguments["objective"].kl_mask_threshold, mask=mask)
+    assert step_loss(**arguments).keep.tolist() == [mask == "none" or kl == "below" for kl, _, _ in CELLS]
+
+
+@samplers
+@objectives
+@pytest.mark.parametrize("guidance", [False, True])
+def test_blocked_rows_with_infinities(step_loss, sampler, objective, guidance):
+    """A blocked row's gradient is exactly 0, whatever its latents became, and the other rows' is what it was."""
+    options = {"old_form": "output", "old_log_prob": True, "guidance": guidance}
+    arguments = draw_step(sampler=sampler, objective=objective, **options)
+    calm = run(step_loss, arguments)
+    # An infinity makes the log-prob -inf and the ratio 0, which a negative advantage has blocked already.
+    row = int((~calm["keep"] & (arguments["advantages"] < 0)).nonzero()[0])
+    # In the output, GRPO-Guard's drift would be infinite too, and the ratio NaN.
+    for name in ("sample", "prev_sample") + ("model_output",) * (not isinstance(objective, GRPOGuard)):
+        bad = arguments | {name: arguments[name].clone()}
+        bad[name][row, 3, 1] = float("inf")
+        mine = run(step_loss, bad)
+        assert (mine["ratio"][row], mine["keep"][row]) == (0, False), name
+        for leaf in leaves(arguments):
+            assert torch.equal(mine[f"grad {leaf}"], calm[f"grad {leaf}"]), (name, leaf)
+            assert (mine[f"grad {leaf}"][row] == 0).all()
+
+
+def test_blocked_infinite_ratio(step_loss):
+    arguments = draw_step((3,), objective=FlowDPPO(mask="symmetric", kl_mask_threshold=0.05), old_log_prob=True)
+    arguments["advantages"] = torch.ones(3)
+    calm = run(step_loss, arguments)
+    assert calm["keep"].tolist() == [True, False, True]
+    arguments["old_log_prob"][1] = -1e4
+    mine = run(step_loss, arguments)
+    assert mine["ratio"][1] == float("inf")
+    assert torch.equal(mine["grad model_output"], calm["grad model_output"])
+    assert torch.equal(mine["loss"], calm["loss"])
+
+
+def test_blocked_row_with_an_infinite_latent_keeps_its_penalty(fused_step):
+    """What a blocked row no longer needs is not read: no 0 * inf beside the reference term."""
+    arguments = draw_step((1,), (40,), ref_form="output", objective=STEP_OBJECTIVES["grpo"], old_log_prob=True)
+    arguments |= {"advantages": -torch.ones(1), "guidance_scale": 3.0, "uncond_output": torch.zeros(1, 40)}
+    wanted = run(fused_step, arguments | {"advantages": torch.zeros(1)})
+    arguments["prev_sample"][0, 7] = float("inf")
+    mine = run(fused_step, arguments)
+    assert (mine["ratio"].item(), mine["keep"].item()) == (0.0, False)
+    for name in ("grad model_output", "grad uncond_output"):
+        assert (mine[name] != 0).all()
+        assert torch.equal(mine[name], wanted[name])
+
+
+# ---- on policy -------------------------------------------------------------------------------------------------------
+
+
+@samplers
+@objectives
+@dtypes_of_all
+@pytest.mark.parametrize("latent_reduction", ["mean", "sum"])
+@pytest.mark.parametrize("scale", [None, 1.0, 4.5])
+def test_on_policy_is_exact(native, sampler, objective, dtype, latent_reduction, scale):
+    """The policy's own output, or its mean as `sde_step` recorded it: ratio 1 and KL 0 to the last bit; and the
+    log-prob of one call is the old one of the next."""
+    arguments = draw_step(
+        (3, 2), (1003,), sampler=sampler, dtypes={"*": dtype}, objective=objective, latent_reduction=latent_reduction,
+        old_form="output", deterministic=(1, 2),
+    )  # fmt: skip
+    output = arguments["model_output"]
+    del arguments["old_model_output"]
+    guided = {}
+    if scale is not None:
+        guided = {"uncond_output": output if scale == 1 else output.flip(0), "guidance_scale": scale}
+    common = {name: arguments[name] for name in (*SCHEDULE, "sampler", "sigma_max")} | guided
+    step = native.sde_step(output, arguments["sample"], **common, row_dims=2)
+    olds = [{"old_prev_sample_mean": step.prev_sample_mean}]
+    if scale in (None, 1.0):  # after guidance: the combination of another scale is not stored exactly
+        olds.append({"old_model_output": output})
+    arguments |= guided | {"prev_sample": step.prev_sample}
+    for old in olds:
+        first = native.step_loss(**arguments, **old)
+        again = native.step_loss(**arguments, **old, old_log_prob=first.log_prob)
+        for result in (first, again):
+            assert (result.ratio == 1).all()
+            assert (result.log_ratio == 0).all()
+            assert (result.kl == 0).all()
+            assert result.keep.all()
+        metrics = first.metrics()
+        assert (metrics["ratio_mean"], metrics["ratio_std"], metrics["approx_kl"]) == (1, 0, 0)
+    if latent_reduction == "mean" and dtype != torch.float64:  # whose sums round as well, in another order
+        assert torch.equal(first.log_prob, step.log_prob)
+
+
+@samplers
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "bfloat16 outputs"])
+@pytest.mark.parametrize("std", [0.05, 0.1, 0.2, 0.5])
+def test_on_policy_kl_of_a_half_precision_residual(native, sampler, dtypes, std):
+    """Two bytes an element, and a KL of 2e-8 at every std; 1e-5 is the threshold."""
+    arguments = draw_step((2,), (4096,), sampler=sampler, dtypes=STEP_DTYPES[dtypes])
+    arguments = {name: arguments[name] for name in ("model_output", "sample")}
+    sigma, sigma_next = 0.9, 0.6
+    if sampler == "cps":
+        noise_level = float(torch.tensor(std / sigma_next).asin() * 2 / torch.pi)
+    else:
+        noise_level = std / (sigma - sigma_next) ** 0.5 / (3.0 if sampler == "flow_sde" else 1.0)
+    steps = {"sigma": sigma, "sigma_next": sigma_next, "noise_level": noise_level, "sampler": sampler}
+    generator = torch.Generator().manual_seed(1)
+    step = native.sde_step(**arguments, **steps, generator=generator, residual_dtype=torch.float16)
+    torch.testing.assert_close(step.std, torch.full((2,), std), rtol=1e-5, atol=0)
+    arguments |= {"prev_sample": step.prev_sample, "advantages": torch.ones(2)} | steps
+    for residual in (step.residual, native.encode_residual(step.prev_sample, step.prev_sample_mean, step.std)):
+        result = native.step_loss(**arguments, old_residual=residual)
+        assert (result.kl < 1e-7).all()
+        assert (result.kl > 1e-9).all()  # float16 was indeed rounded to
+        assert result.keep.all()
+        assert ((result.ratio - 1).abs() < 1e-4).all()
+
+
+# ---- guidance --------------------------------------------------------------------------------------------------------
+
+
+@samplers
+@old_forms
+def test_a_guidance_scale_of_1_is_no_guidance(step_loss, sampler, old_form):
+    """To the bit, where `uncond + (output - uncond)` is exact."""
+    arguments, _ = step_mask_cells(33, old_form, sampler=sampler)
+    guided = arguments | {"uncond_output": arguments["model_output"].flip(0), "guidance_scale": 1.0}
+    plain, mine = run(step_loss, arguments), run(step_loss, guided)
+    assert (mine.pop("grad uncond_output") == 0).all()
+    equal_bits(mine, plain)
+    # One of 0 takes the unconditional output alone.
+    swapped = {"model_output": guided["uncond_output"], "uncond_output": guided["model_output"], "guidance_scale": 0.0}
+    mine = run(step_loss, guided | swapped)
+    assert (mine.pop("grad model_output") == 0).all()
+    mine["grad model_output"] = mine.pop("grad uncond_output")
+    equal_bits(mine, plain)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_gradient_of_two(fused_step, monkeypatch, ahead, reduction):
+    """What is not asked for is not formed, and what is asked for does not change."""
+    gradient_ahead(monkeypatch, ahead)
+    arguments = draw_step(guidance=True, objective=STEP_OBJECTIVES["guard"], ref_form="output", reduction=reduction)
+    both = run(fused_step, arguments, upstream=3.0)
+    names = ("model_output", "uncond_output")
+    for name, other in (names, names[::-1]):
+        alone = arguments | {name: arguments[name].detach().requires_grad_(), other: arguments[other].detach()}
+        result = fused_step(**alone)
+        (3 * result.loss).backward(torch.ones_like(result.loss) * (upstream_of(result.loss)))
+        assert torch.equal(alone[name].grad, both[f"grad {name}"])
+        assert alone[other].grad is None
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+SCHEDULE_SHAPES = [(1, 3), (1, 3, 1, 1), (1, 3, 1, 1, 1), (4, 1), (4, 1, 1, 1, 1), (1, 1), ()]
+
+
+@samplers
+@old_forms
+@pytest.mark.parametrize("shape", SCHEDULE_SHAPES, ids=str)
+def test_a_trajectory_is_its_steps(step_loss, sampler, old_form, shape):
+    """[B, S] rows with a schedule of fewer elements give what each step of each sample gives in a call of its own."""
+    options = {"sampler": sampler, "old_form": old_form, "guidance": True, "ref_form": "output", "reduction": "none"}
+    latents = (2, 3, 1) if len(shape) == 5 else (2, 3)
+    # No row has a say in another's scale.
+    arguments = draw_step((4, 3), latents, objective=STEP_OBJECTIVES["guard own scale"], **options)
+    drawn = draw_step(shape[:2], latents, **options)
+    arguments |= {name: drawn[name].reshape(shape) for name in (*SCHEDULE, "guidance_scale")}
+    whole = run(step_loss, arguments)
+    weights = upstream_of(whole["loss"])
+    for row in itertools.product(range(4), range(3)):
+        one = run(step_loss, only(arguments, row), upstream=weights[row])
+        for name in ("loss", "log_prob", "log_ratio", "ratio", "kl", "keep", "grad model_output", "grad uncond_output"):
+            assert torch.equal(one[name], whole[name][row]), name
+
+
+def only(arguments: dict[str, Any], row: tuple[int, ...]) -> dict[str, Any]:
+    """The call for one row: of what all rows share, that."""
+    out = dict(arguments)
+    for name, value in arguments.items():
+        if torch.is_tensor(value) and value.ndim:
+            part = value[tuple(min(i, size - 1) for i, size in zip(row, value.shape, strict=False))]
+            out[name] = part if name in LATENTS else part.reshape(())
+    return out
+
+
+@samplers
+@dtypes_of_all
+def test_residual_of_a_deterministic_row_is_the_sample(step_loss, sampler, dtype):
+    """Where nothing was random `mu° = x'`; the residual, 0 or anything, says nothing."""
+    arguments = draw_step(
+        sampler=sampler, old_form="residual", deterministic=(0, 5), objective=FlowDPPO(normalize_kl=False),
+        dtypes={"*": dtype},
+    )  # fmt: skip
+    wanted = run(step_loss, {**arguments, "old_residual": None, "old_prev_sample_mean": arguments["prev_sample"]})
+    for value in (0.0, 3.0, -70.0):
+        arguments["old_residual"][[0, 5]] = value
+        mine = run(step_loss, arguments)
+        for row in (0, 5):
+            assert mine["kl"][row] == wanted["kl"][row] > 0
+            assert mine["log_ratio"][row] == wanted["log_ratio"][row]
+            assert torch.equal(mine["grad model_output"][row], wanted["grad model_output"][row])
+
+
+# ---- storage ---------------------------------------------------------------------------------------------------------
+
+
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the model outputs (trained and unconditional), the samples and the other policies; then one tensor apart.
+MIXES = [dict(zip(("output", "sample", "other"), mix, strict=True)) for mix in itertools.product(HALVES, repeat=3)]
+MIXES += [
+    {"output": torch.bfloat16, "sample": torch.float32, "other": torch.bfloat16, name: torch.float16}
+    for name in ("uncond_output", "prev_sample", "ref")
+]
+
+
+def mixed(mix: dict[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """The dtypes of a mix, by argument."""
+    samples, outputs = ("sample", "prev_sample"), ("model_output", "uncond_output")
+    out = dict.fromkeys(outputs, mix["output"]) | dict.fromkeys(samples, mix["sample"])
+    out |= dict.fromkeys(OLD_FORMS.values(), mix["other"])
+    out |= dict.fromkeys(REF_FORMS.values(), mix.get("ref", mix["other"]))
+    return {"*": torch.float32} | out | {name: dtype for name, dtype in mix.items() if name in LATENTS}
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: " ".join(str(d).removeprefix("torch.") for d in mix.values()))
+@pytest.mark.parametrize("guidance", [False, True])
+def test_a_dtype_is_storage_alone(fused_step, mix, guidance):
+    """Whatever loop a mix of dtypes has, it gives the bits of the same numbers in float32; gradients are rounded."""
+    for (old_form, ref_form), latent_shape in itertools.product(itertools.product(OLD_FORMS, REF_FORMS), [(67,), (8,)]):
+        arguments = draw_step(
+            (4,), latent_shape, old_form=old_form, ref_form=ref_form, guidance=guidance,
+            objective=STEP_OBJECTIVES["guard"], dtypes=mixed(mix),
+        )  # fmt: skip
+        wide = {name: value.float() if torch.is_tensor(value) else value for name, value in arguments.items()}
+        mine, wanted = run(fused_step, arguments), run(fused_step, wide)
+        for name in leaves(arguments):
+            wanted[f"grad {name}"] = wanted[f"grad {name}"].to(arguments[name].dtype)
+        equal_bits(mine, wanted)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model_output", "uncond_output", "sample", "prev_sample", "old_residual", "ref_model_output", "old_log_prob"],
+)
+@pytest.mark.parametrize("rest", [torch.float32, torch.bfloat16], ids=str)
+def test_one_float64_latent_makes_all_of_it_float64(fused_step, name, rest):
+    dtypes = {"*": torch.float32, **dict.fromkeys(LATENTS, rest), name: torch.float64}
+    arguments = draw_step(
+        (4,), (67,), old_form="residual", guidance=True, old_log_prob=True, ref_form="output", dtypes=dtypes,
+    )  # fmt: skip
+    wide = {name: value.double() if torch.is_tensor(value) else value for name, value in arguments.items()}
+    mine, wanted = run(fused_step, arguments), run(fused_step, wide)
+    for leaf in leaves(arguments):
+        wanted[f"grad {leaf}"] = wanted[f"grad {leaf}"].to(arguments[leaf].dtype)
+    equal_bits(mine, wanted)
+
+
+# ---- threads, and gradients formed ahead -----------------------------------------------------------------------------
+
+
+def gradient_ahead(monkeypatch, ahead: bool) -> None:
+    """Whether the forward forms the gradients along with the loss."""
+    monkeypatch.setattr(_native, "policy_loss_gradient_ahead", lambda *args: ahead)
+
+
+@pytest.mark.parametrize("dtypes", ["bfloat16 outputs, float16 policies", "every latent another"])
+@pytest.mark.parametrize(("rows", "numel"), [(1, 100_003), (9, 40_000), (300, 17)])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_same_bits_for_any_thread_count(fused_step, monkeypatch, dtypes, rows, numel, ahead):
+    gradient_ahead(monkeypatch, ahead)
+    options = {"objective": GRPOGuard(clip_range=10.0), "old_form": "residual", "ref_form": "output", "guidance": True}
+    arguments = draw_step((rows,), (numel,), dtypes=STEP_DTYPES[dtypes], **options)
+    torch.set_num_threads(1)
+    alone = run(fused_step, arguments)
+    for threads in (2, 5, 5):  # and from run to run
+        torch.set_num_threads(threads)
+        equal_bits(run(fused_step, arguments), alone)
+
+
+@objectives
+@old_forms
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "every latent another"])
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("upstream", [1.0, 2.0**-7])
+def test_gradients_formed_ahead_are_the_backward_s(
+    fused_step, monkeypatch, objective, old_form, dtypes, guidance, upstream
+):
+    arguments = draw_step(
+        latent_shape=(67,), objective=objective, old_form=old_form, guidance=guidance, ref_form="output",
+        dtypes=STEP_DTYPES[dtypes], deterministic=(2,),
+    )  # fmt: skip
+    runs = []
+    for ahead in (True, False):
+        gradient_ahead(monkeypatch, ahead)
+        runs.append(run(fused_step, arguments, upstream=upstream))
+    equal_bits(*runs)
+
+
+def test_gradients_formed_ahead_are_handed_out_once(fused_step, monkeypatch):
+    """Each to whoever may write to it; a second backward forms its own."""
+    gradient_ahead(monkeypatch, True)
+    arguments = draw_step(guidance=True)
+    leaves = [arguments[name].requires_grad_() for name in ("model_output", "uncond_output")]
+    loss = fused_step(**arguments).loss
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    wanted = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()
+    second = torch.autograd.grad(loss, leaves)
+    for mine, other, gone in zip(second, wanted, first, strict=True):
+        assert torch.equal(mine, other)
+        assert mine.abs().max() > 0
+        assert mine.data_ptr() != gone.data_ptr()
+
+
+@objectives
+def test_power_of_two_scaling_commutes(step_loss, objective):
+    """A GradScaler's factor: the gradients are scaled, to the bit."""
+    arguments = draw_step(objective=objective, guidance=True, dtypes=STEP_DTYPES["bfloat16 outputs, float16 policies"])
+    plain, scaled = run(step_loss, arguments), run(step_loss, arguments, upstream=65536.0)
+    for name in ("grad model_output", "grad uncond_output"):
+        assert torch.equal(scaled[name], 65536 * plain[name])
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sample", "prev_sample", "model_output", "uncond_output"])
+def test_overwritten_inputs_are_noticed(fused_step, name):
+    """The backward reads the inputs again: a trainer that reused a buffer gets autograd's error, no wrong gradient."""
+    arguments = draw_step(guidance=True)
+    for output in ("model_output", "uncond_output"):
+        arguments[output] = arguments[output].requires_grad_() * 1
+    result = fused_step(**arguments)
+    with torch.no_grad():
+        arguments[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16 outputs, float16 policies", "every latent another"])
+def test_nothing_latent_sized_is_allocated_but_the_gradients(fused_step, reduction, guidance, upstream, dtypes):
+    arguments = draw_step(
+        (9,), (3000,), old_form="residual", guidance=guidance, ref_form="output", reduction=reduction,
+        objective=STEP_OBJECTIVES["guard"], dtypes=STEP_DTYPES[dtypes],
+    )  # fmt: skip
+    values = [arguments[name].requires_grad_() for name in leaves(arguments)]
+    result = fused_step(**arguments)  # what is made once is made now
+    grad_loss = torch.full_like(result.loss, upstream)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(fused_step(**arguments).loss, values, grad_loss)
+    sizes = [event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0]
+    assert sizes, "no allocation was seen at all"
+    large = sorted(size for size in sizes if size >= 9 * 3000)  # a byte for each latent element
+    assert large == sorted(value.nbytes for value in values)
