@@ -13,7 +13,7 @@ def gaussian_kl(mean: Tensor, other: Tensor, std: float | Tensor) -> Tensor:
 
     It is the reference term of `loss`, whose policy is given advantages of 0.
     """
-    no_policy = torch.zeros(mean.shape[0], device=mean.device)
+    no_policy = torch.zeros(len(mean), dtype=torch.promote_types(mean.dtype, torch.float32), device=mean.device)
     return loss(
         mean,
         None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -170,7 +171,9 @@ def _not_served(
 
 def _rows(value: float | Sequence[float] | Tensor, latents: Tensor) -> Tensor:
     """float32 on the latents' device, `[rows]` or 0-dim, however many trailing ones it came with."""
-    value = torch.as_tensor(value, dtype=torch.float32).to(latents.device)
+    if isinstance(value, Real):  # filled there: a copy from the host would wait
+        return torch.full((), value, dtype=torch.float32, device=latents.device)
+    value = torch.as_tensor(value).to(latents.device, torch.float32)
     return value.reshape(()) if value.numel() == 1 else value.reshape(-1)
 
 
