@@ -49,9 +49,11 @@ fn capability(handle: sys::CUdevice) -> Result<u32, Error> {
     Ok((10 * major + minor).cast_unsigned())
 }
 
-/// For a report: the driver's version, and each GPU's name and compute capability. Opens no context; None without a
-/// driver.
-pub fn survey() -> Result<Option<(c_int, Vec<(String, u32)>)>, Error> {
+/// The driver's version (12040 for CUDA 12.4), and each GPU's name and compute capability.
+pub type Driver = (c_int, Vec<(String, u32)>);
+
+/// For a report: opens no context. None without a driver.
+pub fn survey() -> Result<Option<Driver>, Error> {
     if !has_driver() {
         return Ok(None);
     }

@@ -11,7 +11,7 @@ use pyo3::types::{PyBytes, PyString, PyTuple};
 
 use crate::cpu::simd::{self, InstructionSet};
 use crate::cuda::image::{IMAGES, Image, choose};
-use crate::cuda::{self, device};
+use crate::cuda::{self, device, device::Driver};
 use crate::error::Error;
 use crate::tensor::{Dtype, Rows, View};
 use crate::transition::schedule::{Sampler, Schedule};
@@ -129,14 +129,15 @@ pub fn cuda_entry_points() -> Vec<(String, usize)> {
 #[pyfunction]
 pub fn cuda_images_for(capability: u32) -> Vec<(&'static str, u32, bool)> {
     let mut units: Vec<_> = IMAGES.iter().map(|image| image.unit).collect();
+    units.sort_unstable();
     units.dedup();
     let chosen = units.into_iter().filter_map(|unit| choose(IMAGES, unit, capability));
     chosen.map(|image| (image.unit, image.capability, image.is_ptx)).collect()
 }
 
-/// The driver's version (12040 for CUDA 12.4) and its GPUs, each name and compute capability; None without a driver.
+/// Its version and GPUs; None without one.
 #[pyfunction]
-pub fn cuda_driver() -> Result<Option<(i32, Vec<(String, u32)>)>, Error> {
+pub fn cuda_driver() -> Result<Option<Driver>, Error> {
     guarded(device::survey)
 }
 
