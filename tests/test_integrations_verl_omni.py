@@ -624,7 +624,7 @@ def test_half_precision_is_served_where_the_maths_decides(fixed):
     inputs = given_loss(old_prev_sample_mean=torch.zeros(ROWS, 4, 5).bfloat16())
     loss, _ = fixed.registry["flow_dppo"].compute_loss(**inputs)
     assert loss.isfinite()
-    assert fixed.ours.fallbacks() == {"std_dev_t of an unknown sampler": 1}
+    assert fixed.ours.fallbacks() == {"std_dev_t of an unknown sampler, taken for Flow-SDE's": 1}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -82,7 +82,7 @@ def enabled() -> bool:
 
 
 def fallbacks() -> dict[str, int]:
-    """How many calls went to the trainer's own function, and why."""
+    """How many calls went to the trainer's own function, or took a number as it does, and why."""
     return dict(_patch.fallbacks)
 
 
@@ -203,7 +203,7 @@ _LOSSES = {
 def _unserved(
     strict: bool,
     log_prob: Tensor,
-    rows: Iterable[Tensor | None],
+    rows: tuple[Tensor | None, ...],
     means: tuple[Tensor, ...] = (),
     std_dev_t: Tensor | None = None,
     sqrt_dt: Tensor | None = None,
@@ -216,14 +216,16 @@ def _unserved(
     shape, device, dtype = log_prob.shape, log_prob.device, log_prob.dtype
     constants = [t for t in (*rows, *means[1:], std_dev_t, sqrt_dt) if t is not None]
     tensors = [log_prob, *means[:1], *constants]
+    allowed = {torch.float32} if device.type == "cuda" else {torch.float32, torch.float64}
+    if not strict:
+        allowed |= {torch.bfloat16, torch.float16}
     if device.type not in ("cpu", "cuda"):
         return f"device {device.type}"
     if any(t.device != device for t in tensors):
         return "several devices"
     if strict and any(t.dtype != dtype for t in tensors):
         return "mixed precision"
-    allowed = {torch.float32} | ({torch.float64} if device.type == "cpu" else set())
-    if any(t.dtype not in allowed | (set() if strict else {torch.bfloat16, torch.float16}) for t in tensors):
+    if any(t.dtype not in allowed for t in tensors):
         return "a dtype that is not float32"
     if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
         return "a gradient to something that is no output of the model"
@@ -281,7 +283,7 @@ def _transition_std(std_dev_t: Tensor, sqrt_dt: Tensor | None) -> Tensor:
     """
     std = getattr(std_dev_t, "_flowdppo_std", None)
     if std is None:
-        _patch.fall_back("std_dev_t of an unknown sampler")
+        _patch.fallbacks["std_dev_t of an unknown sampler, taken for Flow-SDE's"] += 1
         std = std_dev_t.flatten() if std_dev_t.ndim else std_dev_t
         std = std if sqrt_dt is None else std * sqrt_dt
     return std
