@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 import torch
 from compilers import needs_cxx
 from standin import harness
+from trainers import unirl
 
 import flowdppo_ops
-from flowdppo_ops import _native, _self_test
+from flowdppo_ops import _doctor, _native, _self_test
 from flowdppo_ops.__main__ import main
 from flowdppo_ops.integrations import flow_grpo
 
@@ -122,6 +124,21 @@ def test_integrations_of_this_process(monkeypatch, capsys):
     assert found["flow_grpo"].endswith(", active")
     assert found["unirl"].endswith(", active, its own functions ran: float64 latents: 2 calls")
     flow_grpo._announce.cache_clear()
+
+
+def test_a_class_that_a_recipe_names_is_active(monkeypatch):
+    """UniRL's classes need no `enable()`."""
+    name = "flowdppo_ops.integrations.unirl"
+    for module, surface in unirl.modules().items():
+        monkeypatch.setitem(sys.modules, module, surface)
+    monkeypatch.setitem(sys.modules, name, None)
+    del sys.modules[name]
+    integration = importlib.import_module(name)
+    assert not integration.active()
+    assert integration.FlowSDEStrategy.canonical_name == "flow"
+    assert integration.active()
+    assert not integration.enabled()
+    assert _doctor._active("unirl") == "active"
 
 
 # ---- GPUs ------------------------------------------------------------------------------------------------------------
