@@ -100,8 +100,16 @@ class PolicyLoss:
         else:
             numbers = _over_ranks(self._numbers[-names:], math.prod(self._row_shape), group)
         values = dict(zip(METRICS, numbers, strict=True))
-        absent = (() if self._has_kl else _KL_METRICS) + (() if self._has_ref else _REF_METRICS)
-        return {prefix + name: value for name, value in values.items() if name not in absent}
+        return {prefix + name: value for name, value in values.items() if name not in self._absent()}
+
+    def metric_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """`metrics` before they are copied: 0-dim tensors on the device, views of one, for a trainer that keeps its
+        logging values there and reads them later."""
+        values = dict(zip(METRICS, self._numbers[-len(METRICS) :].unbind(), strict=True))
+        return {prefix + name: value for name, value in values.items() if name not in self._absent()}
+
+    def _absent(self) -> tuple[str, ...]:
+        return (() if self._has_kl else _KL_METRICS) + (() if self._has_ref else _REF_METRICS)
 
     def __repr__(self) -> str:
         return f"PolicyLoss(loss={self.loss}, rows={self._row_shape})"
