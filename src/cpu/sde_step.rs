@@ -8,10 +8,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::pool::for_each;
-use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, widen};
+use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, store_scaled, widen, with_part};
 use crate::ops::sde_step::{Backward, Factors, Next, Outputs, Step};
 use crate::plan::{Plan, Stretch};
-use crate::tensor::{Bf16, Dtype, F16, ViewMut};
+use crate::tensor::ViewMut;
 use crate::transition::schedule::Transition;
 
 /// Buffers for what must be converted; one per thread.
@@ -262,47 +262,6 @@ fn gradient_of_mean<'a, F: Real, const FMA: bool>(
 }
 
 // ---- into memory -----------------------------------------------------------------------------------------------------
-
-/// Runs `$body` with `$part` bound to elements `$first .. $first + $len` of a view, in its dtype.
-macro_rules! with_part {
-    ($out:expr, $first:expr, $len:expr, $part:ident => $body:expr) => {
-        match $out.dtype() {
-            Dtype::F32 => {
-                let $part = $out.part_mut::<f32>($first, $len);
-                $body
-            }
-            Dtype::Bf16 => {
-                let $part = $out.part_mut::<Bf16>($first, $len);
-                $body
-            }
-            Dtype::F16 => {
-                let $part = $out.part_mut::<F16>($first, $len);
-                $body
-            }
-            Dtype::F64 => {
-                let $part = $out.part_mut::<f64>($first, $len);
-                $body
-            }
-        }
-    };
-}
-
-/// Writes `scale` times `values` to `out[first..]`.
-///
-/// # Safety
-/// As `ViewMut::part_mut`: no other thread writes these elements.
-#[inline(always)]
-unsafe fn store_scaled<F: Real>(values: &[F], scale: F, out: &ViewMut<'_>, first: usize) {
-    // SAFETY: passed on from the caller.
-    unsafe { with_part!(out, first, values.len(), part => scaled(values, scale, part)) }
-}
-
-#[inline(always)]
-fn scaled<F: Real, T: Storage>(from: &[F], scale: F, to: &mut [T]) {
-    for (to, &from) in to.iter_mut().zip(from) {
-        *to = T::store(scale * from);
-    }
-}
 
 /// Writes `values` to `out[first..]`, and makes them what then stands there.
 ///

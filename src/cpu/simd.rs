@@ -278,22 +278,56 @@ fn load_all<T: Storage, F: Real>(from: &[T], to: &mut [F]) {
     }
 }
 
+/// Runs `$body` with `$part` bound to elements `$first .. $first + $len` of a view, in its dtype.
+macro_rules! with_part {
+    ($out:expr, $first:expr, $len:expr, $part:ident => $body:expr) => {
+        match $out.dtype() {
+            $crate::tensor::Dtype::F32 => {
+                let $part = $out.part_mut::<f32>($first, $len);
+                $body
+            }
+            $crate::tensor::Dtype::Bf16 => {
+                let $part = $out.part_mut::<$crate::tensor::Bf16>($first, $len);
+                $body
+            }
+            $crate::tensor::Dtype::F16 => {
+                let $part = $out.part_mut::<$crate::tensor::F16>($first, $len);
+                $body
+            }
+            $crate::tensor::Dtype::F64 => {
+                let $part = $out.part_mut::<f64>($first, $len);
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_part;
+
+/// Writes `scale` times `values` to `out[first..]`.
+///
+/// # Safety
+/// As `ViewMut::part_mut`: no other thread writes these elements.
+#[inline(always)]
+pub unsafe fn store_scaled<F: Real>(values: &[F], scale: F, out: &ViewMut<'_>, first: usize) {
+    // SAFETY: passed on from the caller.
+    unsafe { with_part!(out, first, values.len(), part => scaled(values, scale, part)) }
+}
+
+#[inline(always)]
+fn scaled<F: Real, T: Storage>(from: &[F], scale: F, to: &mut [T]) {
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = T::store(scale * from);
+    }
+}
+
 /// Writes `values` to `out[first..]` in the dtype of `out`.
 ///
 /// # Safety
 /// As `ViewMut::part_mut`: no other thread writes these elements.
 #[inline(always)]
 pub unsafe fn narrow<S: Storage>(values: &[S], out: &ViewMut<'_>, first: usize) {
-    match out.dtype() {
-        // SAFETY: passed on from the caller.
-        Dtype::Bf16 => store_all(values, unsafe { out.part_mut::<Bf16>(first, values.len()) }),
-        // SAFETY: passed on from the caller.
-        Dtype::F16 => store_all(values, unsafe { out.part_mut::<F16>(first, values.len()) }),
-        // SAFETY: passed on from the caller.
-        Dtype::F32 => store_all(values, unsafe { out.part_mut::<f32>(first, values.len()) }),
-        // SAFETY: passed on from the caller.
-        Dtype::F64 => store_all(values, unsafe { out.part_mut::<f64>(first, values.len()) }),
-    }
+    // SAFETY: passed on from the caller.
+    unsafe { with_part!(out, first, values.len(), part => store_all(values, part)) }
 }
 
 #[inline(always)]
