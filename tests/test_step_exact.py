@@ -21,7 +21,7 @@ from step_cases import (
     step_mask_cells,
 )
 
-from flowdppo_ops import FlowDPPO, GRPOGuard, _native
+from flowdppo_ops import FlowDPPO, GRPOGuard, _native, reference
 
 samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 old_forms = pytest.mark.parametrize("old_form", OLD_FORMS)
@@ -106,6 +106,21 @@ def test_blocked_row_with_an_infinite_latent_keeps_its_penalty(fused_step):
     for name in ("grad model_output", "grad uncond_output"):
         assert (mine[name] != 0).all()
         assert torch.equal(mine[name], wanted[name])
+
+
+@samplers
+def test_coefficients_are_those_of_float32(fused_step, sampler):
+    """Formed in float64 from float32 numbers and rounded once, wherever they are used: `d = b^2` over `b^2` again."""
+    rows = 200
+    steps = {"sigma": torch.linspace(0.5, 0.99, rows), "sigma_next": torch.linspace(0.1, 0.45, rows)}
+    zeros = torch.zeros(rows, 1)
+    old = {"old_model_output": zeros, "objective": STEP_OBJECTIVES["velocity"]}
+    kl = fused_step(1 + zeros, zeros, zeros, zeros[:, 0], **steps, noise_level=0.7, sampler=sampler, **old).kl
+    noise_level = torch.tensor(0.7).double()
+    sigma, sigma_next = (value.double() for value in steps.values())
+    _, b, _ = reference.transition(sampler, sigma, sigma_next, noise_level, noise_level)
+    b = b.float()
+    assert torch.equal(kl, ((b * b).double() / b.double() ** 2).float())
 
 
 # ---- on policy -------------------------------------------------------------------------------------------------------
