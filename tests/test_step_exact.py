@@ -65,18 +65,18 @@ def test_mask_cells_of_the_ablations(step_loss, mask):
 @samplers
 @objectives
 @pytest.mark.parametrize("guidance", [False, True])
-def test_blocked_rows_with_infinities(step_loss, sampler, objective, guidance):
+def test_blocked_rows_with_infinities(fused_step, sampler, objective, guidance):
     """A blocked row's gradient is exactly 0, whatever its latents became, and the other rows' is what it was."""
     options = {"old_form": "output", "old_log_prob": True, "guidance": guidance}
     arguments = draw_step(sampler=sampler, objective=objective, **options)
-    calm = run(step_loss, arguments)
+    calm = run(fused_step, arguments)
     # An infinity makes the log-prob -inf and the ratio 0, which a negative advantage has blocked already.
     row = int((~calm["keep"] & (arguments["advantages"] < 0)).nonzero()[0])
     # In the output, GRPO-Guard's drift would be infinite too, and the ratio NaN.
     for name in ("sample", "prev_sample") + ("model_output",) * (not isinstance(objective, GRPOGuard)):
         bad = arguments | {name: arguments[name].clone()}
         bad[name][row, 3, 1] = float("inf")
-        mine = run(step_loss, bad)
+        mine = run(fused_step, bad)
         assert (mine["ratio"][row], mine["keep"][row]) == (0, False), name
         for leaf in leaves(arguments):
             assert torch.equal(mine[f"grad {leaf}"], calm[f"grad {leaf}"]), (name, leaf)
