@@ -41,11 +41,11 @@ $(BIN)/python:
 
 # On a machine with an NVIDIA GPU and compute-sanitizer.
 sanitize: $(VENV)/.test
-	for tool in memcheck racecheck synccheck initcheck; do \
+	for tool in memcheck racecheck synccheck initcheck; do for unit in policy_loss sde_step; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    --kernel-name kns=policy_loss $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py \
+	    --kernel-name kns=$$unit $(BIN)/python -m pytest -q -m gpu tests/test_gpu*.py \
 	    -k "options or dtypes or sizes or alignment" || exit 1; \
-	done
+	done; done
 
 clean:
 	rm -rf $(VENV) target dist demo-out

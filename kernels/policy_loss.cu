@@ -148,21 +148,6 @@ __device__ __noinline__ void finish_batch(const PolicyLossForward& p, double* s_
   batch_numbers(problem, p.numbers, p.loss, s_numbers);
 }
 
-// A row's step, formed by one thread for all that share the row.
-template <class Source>
-__device__ __forceinline__ StepRow shared_step(const Problem& problem, const Part& part) {
-  if constexpr (Source::kIsStep) {
-    SHARED(StepRow, s_steps, kWarps);
-    StepRow& s_step = s_steps[part.threads == kWarpSize ? threadIdx.x / kWarpSize : 0];
-    if (part.thread == 0 && part.row < problem.rows)
-      s_step = step_row(problem.schedule, transition_of(problem.schedule, part.row), part.row);
-    __syncthreads();
-    return s_step;
-  } else {
-    return {};
-  }
-}
-
 template <class Source>
 __device__ __forceinline__ void forward(const PolicyLossForward& p) {
   SHARED(double, s_numbers, kSharedNumbers);
@@ -171,7 +156,8 @@ __device__ __forceinline__ void forward(const PolicyLossForward& p) {
 
   float sums[kSums] = {};
   if (p.latents.output.data && p.stage != kObjectiveAlone) {
-    const StepRow step = shared_step<Source>(problem, part);
+    StepRow step = {};
+    if constexpr (Source::kIsStep) step = shared_step(problem.schedule, problem.rows, part);
     const Demand wanted = {problem.old_form, problem.ref_form, true, true, true};
     const long long first = part.row * problem.numel + part.first;
     if (part.count > 0) thread_sums(Source(p.latents, first, step, wanted), part, sums);
@@ -237,33 +223,6 @@ __device__ __forceinline__ float gradient(Coefficients c, Moments moments) {
   return fmaf(c.innovation, moments.innovation, fmaf(c.drift, moments.drift, c.reference * moments.ref_drift));
 }
 
-// A gradient from some element on; data null: not wanted.
-template <int kDtype>
-struct Target {
-  char* data;
-  int dtype_if_any;
-
-  __device__ __forceinline__ Target(void* start, const Latent& of, long long first)
-      : data(static_cast<char*>(start)), dtype_if_any(of.dtype) {
-    advance(first);
-  }
-  __device__ __forceinline__ int dtype() const { return kDtype == kAny ? dtype_if_any : kDtype; }
-  __device__ __forceinline__ bool aligned() const { return reinterpret_cast<size_t>(data) % 16 == 0; }
-  __device__ __forceinline__ void advance(long long elements) {
-    if (data) data += elements * dtype_size(dtype());
-  }
-  template <int kVector>
-  __device__ __forceinline__ void store(int vector, const float (&gradient)[kVector], float share) const {
-    float values[kVector];
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) values[j] = share * gradient[j];
-    store_vector<kVector, kDtype>(data, dtype(), vector, values);
-  }
-  __device__ __forceinline__ void store_one(int at, float gradient, float share) const {
-    if (data) store_element(data, dtype(), at, share * gradient);
-  }
-};
-
 // Of one row, from some element on: with guidance the output has that share of G, the unconditional one the rest.
 template <class Source>
 struct Gradients {
@@ -271,8 +230,8 @@ struct Gradients {
   float guidance;
 
   __device__ __forceinline__ Gradients(const PolicyLossBackward& p, long long first, const StepRow& step)
-      : output(p.grad_output, p.latents.output, first),
-        uncond(Source::kIsStep ? p.grad_uncond : nullptr, p.latents.uncond, first),
+      : output(p.grad_output, p.latents.output.dtype, first),
+        uncond(Source::kIsStep ? p.grad_uncond : nullptr, p.latents.uncond.dtype, first),
         guidance(Source::kIsStep ? step.guidance : 1.f) {}
   __device__ __forceinline__ bool aligned() const { return output.aligned() && uncond.aligned(); }
   __device__ __forceinline__ void advance(long long elements) {
@@ -365,8 +324,8 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
 // ---- entry points --------------------------------------------------------------------------------------------------
 
 // Two blocks on a multiprocessor at least, not more: asked for three, the compiler saves registers by sinking half of
-// an iteration's loads below the arithmetic. It takes 62 to 124; 2 or 3 blocks with 6 loads a thread are 49 to 74 KB in
-// flight, where an H200 should need ~30 (4.8 TB/s, 132 multiprocessors, 0.8 us).
+// an iteration's loads below the arithmetic. It takes 62 to 126; 2 or 3 blocks with 4 to 8 loads a thread are 33 to 74
+// KB in flight, where an H200 should need ~30 (4.8 TB/s, 132 multiprocessors, 0.8 us).
 #define POLICY_LOSS(variant, Source, ...)                                            \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
       policy_loss_forward_##variant(const __grid_constant__ PolicyLossForward p) {   \

@@ -4,6 +4,7 @@
 // Formed in float64 from numbers of float32 and rounded once, so that every backend has the same coefficients.
 #pragma once
 
+#include "common/parts.cuh"
 #include "common/rows.cuh"
 
 // kNoSampler: means are given, there is no schedule.
@@ -57,8 +58,14 @@ __device__ __forceinline__ StepRow step_row(const Schedule& schedule, const Tran
   return {static_cast<float>(t.a), static_cast<float>(t.b), static_cast<float>(t.std), static_cast<float>(guidance)};
 }
 
+// The same, formed by one thread for all that share the row. By all threads of the block.
+__device__ __forceinline__ StepRow shared_step(const Schedule& schedule, long long rows, const Part& part) {
+  SHARED(StepRow, s_steps, kWarps);
+  StepRow& s_step = s_steps[part.threads == kWarpSize ? threadIdx.x / kWarpSize : 0];
+  if (part.thread == 0 && part.row < rows) s_step = step_row(schedule, transition_of(schedule, part.row), part.row);
+  __syncthreads();
+  return s_step;
+}
+
 // Nothing is random in such a row: noise level 0, or the last step of CPS.
 __device__ __forceinline__ bool is_deterministic(const Transition& t) { return t.std == 0.0; }
-
-// What a residual is measured in: (x' - mu) / unit.
-__device__ __forceinline__ double residual_unit(const Transition& t) { return is_deterministic(t) ? 1.0 : t.std; }

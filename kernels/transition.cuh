@@ -2,7 +2,7 @@
 //
 // A *source* is the only thing in which the operators over row statistics differ; everything behind it sees `Moments`.
 // It is a value type bound to one stretch of one row:
-//   kIsStep          whether the output is a model's, so that a row has a step (`StepRow`) and a row of `numbers` more
+//   kIsStep          whether the output is a model's: a row has a step, `StepRow`, which stands in its `numbers` too
 //   kDtype           of the output
 //   kVector          elements of one vector step; every load of it is whole 16-byte words
 //   Raw              one vector step of all kTensors tensors, unconverted

@@ -34,6 +34,12 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SDE_STEP_NUMBERS", ops::sde_step::NUMBERS)?;
     module.add_function(wrap_pyfunction!(python::sde_step::sde_step_forward, module)?)?;
     module.add_function(wrap_pyfunction!(python::sde_step::sde_step_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sde_step::sde_step_workspace_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sde_step::sde_step_forward_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sde_step::sde_step_backward_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(python::instruction_set, module)?)?;
+    module.add_function(wrap_pyfunction!(python::cuda_driver, module)?)?;
     module.add_function(wrap_pyfunction!(python::cuda_images, module)?)?;
+    module.add_function(wrap_pyfunction!(python::cuda_images_for, module)?)?;
     module.add_function(wrap_pyfunction!(python::cuda_entry_points, module)?)
 }

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -695,3 +696,41 @@ def test_unknown_size_is_named(runner, bench, size, capsys):
     with pytest.raises(SystemExit):
         run(bench, "--sizes", size)
     assert f"'{size}': wanted one of {', '.join(runner.SIZES)}, or a shape" in capsys.readouterr().err
+
+
+# ---- the trainers ----------------------------------------------------------------------------------------------------
+
+# Operators on latents, forward and backward, in float32: of the chain, and of the integration (at most one a pass, and
+# what adds two losses or widens nothing). Waits: verl-omni's metrics at once, and the look-up's question on a CPU.
+COUNTED = {"verl_omni": (24, 3, 2), "unirl": (24, 3, 13), "flow_grpo": (20, 2, 1), "flow_factory": (20, 2, 0)}
+
+
+def test_trainers_beside_their_integrations(tmp_path):
+    """In a process of its own: stand-ins for trainers stay in its modules."""
+    file = tmp_path / "rows.json"
+    arguments = ["--quick", "--sizes", "8x3x40x40", "--dtypes", "fp32", "--json", str(file)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FLOWDPPO_OPS_")}
+    command = [sys.executable, str(BENCHES / "bench_trainers.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["op"], row["provider"], row["pass"]): row for row in json.loads(file.read_text())}
+    for trainer, (chain, fused, waits) in COUNTED.items():
+        both = [rows[trainer, provider, "forward+backward"] for provider in ("eager", "fused")]
+        assert [row["latent_ops"] for row in both] == [chain, fused]
+        assert both[1]["host_syncs"] == waits
+        assert both[1]["bytes_moved"] < both[0]["bytes_moved"] / 4
+
+
+def test_wrong_answer_of_an_integration_is_not_timed(tmp_path):
+    code = """
+import flowdppo_ops.integrations.flow_grpo as ours
+own = ours.grpo_loss
+ours.grpo_loss = lambda *given, clip_range, **more: own(*given, clip_range=2 * clip_range, **more)
+import bench_trainers, runner
+runner.main("bench_trainers", "", bench_trainers.OPERATIONS, ("flow_grpo",), ["--quick", "--sizes", "8x3x5"])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FLOWDPPO_OPS_")}
+    path = os.pathsep.join([str(BENCHES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=200)
+    assert "wrong answer, not timed: fused: loss is" in done.stderr

@@ -58,7 +58,8 @@ def test_every_entry_point_is_in_the_image(driver, capability):
 
 @needs_images
 @pytest.mark.parametrize(
-    "scenario", ["forward_arguments", "objectives", "backward_arguments", "grids", "bad_arguments"]
+    "scenario",
+    ["forward_arguments", "step_arguments", "shards", "objectives", "backward_arguments", "grids", "bad_arguments"],
 )
 def test_arguments(driver, scenario):
     harness.run(scenario, driver)
@@ -90,9 +91,31 @@ def test_driver_errors_become_exceptions(driver):
 
 
 @needs_images
-@pytest.mark.parametrize("scenario", ["parity", "clip_limits", "kept_tickets", "float64_from_python"])
+@pytest.mark.parametrize(
+    "scenario", ["parity", "step_parity", "sharded_parity", "clip_limits", "kept_tickets", "float64_from_python"]
+)
 def test_loss_with_emulated_kernels(driver, kernels, scenario):
     harness.run(scenario, driver, kernels=kernels)
+
+
+@needs_images
+@pytest.mark.parametrize("capability", ["80", "90", "100", "120", "200"])
+def test_every_entry_point_of_sde_step_is_in_its_image(driver, capability):
+    harness.run("every_entry_point", driver, capability, script="sde_step.py")
+
+
+@needs_images
+@pytest.mark.parametrize(
+    "scenario", ["its_image_alone", "forward_arguments", "backward_arguments", "grids", "bad_arguments"]
+)
+def test_arguments_of_sde_step(driver, scenario):
+    harness.run(scenario, driver, script="sde_step.py")
+
+
+@needs_images
+@pytest.mark.parametrize("scenario", ["parity", "launches", "float64_from_python"])
+def test_sde_step_with_emulated_kernels(driver, kernels, scenario):
+    harness.run(scenario, driver, kernels=kernels, script="sde_step.py")
 
 
 def test_a_device_that_is_not_there(driver):

@@ -289,8 +289,8 @@ FAULTS = {
         "asan", check_values, OVERFLOW,
     ),
     "a gradient written past the end": (
-        Fault(KERNEL, "at < count; at += part.threads)\n      store_element(out, dtype, at, nothing ? 0.f :",
-              "at <= count; at += part.threads)\n      store_element(out, dtype, at, at == count ? 0.f :"),
+        Fault(KERNEL, "at < count; at += part.threads)\n      out.store_one(at, nothing ? 0.f :",
+              "at <= count; at += part.threads)\n      out.store_one(at, at == count ? 0.f :"),
         "asan", check_values, OVERFLOW,
     ),
     "a dropped tail": (
@@ -298,8 +298,8 @@ FAULTS = {
         "asan", check_values, WRONG,
     ),
     "a tail of the gradient dropped": (
-        Fault(KERNEL, "at < count; at += part.threads)\n      store_element(",
-              "at < 0; at += part.threads)\n      store_element("),
+        Fault(KERNEL, "at < count; at += part.threads)\n      out.store_one(",
+              "at < 0; at += part.threads)\n      out.store_one("),
         "asan", check_values, "grad prev_sample_mean",
     ),
     "a stretch rounded down": (
@@ -332,8 +332,10 @@ def test_planted_faults_are_seen(builds, name):
     assert_seen(builds, name, *FAULTS[name])
 
 
-def assert_seen(builds, name, fault, sanitizer, check, says):
-    server = start(builds / name.replace(" ", "-").replace(">", "gt"), sanitizer, fault)
+def assert_seen(builds, name, fault, sanitizer, check, says, variant="f32"):
+    """`variant`: of the kernels, the one that the check launches."""
+    folder = builds / f"{variant} {name}".replace(" ", "-").replace(">", "gt")
+    server = start(folder, sanitizer, fault, ("policy_loss", variant))
     try:
         with pytest.raises(AssertionError, match=says):
             check(server)

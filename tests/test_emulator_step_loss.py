@@ -8,7 +8,6 @@ import zlib
 
 import pytest
 import torch
-from cases import CELLS
 from compilers import needs_cxx
 from emulator import call
 from emulator.build import Fault
@@ -208,14 +207,6 @@ def test_no_data_race_of_shards(tsan, objective, splits):
 # ---- planted faults: each is seen, by the check that is there for it -------------------------------------------------
 
 
-def check_mask(server):
-    for old_form in OLD_FORMS:
-        arguments, keep = step_mask_cells(64, old_form)
-        got = EmulatedStepLoss(server, splits=2)(**arguments).keep
-        wrong = [cell for cell, a, b in zip(CELLS, got, keep, strict=True) if a != b]
-        assert not wrong, f"mask cells: {wrong}"
-
-
 def check_values(server):
     for number, sampler in enumerate(SAMPLERS):
         for old_form, splits in zip(OLD_FORMS, (0, 1, 3), strict=True):
@@ -273,13 +264,13 @@ WRONG = "keep: |not finite|: error "
 # name: (the fault, sanitizer, check, what the check says)
 FAULTS = {
     "no barrier before the step is read": (
-        Fault(KERNEL, "    __syncthreads();\n    return s_step;", "    return s_step;"), "tsan", check_races, RACE
+        Fault(SCHEDULE, "  __syncthreads();\n  return s_step;", "  return s_step;"), "tsan", check_races, RACE
     ),
     "one step for all warps": (
-        Fault(KERNEL, "part.threads == kWarpSize ? threadIdx.x / kWarpSize : 0", "0"), "tsan", check_races, RACE
+        Fault(SCHEDULE, "part.threads == kWarpSize ? threadIdx.x / kWarpSize : 0", "0"), "tsan", check_races, RACE
     ),
     "the step of another row": (
-        Fault(KERNEL, "transition_of(problem.schedule, part.row)", "transition_of(problem.schedule, 0)"),
+        Fault(SCHEDULE, "transition_of(schedule, part.row)", "transition_of(schedule, 0)"),
         "asan", check_values, WRONG,
     ),
     "no guidance": (
@@ -348,9 +339,6 @@ FAULTS = {
     "sums of another row": (
         Fault(KERNEL, "p.row_sums + 4 * part.row;", "p.row_sums + 4 * 0;"), "asan", check_shards, "log_prob of shards"
     ),
-    "a KL at the threshold": (
-        Fault(OBJECTIVE, "kl >= rounded(problem.low)", "kl > rounded(problem.low)"), "asan", check_mask, "mask cells"
-    ),
     "a cancelling drift": (
         Fault(SOURCE, "out[j] = b * (v[j] - policy[j])", "out[j] = b * v[j] - 1.0000001f * b * policy[j]"),
         "asan", check_on_policy, "on-policy KL",
@@ -360,7 +348,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(builds, name):
-    assert_seen(builds, f"step, {name}", *FAULTS[name])
+    assert_seen(builds, name, *FAULTS[name], variant="step_f32")
 
 
 CHECKS = {check for _, sanitizer, check, _ in FAULTS.values() if sanitizer == "asan"}

@@ -27,7 +27,11 @@ mean = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4)
 loss, grad = flowdppo_ops.numpy.loss(mean, mean, np.float32([1, 3]), std=0.5, prev_sample=mean + 1)
 assert loss == -2 and np.isfinite(grad).all() and grad.shape == mean.shape, (loss, grad)
 assert "torch" not in sys.modules
-print("images:", *("%s_%d" % ("compute" if is_ptx else "sm", cc) for _, cc, is_ptx, _ in _native.cuda_images()))
+images = {}
+for unit, cc, is_ptx, _ in _native.cuda_images():
+    images.setdefault(unit, []).append("%s_%d" % ("compute" if is_ptx else "sm", cc))
+assert sorted(images) in ([], ["policy_loss", "sde_step"]) and len(set(map(str, images.values()))) <= 1, images
+print("images:", *images.get("policy_loss", []))
 """
 ALL_IMAGES = "images: sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_80"
 

@@ -520,3 +520,15 @@ def test_metrics(loss):
     }
     for name, value in by_hand.items():
         assert metrics[f"actor/{name}"] == pytest.approx(value.item(), rel=1e-6), name
+
+
+def test_metrics_that_stay_on_the_device(loss):
+    """The same names and values, nothing copied: 0-dim views of one tensor."""
+    x = torch.randn(6, 20, requires_grad=True)
+    call = {"std": 0.5, "prev_sample": x.detach() + 0.3, "objective": FlowDPPO(kl_mask_threshold=1e-3)}
+    for more in ({}, {"ref_prev_sample_mean": x.detach() * 0.9, "ref_kl_weight": 0.1}):
+        result = loss(x, x.detach() * 1.05, torch.randn(6), **call, **more)
+        tensors = result.metric_tensors("actor/")
+        assert {name: value.item() for name, value in tensors.items()} == result.metrics("actor/")
+        assert all(value.ndim == 0 and not value.requires_grad for value in tensors.values())
+        assert len({value.untyped_storage().data_ptr() for value in tensors.values()}) == 1

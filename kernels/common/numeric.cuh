@@ -30,6 +30,12 @@ __device__ __forceinline__ void store_element(void* data, int dtype, long long a
   }
 }
 
+// What is read where `value` was stored.
+__device__ __forceinline__ float as_stored(int dtype, float value) {
+  if (dtype == kBfloat16) return low_bfloat_to_float(floats_to_bfloats(value, 0.f));
+  return dtype == kFloat16 ? low_half_to_float(floats_to_halves(value, 0.f)) : value;
+}
+
 // As torch.max: NaN wins.
 __device__ __forceinline__ float nan_max(float a, float b) { return a != a || a > b ? a : b; }
 

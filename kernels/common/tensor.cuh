@@ -47,3 +47,30 @@ __device__ __forceinline__ void store_vector(char* out, int dtype, int vector, c
   pack.set(values, dtype);
   pack.store(out + static_cast<long long>(vector) * (kVector * dtype_size(dtype)), dtype);
 }
+
+// An output from some element on; data null: not wanted.
+template <int kDtype>
+struct Target {
+  char* data;
+  int dtype_if_any;
+
+  __device__ __forceinline__ Target(void* start, int dtype, long long first)
+      : data(static_cast<char*>(start)), dtype_if_any(dtype) {
+    advance(first);
+  }
+  __device__ __forceinline__ int dtype() const { return kDtype == kAny ? dtype_if_any : kDtype; }
+  __device__ __forceinline__ bool aligned() const { return reinterpret_cast<size_t>(data) % 16 == 0; }
+  __device__ __forceinline__ void advance(long long elements) {
+    if (data) data += elements * dtype_size(dtype());
+  }
+  template <int kVector>
+  __device__ __forceinline__ void store(int vector, const float (&values)[kVector], float share) const {
+    float shares[kVector];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) shares[j] = share * values[j];
+    store_vector<kVector, kDtype>(data, dtype(), vector, shares);
+  }
+  __device__ __forceinline__ void store_one(int at, float value, float share) const {
+    if (data) store_element(data, dtype(), at, share * value);
+  }
+};

@@ -13,6 +13,7 @@ from .objectives import FlowDPPO, FlowGRPO, GRPOGuard
 
 if TYPE_CHECKING:
     from . import numpy, reference
+    from ._doctor import doctor
     from ._sde_step import SdeStep, encode_residual, sde_step
     from .advantages import group_advantages
     from .policy_loss import loss, step_loss
@@ -25,6 +26,7 @@ __all__ = [
     "PolicyLoss",
     "SdeStep",
     "__version__",
+    "doctor",
     "encode_residual",
     "group_advantages",
     "loss",
@@ -38,6 +40,7 @@ __all__ = [
 _LAZY = {
     "PolicyLoss": "result",
     "SdeStep": "_sde_step",
+    "doctor": "_doctor",
     "encode_residual": "_sde_step",
     "group_advantages": "advantages",
     "loss": "policy_loss",

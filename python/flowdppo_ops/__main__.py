@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, demo
+from . import __version__, _doctor, demo
 
-COMMANDS = (demo,)
+COMMANDS = (demo, _doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

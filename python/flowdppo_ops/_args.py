@@ -145,16 +145,19 @@ def check_objective(where: str, objective: Any) -> None:
         )
 
 
-def check_process_group(where: str, process_group: Any) -> None:
+def check_process_group(where: str, name: str, value: Any) -> None:
     """None, or a `torch.distributed.ProcessGroup`; whoever has one has imported torch.distributed."""
-    if process_group is None:
+    if value is None:
         return
-    kind = getattr(sys.modules.get("torch.distributed"), "ProcessGroup", ())
-    if not isinstance(process_group, kind):
-        raise TypeError(
-            f"{where}: process_group is a {type(process_group).__name__}, wanted None or a "
-            "torch.distributed.ProcessGroup"
-        )
+    distributed = sys.modules.get("torch.distributed")
+    if isinstance(value, getattr(distributed, "ProcessGroup", ())):
+        return
+    # What `torch.distributed.new_group` gives to the processes that are not in it, -100: a collective over it does
+    # nothing, and says so in a warning.
+    outside = getattr(getattr(distributed, "GroupMember", None), "NON_GROUP_MEMBER", None)
+    if type(value) is type(outside) and value == outside:
+        raise ValueError(f"{where}: {name} is a group that this process is not a member of")
+    raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted None or a torch.distributed.ProcessGroup")
 
 
 def check_rows(where: str, family: Family, advantages: Any) -> tuple[int, ...]:
@@ -291,7 +294,7 @@ def check_loss(
     process_group: Any,
 ) -> LossCall:
     """The contract of `flowdppo_ops.loss`: checks its arguments, and brings them into the form of the operator."""
-    check_process_group(where, process_group)
+    check_process_group(where, "process_group", process_group)
     check_objective(where, objective)
     check_option(where, "density", density, DENSITIES)
     check_option(where, "latent_reduction", latent_reduction, LATENT_REDUCTIONS)

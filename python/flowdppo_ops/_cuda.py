@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native
-
 Target = tuple[int, int]
 
 # (device, stream) -> int32 counters, all 0 whenever no forward runs on that stream: kernels leave them so.
@@ -35,10 +33,9 @@ class Workspace:
     refuse tensors that stay behind there.
     """
 
-    def __init__(
-        self, like: Tensor, target: Target, rows: int, numel: int, needs_batch_means: bool, may_keep: bool
-    ) -> None:
-        partials, is_capturing = _native.policy_loss_workspace_cuda(target, rows, numel, needs_batch_means)
+    def __init__(self, like: Tensor, target: Target, rows: int, needed: tuple[int, bool], may_keep: bool) -> None:
+        """`needed`: the length of the partial sums and whether the stream is being captured, as the operator says."""
+        partials, is_capturing = needed
         keep = may_keep and not is_capturing
         tickets = _tickets.get(target) if keep else None
         if tickets is None or tickets.numel() <= rows:

@@ -86,7 +86,7 @@ def check_step_loss(
     process_group: Any,
 ) -> LossCall:
     """The contract of `flowdppo_ops.step_loss`: checks its arguments, and brings them into the form of the operator."""
-    check_process_group(where, process_group)
+    check_process_group(where, "process_group", process_group)
     check_objective(where, objective)
     check_option(where, "sampler", sampler, SAMPLERS)
     check_option(where, "latent_reduction", latent_reduction, LATENT_REDUCTIONS)

@@ -89,7 +89,7 @@ def loss(
         process_group=process_group,
     )
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = default_threads()
     latents, vectors, settings = call.latents, call.vectors, call.settings
     mean, rows = latents.output, advantages.size
     numel = 0 if mean is None else mean.size // rows
@@ -121,6 +121,11 @@ def loss(
         return value[()], grad_mean
     grad_log_prob = grad_log_prob.reshape(call.row_shape).astype(log_prob.dtype)
     return value[()], (grad_log_prob, grad_mean) if of_mean else grad_log_prob
+
+
+def default_threads() -> int:
+    """The processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _address(array: np.ndarray) -> int:

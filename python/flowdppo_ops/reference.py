@@ -140,13 +140,22 @@ def _statistics(
     )
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """With this rank's gradient alone: the loss is one number that all ranks have, not one for each."""
+
+    @staticmethod
+    def forward(ctx, value, process_group):
+        total = value.clone()
+        torch.distributed.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def _over_ranks(value: Tensor, process_group: Any) -> Tensor:
-    """The sum over the ranks of the group, with this rank's gradient."""
-    if process_group is None:
-        return value
-    total = value.detach().clone()
-    torch.distributed.all_reduce(total, group=process_group)
-    return value + (total - value.detach())
+    return value if process_group is None else _SumOverRanks.apply(value, process_group)
 
 
 def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
@@ -160,9 +169,11 @@ def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
     )
 
 
-def _per_std(std: Tensor) -> Tensor:
-    """1/std, formed in float64; 0 where std is 0. Residuals are multiplied with it, everywhere: the same bits."""
-    return torch.where(std == 0, torch.zeros_like(std), std.double().reciprocal().to(std.dtype))
+def _residual(innovation: Tensor, std: Tensor) -> Tensor:
+    """The innovation times 1/std, formed in float64 and rounded: the same bits everywhere. 0 where std is 0, also for a
+    latent that has overflowed as it was stored."""
+    per_std = _wide(std.double().reciprocal().to(std.dtype), innovation)
+    return torch.where(per_std.isinf(), torch.zeros_like(innovation), innovation * per_std.nan_to_num(posinf=0.0))
 
 
 def _log_prob(
@@ -472,7 +483,7 @@ def step_loss(
             return _wide(b, x) * (velocity - other)
         # "residual": mu° = x' - std e. A residual stored from this very mean gives its rounding error and no more.
         wide_std = _wide(std, x)
-        drifted = -wide_std * (innovation * _wide(_per_std(std), x) - other)
+        drifted = -wide_std * (_residual(innovation, std) - other)
         return torch.where(wide_std == 0, -innovation, drifted)
 
     stats = _statistics(
@@ -574,7 +585,7 @@ def sde_step(
     log_prob = _log_prob(q, std, density, 1.0, log_prob_normalizer, zero_defined=True)
     residual = None
     if residual_dtype is not None:
-        residual = (innovation.detach() * _wide(_per_std(std), sample)).to(residual_dtype)
+        residual = _residual(innovation.detach(), std).to(residual_dtype)
     return SdeStep(stored, log_prob, mean, std, residual)
 
 
@@ -593,7 +604,7 @@ def encode_residual(prev_sample: Tensor, mean: Tensor, std: RowVector, dtype: to
 
     Returns:
         Latents in `dtype`, without gradient; 0 where `std` is 0 (there `step_loss` takes `mu° = x'`). Plain PyTorch on
-        every device, in float32 (float64 for float64 latents), with one temporary of the latents' size.
+        every device, in float32 (float64 for float64 latents), with temporaries of the latents' size.
 
     Raises:
         ValueError, TypeError: as `loss`.
@@ -610,5 +621,5 @@ def encode_residual(prev_sample: Tensor, mean: Tensor, std: RowVector, dtype: to
     require(where, "std", std, "the standard deviation of the transition")
     std = check_row_vector(where, FAMILY, "std", std, "prev_sample", prev_sample, row_shape, len(shape))
     wide = torch.float64 if torch.float64 in (prev_sample.dtype, mean.dtype) else torch.float32
-    per_std = _wide(_per_std(row_tensor(std, row_shape, wide, prev_sample.device)), prev_sample)
-    return prev_sample.detach().to(wide, copy=True).sub_(mean.detach()).mul_(per_std).to(dtype)
+    rows = row_tensor(std, row_shape, wide, prev_sample.device)
+    return _residual(prev_sample.detach().to(wide) - mean.detach(), rows).to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ._args import check_process_group
 from ._native import METRICS
 
 if TYPE_CHECKING:
@@ -92,14 +93,23 @@ class PolicyLoss:
                 all their rows together, not averages of each rank's. One collective of 19 float64 a rank. (Ranks that
                 hold shards of the same rows have the same metrics already.)
         """
+        check_process_group("PolicyLoss.metrics", "group", group)
         names = len(METRICS)
         if group is None:
             numbers = self._numbers[-names:].tolist()
         else:
             numbers = _over_ranks(self._numbers[-names:], math.prod(self._row_shape), group)
         values = dict(zip(METRICS, numbers, strict=True))
-        absent = (() if self._has_kl else _KL_METRICS) + (() if self._has_ref else _REF_METRICS)
-        return {prefix + name: value for name, value in values.items() if name not in absent}
+        return {prefix + name: value for name, value in values.items() if name not in self._absent()}
+
+    def metric_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """`metrics` before they are copied: 0-dim tensors on the device, views of one, for a trainer that keeps its
+        logging values there and reads them later."""
+        values = dict(zip(METRICS, self._numbers[-len(METRICS) :].unbind(), strict=True))
+        return {prefix + name: value for name, value in values.items() if name not in self._absent()}
+
+    def _absent(self) -> tuple[str, ...]:
+        return (() if self._has_kl else _KL_METRICS) + (() if self._has_ref else _REF_METRICS)
 
     def __repr__(self) -> str:
         return f"PolicyLoss(loss={self.loss}, rows={self._row_shape})"
@@ -121,9 +131,11 @@ def _over_ranks(numbers: torch.Tensor, rows: int, group: ProcessGroup) -> list[f
         return sum(n * value for n, value in zip(counts, values, strict=True)) / total
 
     merged = {name: mean(values) for name, values in of.items()}
-    # Of the squares around the common mean: those around each rank's own, and what lies between the ranks.
-    between = [(value - merged["ratio_mean"]) ** 2 for value in of["ratio_mean"]]
-    within = [(n - 1) / n * std**2 for n, std in zip(counts, of["ratio_std"], strict=True)]
+    # Of the squares around the common mean: those around each rank's own, and what lies between the ranks. (A product
+    # overflows to infinity, as in the tensors; Python's `**` raises.)
+    distances = [value - merged["ratio_mean"] for value in of["ratio_mean"]]
+    between = [distance * distance for distance in distances]
+    within = [(n - 1) / n * std * std for n, std in zip(counts, of["ratio_std"], strict=True)]
     variance = (mean(within) + mean(between)) * total / (total - 1) if total > 1 else 0.0
     merged["ratio_std"] = math.sqrt(variance)
     for name, extreme in (("ratio_min", min), ("ratio_max", max), ("kl_new_old_max", max)):

@@ -1,7 +1,8 @@
 //! What the arguments of every kernel are made of: twins of the structures in `kernels/common` and
 //! `kernels/schedule.cuh`, field for field.
 
-use crate::tensor::{Dtype, Gpu, Rows, View};
+use crate::error::Error;
+use crate::tensor::{Dtype, Gpu, Rows, View, ViewMut};
 use crate::transition::schedule::{Sampler, Schedule};
 
 /// `struct Latent`: `[rows, numel]`, contiguous.
@@ -96,4 +97,10 @@ pub(super) fn schedule_argument<'a>(schedule: Option<&Schedule<'a, Gpu>>) -> Sch
         },
         pad: 0,
     }
+}
+
+/// A workspace is made elsewhere, hence measured: a kernel that ran past its end would not be noticed.
+pub(super) fn long_enough(name: &'static str, view: &ViewMut<'_, Gpu>, wanted: usize) -> Result<(), Error> {
+    let came = view.elements();
+    if came < wanted { Err(Error::Workspace { name, came, wanted }) } else { Ok(()) }
 }

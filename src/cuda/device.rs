@@ -37,6 +37,38 @@ fn has_driver() -> bool {
     *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
 }
 
+fn attribute(handle: sys::CUdevice, which: Attribute) -> Result<c_int, Error> {
+    // SAFETY: callers have the handle from cuDeviceGet.
+    unsafe { result::device::get_attribute(handle, which) }.during("cuDeviceGetAttribute")
+}
+
+/// As one number: 90 for 9.0.
+fn capability(handle: sys::CUdevice) -> Result<u32, Error> {
+    let major = attribute(handle, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(handle, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    Ok((10 * major + minor).cast_unsigned())
+}
+
+/// The driver's version (12040 for CUDA 12.4), and each GPU's name and compute capability.
+pub type Driver = (c_int, Vec<(String, u32)>);
+
+/// For a report: opens no context. None without a driver.
+pub fn survey() -> Result<Option<Driver>, Error> {
+    if !has_driver() {
+        return Ok(None);
+    }
+    result::init().during("cuInit")?;
+    let mut version = 0;
+    // SAFETY: writes one number.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().during("cuDriverGetVersion")?;
+    let count = result::device::get_count().during("cuDeviceGetCount")?;
+    let described = |ordinal| {
+        let handle = result::device::get(ordinal).during("cuDeviceGet")?;
+        Ok((result::device::get_name(handle).during("cuDeviceGetName")?, capability(handle)?))
+    };
+    Ok(Some((version, (0..count).map(described).collect::<Result<_, _>>()?)))
+}
+
 /// One value per device, made on first use. A failure is not kept: the next call tries again.
 pub(super) struct PerDevice<T>([OnceLock<T>; MAX_DEVICES], Mutex<()>);
 
@@ -90,15 +122,15 @@ impl Device {
         let _relaxed = Relaxed::enter()?;
         let index = c_int::try_from(ordinal).map_err(|_| Error::NoDevice { ordinal })?;
         let handle = result::device::get(index).during("cuDeviceGet")?;
-        // SAFETY: `handle` came from cuDeviceGet.
-        let attribute = |which| unsafe { result::device::get_attribute(handle, which) }.during("cuDeviceGetAttribute");
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        // SAFETY: as above. Retaining makes nothing current, and is what the runtime does on its side.
+        let multiprocessors = attribute(handle, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        // SAFETY: `handle` came from cuDeviceGet. Retaining makes nothing current, and is what the runtime does too.
         let context = unsafe { result::primary_ctx::retain(handle) }.during("cuDevicePrimaryCtxRetain")?;
-        let capability = (10 * major + minor).cast_unsigned();
-        Ok(Device { ordinal, capability, multiprocessors: multiprocessors.max(1).cast_unsigned(), context })
+        Ok(Device {
+            ordinal,
+            capability: capability(handle)?,
+            multiprocessors: multiprocessors.max(1).cast_unsigned(),
+            context,
+        })
     }
 
     /// Makes the device's context the current one of this thread for as long as the result lives.

@@ -10,3 +10,4 @@ pub mod device;
 pub mod image;
 pub mod launch;
 pub mod policy_loss;
+pub mod sde_step;

@@ -5,7 +5,7 @@
 //! workspace between the blocks is the caller's: see `Workspace`.
 
 use super::arguments::{
-    LatentArgument, RowArgument, ScheduleArgument, latent_argument, row_argument, schedule_argument,
+    LatentArgument, RowArgument, ScheduleArgument, latent_argument, long_enough, row_argument, schedule_argument,
 };
 use super::device::{Device, PerDevice};
 use super::launch::{Grid, Kernel, Target, launch};
@@ -273,11 +273,6 @@ fn launch_forward(
     // SAFETY: addresses and lengths are those of views, whose contract the caller of `new` upheld; the grid and the
     // splits are of one plan; the stream is `Target`'s.
     unsafe { launch(kernel, device, target.stream, grid, &arguments) }
-}
-
-fn long_enough(name: &'static str, view: &ViewMut<'_, Gpu>, wanted: usize) -> Result<(), Error> {
-    let came = view.elements();
-    if came < wanted { Err(Error::Workspace { name, came, wanted }) } else { Ok(()) }
 }
 
 /// Launches the backward.

@@ -157,7 +157,7 @@ fn refuse_float64(latents: &Latents<'_, Gpu>, forms: Option<(Form, Form)>) -> Re
     latent_names(forms).into_iter().zip(latents.views()).try_for_each(|(name, view)| refuse_float64_in(name, view))
 }
 
-fn refuse_float64_in(name: &'static str, view: Option<View<'_, Gpu>>) -> Result<(), Error> {
+pub(super) fn refuse_float64_in(name: &'static str, view: Option<View<'_, Gpu>>) -> Result<(), Error> {
     match view {
         Some(view) if view.dtype() == Dtype::F64 => Err(Error::Float64OnGpu { name }),
         _ => Ok(()),

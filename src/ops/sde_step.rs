@@ -5,11 +5,14 @@
 
 use std::f64::consts::PI;
 
+use super::policy_loss::refuse_float64_in;
 use crate::cpu::sde_step as cpu;
 use crate::cpu::simd::Real;
+use crate::cuda::launch::Target;
+use crate::cuda::sde_step::{self as gpu, Workspace};
 use crate::error::Error;
 use crate::plan::Plan;
-use crate::tensor::{Dtype, Host, View, ViewMut};
+use crate::tensor::{Dtype, Gpu, Host, View, ViewMut};
 use crate::transition::schedule::{Sampler, Schedule};
 
 /// Rows of `numbers`, which the backward reads, in order; twin of the enum in kernels/sde_step.cuh.
@@ -110,6 +113,28 @@ pub fn forward(step: &Step<'_>, outputs: &Outputs<'_>, threads: usize) -> Result
     Ok(())
 }
 
+/// As `forward`, on a GPU: puts the work on the stream and returns.
+pub fn forward_on_gpu(
+    target: Target,
+    step: &Step<'_, Gpu>,
+    outputs: &Outputs<'_, Gpu>,
+    workspace: &Workspace<'_>,
+) -> Result<(), Error> {
+    check(step, outputs)?;
+    let following = match step.next {
+        Next::Given(_) => "prev_sample",
+        Next::Noise(_) => "noise",
+    };
+    refuse_float64_in("model_output", Some(step.model_output))?;
+    refuse_float64_in("uncond_output", step.uncond_output)?;
+    refuse_float64_in("sample", Some(step.sample))?;
+    refuse_float64_in(following, Some(step.next.view()))?;
+    match &outputs.residual {
+        Some(residual) if residual.dtype() == Dtype::F64 => Err(Error::Float64OnGpu { name: "residual" }),
+        _ => gpu::forward(target, step, outputs, workspace),
+    }
+}
+
 fn check<Space: Copy>(step: &Step<'_, Space>, outputs: &Outputs<'_, Space>) -> Result<(), Error> {
     let require = |present: bool, name| if present { Ok(()) } else { Err(Error::Missing { name }) };
     require(step.uncond_output.is_none() || step.schedule.guidance_scale.is_some(), "guidance_scale")?;
@@ -152,6 +177,17 @@ pub fn backward(call: &Backward<'_>, threads: usize) -> Result<(), Error> {
         cpu::backward::<f32>(call, plan, threads);
     }
     Ok(())
+}
+
+/// As `backward`, on a GPU: puts the work on the stream and returns.
+pub fn backward_on_gpu(target: Target, call: &Backward<'_, Gpu>) -> Result<(), Error> {
+    refuse_float64_in("prev_sample", Some(call.next))?;
+    for (name, gradient) in [("grad_output", &call.grad_output), ("grad_uncond", &call.grad_uncond)] {
+        if gradient.as_ref().is_some_and(|gradient| gradient.dtype() == Dtype::F64) {
+            return Err(Error::Float64OnGpu { name });
+        }
+    }
+    gpu::backward(target, call)
 }
 
 /// What the backward of one row multiplies with: `grad = scale (grad_mean + log_prob (x' - mu))`.

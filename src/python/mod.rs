@@ -9,8 +9,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString, PyTuple};
 
-use crate::cuda;
-use crate::cuda::image::{IMAGES, Image};
+use crate::cpu::simd::{self, InstructionSet};
+use crate::cuda::image::{IMAGES, Image, choose};
+use crate::cuda::{self, device, device::Driver};
 use crate::error::Error;
 use crate::tensor::{Dtype, Rows, View};
 use crate::transition::schedule::{Sampler, Schedule};
@@ -121,5 +122,31 @@ pub fn cuda_images(py: Python<'_>) -> Vec<(&'static str, u32, bool, Bound<'_, Py
 /// The kernels that the launcher calls by name, and the bytes of the one argument it gives them.
 #[pyfunction]
 pub fn cuda_entry_points() -> Vec<(String, usize)> {
-    cuda::policy_loss::entry_points().into()
+    cuda::policy_loss::entry_points().into_iter().chain(cuda::sde_step::entry_points()).collect()
+}
+
+/// Of the embedded kernels, the one of each unit that a GPU of that capability gets: unit, capability, is PTX.
+#[pyfunction]
+pub fn cuda_images_for(capability: u32) -> Vec<(&'static str, u32, bool)> {
+    let mut units: Vec<_> = IMAGES.iter().map(|image| image.unit).collect();
+    units.sort_unstable();
+    units.dedup();
+    let chosen = units.into_iter().filter_map(|unit| choose(IMAGES, unit, capability));
+    chosen.map(|image| (image.unit, image.capability, image.is_ptx)).collect()
+}
+
+/// Its version and GPUs; None without one.
+#[pyfunction]
+pub fn cuda_driver() -> Result<Option<Driver>, Error> {
+    guarded(device::survey)
+}
+
+/// The instructions that the CPU backend takes on this processor.
+#[pyfunction]
+pub fn instruction_set() -> &'static str {
+    match simd::instruction_set() {
+        InstructionSet::Avx512 => "avx512",
+        InstructionSet::Avx2 => "avx2",
+        InstructionSet::Baseline => "baseline",
+    }
 }

@@ -3,8 +3,13 @@
 use pyo3::prelude::*;
 
 use super::{Array, ScheduleTuple, elements, guarded, schedule};
+use crate::cuda;
+use crate::cuda::launch::Target;
+use crate::cuda::sde_step::Workspace;
 use crate::error::Error;
-use crate::ops::sde_step::{Backward, NUMBERS, Next, Outputs, Step, backward, forward};
+use crate::ops::sde_step::{
+    Backward, NUMBERS, Next, Outputs, Step, backward, backward_on_gpu, forward, forward_on_gpu,
+};
 use crate::tensor::{Dtype, View, ViewMut};
 
 /// model_output, uncond_output, sample, prev_sample, noise: one of the last two
@@ -142,4 +147,67 @@ pub fn sde_step_backward(
     // SAFETY: the contract of the boundary, see `mod.rs`.
     let call = unsafe { gradients(saved, rows, numel, double, grad_output, grad_uncond) }?;
     Ok(py.detach(|| guarded(|| backward(&call, threads)))?)
+}
+
+// ---- the same on a GPU: addresses of its memory; `target` is PyTorch's device number and the current stream there ----
+
+/// What a forward needs beside its outputs: the length of the float32 partial sums, and whether the stream is being
+/// captured into a CUDA graph. Loads the kernels when a device is first used.
+#[pyfunction]
+pub fn sde_step_workspace_cuda(
+    py: Python<'_>,
+    target: (usize, usize),
+    rows: usize,
+    numel: usize,
+) -> PyResult<(usize, bool)> {
+    let target = Target { device: target.0, stream: target.1 };
+    let find = || Ok((cuda::sde_step::partials(target.device, rows, numel)?, target.is_capturing()?));
+    Ok(py.detach(|| guarded(find))?)
+}
+
+/// As `sde_step_forward`, on a GPU. `partials` and `tickets`: address and elements; the tickets are 0.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn sde_step_forward_cuda(
+    py: Python<'_>,
+    target: (usize, usize),
+    arrays: LatentArrays,
+    schedule: ScheduleTuple<'_>,
+    rows: usize,
+    numel: usize,
+    normalizer: bool,
+    out: OutputArrays,
+    partials: (usize, usize),
+    tickets: (usize, usize),
+) -> PyResult<()> {
+    let target = Target { device: target.0, stream: target.1 };
+    // SAFETY: the contract of the boundary, see `mod.rs`.
+    let (step, outputs, workspace) = unsafe {
+        let step = step(arrays, schedule, rows, numel, false, normalizer)?;
+        let outputs = outputs(&step, out)?;
+        let workspace = Workspace {
+            partials: ViewMut::new("partials", partials.0, Dtype::F32, partials.1)?,
+            tickets: ViewMut::new("tickets", tickets.0, Dtype::F32, tickets.1)?,
+        };
+        (step, outputs, workspace)
+    };
+    Ok(py.detach(|| guarded(|| forward_on_gpu(target, &step, &outputs, &workspace)))?)
+}
+
+/// As `sde_step_backward`, on a GPU.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn sde_step_backward_cuda(
+    py: Python<'_>,
+    target: (usize, usize),
+    saved: SavedArrays,
+    rows: usize,
+    numel: usize,
+    grad_output: Option<Array>,
+    grad_uncond: Option<Array>,
+) -> PyResult<()> {
+    let target = Target { device: target.0, stream: target.1 };
+    // SAFETY: the contract of the boundary, see `mod.rs`.
+    let call = unsafe { gradients(saved, rows, numel, false, grad_output, grad_uncond) }?;
+    Ok(py.detach(|| guarded(|| backward_on_gpu(target, &call)))?)
 }

@@ -143,7 +143,12 @@ impl<F: Real, T: Storage> Block<F> for MeansBlock<'_, T> {
 
     #[inline(always)]
     fn moments<const FMA: bool>(&self, at: usize) -> Moments<F> {
-        differences(lanes(self.mean, at), lanes(self.next, at), lanes(self.old, at), lanes(self.reference, at))
+        differences(
+            lanes::<_, _, FMA>(self.mean, at),
+            lanes::<_, _, FMA>(self.next, at),
+            lanes::<_, _, FMA>(self.old, at),
+            lanes::<_, _, FMA>(self.reference, at),
+        )
     }
 
     #[inline(always)]

@@ -59,13 +59,12 @@ pub trait Source<F: Real>: Sync {
 
 /// `LANES` elements in the arithmetic type.
 #[inline(always)]
-fn lanes<T: Storage, F: Real>(values: &[T], at: usize) -> [F; LANES] {
-    let values = &values[at..at + LANES];
-    let mut out = [F::default(); LANES];
-    for lane in 0..LANES {
-        out[lane] = values[lane].load();
+fn lanes<T: Storage, F: Real, const FMA: bool>(values: &[T], at: usize) -> [F; LANES] {
+    // `get` and not an index with `try_into`: one check, and no path that panics into a formatter.
+    match values[at..].first_chunk() {
+        Some(values) => T::load_lanes::<F, FMA>(values),
+        None => unreachable!("asked for {LANES} elements, which exist"),
     }
-    out
 }
 
 /// The elements from `at` on, then zeros.

@@ -286,31 +286,31 @@ impl<F: Real, V: Storage, X: Storage, O: Storage> OutputsBlock<'_, V, X, O, F> {
     /// The branches are the same for the whole row.
     #[inline(always)]
     fn differences<const FMA: bool, const TAIL: bool>(&self, at: usize) -> Moments<F> {
-        let mut velocity = read::<V, F, TAIL>(self.output, at);
+        let mut velocity = read::<V, F, FMA, TAIL>(self.output, at);
         if let Some(uncond) = self.uncond {
-            velocity = guided::<F, FMA>(velocity, read::<V, F, TAIL>(uncond, at), self.row.guidance);
+            velocity = guided::<F, FMA>(velocity, read::<V, F, FMA, TAIL>(uncond, at), self.row.guidance);
         }
-        let mean = mean::<F, FMA>(self.row.a, self.row.b, velocity, read::<X, F, TAIL>(self.sample, at));
+        let mean = mean::<F, FMA>(self.row.a, self.row.b, velocity, read::<X, F, FMA, TAIL>(self.sample, at));
         let mut point = Point { velocity, mean, innovation: [F::default(); LANES], row: self.row };
         if let Some(next) = self.next {
-            point.innovation = minus(read::<X, F, TAIL>(next, at), mean);
+            point.innovation = minus(read::<X, F, FMA, TAIL>(next, at), mean);
         }
         let zeros = [F::default(); LANES];
         let mut moments = Moments { innovation: point.innovation, drift: zeros, ref_drift: zeros };
         if let Some(old) = self.old {
             let unread = self.row.deterministic && self.old_form == Form::Residual;
-            moments.drift = point.drift(self.old_form, if unread { zeros } else { read::<O, F, TAIL>(old, at) });
+            moments.drift = point.drift(self.old_form, if unread { zeros } else { read::<O, F, FMA, TAIL>(old, at) });
         }
         if let Some(reference) = self.reference {
-            moments.ref_drift = point.drift(self.ref_form, read::<O, F, TAIL>(reference, at));
+            moments.ref_drift = point.drift(self.ref_form, read::<O, F, FMA, TAIL>(reference, at));
         }
         moments
     }
 }
 
 #[inline(always)]
-fn read<T: Storage, F: Real, const TAIL: bool>(values: &[T], at: usize) -> [F; LANES] {
-    if TAIL { padded(values, at) } else { lanes(values, at) }
+fn read<T: Storage, F: Real, const FMA: bool, const TAIL: bool>(values: &[T], at: usize) -> [F; LANES] {
+    if TAIL { padded(values, at) } else { lanes::<T, F, FMA>(values, at) }
 }
 
 #[inline(always)]

@@ -32,15 +32,22 @@ class Fault(NamedTuple):
     new: str
 
 
-def build(folder: Path, sanitizer: str = "plain", fault: Fault | None = None) -> Path:
-    """The server (server.cpp) as an executable in `folder`, an empty one of its own."""
+def build(
+    folder: Path, sanitizer: str = "plain", fault: Fault | None = None, alone: tuple[str, str] | None = None
+) -> Path:
+    """The server (server.cpp) as an executable in `folder`, an empty one of its own.
+
+    `alone`: unit and variant of the only kernels, enough where a planted fault is looked for: most of the time to
+    compile is the others'.
+    """
     kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
     if fault:
         kernels = folder / "kernels"
         shutil.copytree(KERNELS, kernels)
         _edit(kernels / fault.file, lambda text: _replace(text, fault))
-        _edit(kernels / "policy_loss.cu", _only_f32)
-        flags += ("-DEMULATE_F32_ALONE",)
+        if alone:
+            _edit(kernels / f"{alone[0]}.cu", functools.partial(_only, *alone))
+            flags += (f"-DEMULATE_{alone[0].upper()}={alone[1]}",)
     include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
     _run(cxx(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
     _run(cxx(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
@@ -70,8 +77,8 @@ def _replace(text: str, fault: Fault) -> str:
     return text.replace(fault.old, fault.new)
 
 
-def _only_f32(text: str) -> str:
-    """Without the entry points of the other variants, which are most of the time to compile."""
+def _only(unit: str, variant: str, text: str) -> str:
+    """Without the entry points of the other variants."""
     lines = text.splitlines(keepends=True)
-    kept = ("POLICY_LOSS(f32,", "POLICY_LOSS(step_f32,")
-    return "".join(line for line in lines if not line.startswith("POLICY_LOSS(") or line.startswith(kept))
+    name = f"{unit.upper()}("
+    return "".join(line for line in lines if not line.startswith(name) or line.startswith(f"{name}{variant},"))

@@ -120,10 +120,10 @@ class Server:
             self.process = None
 
 
-def start(folder: Path, sanitizer: str, fault: Fault | None = None) -> Server:
-    """`folder` is made for the build."""
+def start(folder: Path, sanitizer: str, fault: Fault | None = None, alone: tuple[str, str] | None = None) -> Server:
+    """`folder` is made for the build; `alone` as there."""
     folder.mkdir()
-    return Server(build(folder, sanitizer, fault), threads=64 if sanitizer == "tsan" else 256)
+    return Server(build(folder, sanitizer, fault, alone), threads=64 if sanitizer == "tsan" else 256)
 
 
 @functools.cache
@@ -151,7 +151,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-class _Launch:
+class Launch:
     """An argument under construction: its scalars, and the buffers that its pointers will point to."""
 
     def __init__(self, argument: ctypes.Structure, offsets: dict[str, int], row_shape: tuple[int, ...]) -> None:
@@ -177,7 +177,8 @@ class _Launch:
             struct.value = value
 
     def input(self, name: str, value: Tensor) -> None:
-        self.buffers.append(_Buffer(_bytes(value), [getattr(type(self.argument), name).offset]))
+        offset = self.offsets.get(name, 0) * value.element_size()
+        self.buffers.append(_Buffer(_bytes(value), [getattr(type(self.argument), name).offset], offset))
 
     def output(self, name: str, dtype: torch.dtype, count: int, fill: int = CANARY) -> None:
         """Filled with canaries: an element that is not written does not pass for a result."""
@@ -256,12 +257,12 @@ class Emulated:
         launch.output("row_sums", torch.float64, 4 * rows + 1)
         return self._run_forward(launch, call, rows, launch.argument.problem.numel)["row_sums"]
 
-    def _forward(self, call: _args.LossCall, stage: int) -> tuple[_Launch, int]:
+    def _forward(self, call: _args.LossCall, stage: int) -> tuple[Launch, int]:
         latents, vectors, settings, schedule = call.latents, call.vectors, call.settings, call.schedule
         if call.double:
             raise Float64("no kernel takes float64 latents")
         rows = vectors.advantages.numel()
-        launch = _Launch(Forward(stage=stage), self.offsets, call.row_shape)
+        launch = Launch(Forward(stage=stage), self.offsets, call.row_shape)
         # Without their bytes where none may be read.
         launch.latents(latents if stage != OBJECTIVE_ALONE else _args.Latents(*[None] * len(latents)))
         problem = launch.argument.problem
@@ -290,7 +291,7 @@ class Emulated:
                 launch.row_vector(getattr(problem.schedule, name), at + getattr(Schedule, name).offset, value)
         return launch, rows
 
-    def _run_forward(self, launch: _Launch, call: _args.LossCall, rows: int, numel: int) -> dict[str, Tensor]:
+    def _run_forward(self, launch: Launch, call: _args.LossCall, rows: int, numel: int) -> dict[str, Tensor]:
         whole_rows = launch.argument.stage == OBJECTIVE_ALONE
         splits, blocks = (0, math.ceil(rows / self.server.warps)) if whole_rows else self.plan(rows, numel)
         launch.argument.splits = splits
@@ -314,7 +315,7 @@ class Emulated:
         rows = (numbers.numel() - _native.BATCH_LEN) // fields(is_step)
         numel = 0 if latents.output is None else latents.output.numel() // rows
         splits, blocks = self.plan(rows, numel)
-        launch = _Launch(Backward(splits=splits, rows=rows, numel=numel), self.offsets, (rows,))
+        launch = Launch(Backward(splits=splits, rows=rows, numel=numel), self.offsets, (rows,))
         launch.latents(latents)
         launch.row_vector(launch.argument.grad_loss, Backward.grad_loss.offset, grad_loss.contiguous().reshape(-1))
         launch.input("numbers", numbers)

@@ -1,12 +1,20 @@
-// The kernels of kernels/policy_loss.cu, compiled for the emulator, and a table of their names.
+// The kernels of kernels/, compiled for the emulator, and a table of their names.
 //
 // g++ -std=c++20 -DFLOWDPPO_EMULATOR -I <kernels> -I <this folder> launch.cpp scheduler.cpp
 #include "launch.h"
 
 #include <cstring>
 
-#include "policy_loss.cu"
 #include "scheduler.h"
+
+// EMULATE_<UNIT>=variant: that one alone, enough where a planted fault is looked for, and a tenth of the time to
+// compile.
+#ifndef EMULATE_SDE_STEP
+#include "policy_loss.cu"
+#endif
+#ifndef EMULATE_POLICY_LOSS
+#include "sde_step.cu"
+#endif
 
 namespace {
 
@@ -22,27 +30,40 @@ Kernel kernel(const char* name) {
   return {name, sizeof(Argument), [](const void* argument) { kKernel(*static_cast<const Argument*>(argument)); }};
 }
 
-#define BOTH(variant)                                                                        \
+#define POLICY_LOSS_BOTH(variant)                                                            \
   kernel<PolicyLossForward, policy_loss_forward_##variant>("policy_loss_forward_" #variant), \
       kernel<PolicyLossBackward, policy_loss_backward_##variant>("policy_loss_backward_" #variant)
+#define POLICY_LOSS_BOTH_OF(macro) POLICY_LOSS_BOTH(macro)
 
-#ifdef EMULATE_F32_ALONE  // enough where only a planted fault is looked for, and a sixth of the time to compile
-const Kernel kKernels[] = {BOTH(f32), BOTH(step_f32)};
+#define SDE_STEP_BOTH(variant)                                                      \
+  kernel<SdeStepForward, sde_step_forward_##variant>("sde_step_forward_" #variant), \
+      kernel<SdeStepBackward, sde_step_backward_##variant>("sde_step_backward_" #variant)
+#define SDE_STEP_BOTH_OF(macro) SDE_STEP_BOTH(macro)
+
+#if defined(EMULATE_POLICY_LOSS)
+const Kernel kKernels[] = {POLICY_LOSS_BOTH_OF(EMULATE_POLICY_LOSS)};
+#elif defined(EMULATE_SDE_STEP)
+const Kernel kKernels[] = {SDE_STEP_BOTH_OF(EMULATE_SDE_STEP)};
 #else
 const Kernel kKernels[] = {
-    BOTH(f32),
-    BOTH(bf16),
-    BOTH(f16),
-    BOTH(f32_bf16),
-    BOTH(f32_f16),
-    BOTH(mixed),
-    BOTH(step_f32),
-    BOTH(step_bf16),
-    BOTH(step_f16),
-    BOTH(step_bf16_f32),
-    BOTH(step_bf16_f32_bf16),
-    BOTH(step_bf16_f32_f16),
-    BOTH(step_mixed),
+    POLICY_LOSS_BOTH(f32),
+    POLICY_LOSS_BOTH(bf16),
+    POLICY_LOSS_BOTH(f16),
+    POLICY_LOSS_BOTH(f32_bf16),
+    POLICY_LOSS_BOTH(f32_f16),
+    POLICY_LOSS_BOTH(mixed),
+    POLICY_LOSS_BOTH(step_f32),
+    POLICY_LOSS_BOTH(step_bf16),
+    POLICY_LOSS_BOTH(step_f16),
+    POLICY_LOSS_BOTH(step_bf16_f32),
+    POLICY_LOSS_BOTH(step_bf16_f32_bf16),
+    POLICY_LOSS_BOTH(step_bf16_f32_f16),
+    POLICY_LOSS_BOTH(step_mixed),
+    SDE_STEP_BOTH(f32),
+    SDE_STEP_BOTH(bf16_f32),
+    SDE_STEP_BOTH(bf16),
+    SDE_STEP_BOTH(f16),
+    SDE_STEP_BOTH(mixed),
 };
 #endif
 

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch_arguments
+import sde_step_arguments
 from compilers import cxx
-from launch_arguments import Backward, Forward
 
 HERE = Path(__file__).parent
 
@@ -42,8 +43,14 @@ def build_kernels(folder: Path) -> Path:
     return library
 
 
-def run(scenario: str, folder: Path | None, capabilities: str = "90", kernels: Path | None = None) -> None:
-    """Runs `scenarios.<scenario>` in a process of its own: a process loads its driver and its modules only once."""
+def run(
+    scenario: str,
+    folder: Path | None,
+    capabilities: str = "90",
+    kernels: Path | None = None,
+    script: str = "scenarios.py",
+) -> None:
+    """Runs a function of `script` in a process of its own: a process loads its driver and its modules only once."""
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = dict(os.environ, STANDIN_CAPABILITIES=capabilities, PYTHONPATH=path)
     environment.pop("LD_LIBRARY_PATH", None)
@@ -51,7 +58,7 @@ def run(scenario: str, folder: Path | None, capabilities: str = "90", kernels: P
         environment["LD_LIBRARY_PATH"] = str(folder)
     if kernels is not None:
         environment["STANDIN_KERNELS"] = str(kernels)
-    command = [sys.executable, str(HERE / "scenarios.py"), scenario]
+    command = [sys.executable, str(HERE / script), scenario]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, (
         f"{scenario} on {capabilities} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
@@ -109,5 +116,6 @@ class Launch:
         name, blocks, threads, stream, parameters = re.fullmatch(pattern, line).groups()
         self.name, self.blocks, self.threads = name, int(blocks), int(threads)
         self.stream = 0 if stream in ("0", "(nil)") else int(stream, 16)
-        kind = Forward if "forward" in name else Backward
+        structures = sde_step_arguments if name.startswith("sde_step") else launch_arguments
+        kind = structures.Forward if "forward" in name else structures.Backward
         self.parameters = kind.from_buffer_copy(bytes.fromhex(parameters))

@@ -216,6 +216,24 @@ int cuInit(unsigned flags) {
   return flags == 0 ? kSuccess : kInvalidValue;
 }
 
+int cuDriverGetVersion(int* version) {
+  ENTER("cuDriverGetVersion");
+  *version = 12040;
+  return kSuccess;
+}
+
+int cuDeviceGetCount(int* count) {
+  ENTER("cuDeviceGetCount");
+  *count = static_cast<int>(devices.size());
+  return initialised ? kSuccess : kNotInitialized;
+}
+
+int cuDeviceGetName(char* name, int size, int device) {
+  ENTER("cuDeviceGetName");
+  std::snprintf(name, size, "Stand-in %d", devices.at(device)->capability);
+  return kSuccess;
+}
+
 int cuDeviceGet(int* device, int ordinal) {
   ENTER("cuDeviceGet");
   if (!initialised) return kNotInitialized;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from functools import partial
 from itertools import product
 
 import pytest
@@ -20,33 +21,63 @@ OPTIONS = ("gaussian", "mean", "mean", 0.0)
 MULTIPROCESSORS = 4  # of the stand-in's devices
 
 
+# Dtypes in the order of `_args.Latents`: output, uncond_output, sample, prev_sample, old, ref.
+MEANS = ("float32", None, None, "float32", "float32", None)
+STEP = ("bfloat16", None, "float32", "float32", "float16", None)
+SCHEDULE = ("flow_sde", "residual", "mean", (20 * KiB, "float32", 1, 3), 0.5, 0.75, 0.99, None)
+# Over means every row has a std; a schedule has it in itself.
+VECTORS = ((16 * KiB, "float32", 1, 3), None, None, None, 0.5, 0.25, None)
+STEP_VECTORS = ((16 * KiB, "float32", 1, 3), None, None, None, None, None, None)
+
+
+def arrays_at(dtypes):
+    """At made-up addresses: 1 to 6 MiB."""
+    return tuple(None if dtype is None else ((1 + i) << 20, dtype) for i, dtype in enumerate(dtypes))
+
+
+def problem(rows, numel, dtypes, vectors, schedule, objective, options):
+    """What every forward is told."""
+    if dtypes is None:
+        dtypes = STEP if schedule else MEANS
+    if vectors is None:
+        (address, dtype, *_), *rest = STEP_VECTORS if schedule else VECTORS
+        vectors = ((address, dtype, 1, rows), *rest)
+    return arrays_at(dtypes), vectors, schedule, rows, numel, (objective or FlowDPPO())._native, options
+
+
 def forward(
     target=(0, 0),
     *,
     rows=3,
     numel=600,
-    dtypes=("float32", "float32", "float32", None),
+    dtypes=None,
     vectors=None,
+    schedule=None,
     objective=None,
     options=OPTIONS,
+    shard_sums=None,
     partials=None,
     tickets=None,
 ):
-    """A forward at made-up addresses: the latents at 1, 2, 3, 4 MiB."""
-    arrays = tuple(None if dtype is None else ((1 + i) << 20, dtype) for i, dtype in enumerate(dtypes))
-    vectors = vectors or ((16 * KiB, "float32", 1, rows), None, None, None, 0.5, 0.25, None)
-    objective = (objective or FlowDPPO())._native
+    arguments = problem(rows, numel, dtypes, vectors, schedule, objective, options)
     out = 32 * KiB, 48 * KiB
-    partials = partials or (64 * KiB, 1 << 20)
-    _native.policy_loss_forward_cuda(
-        target, arrays, vectors, rows, numel, objective, options, out, partials, tickets or (80 * KiB, rows + 1)
-    )
+    workspace = partials or (64 * KiB, 1 << 20), tickets or (80 * KiB, rows + 1)
+    _native.policy_loss_forward_cuda(target, *arguments, out, shard_sums, *workspace)
 
 
-def backward(target=(0, 0), *, rows=3, numel=600, dtypes=("float32", "float32", None, None), grad=None, log_prob=None):
-    arrays = tuple(None if dtype is None else ((1 + i) << 20, dtype) for i, dtype in enumerate(dtypes))
+def shard_sums(target=(0, 0), *, rows=3, numel=600, dtypes=None, schedule=None, partials=None):
+    arguments = problem(rows, numel, dtypes, None, schedule, None, OPTIONS)
+    workspace = partials or (64 * KiB, 1 << 20), (80 * KiB, rows + 1)
+    _native.policy_loss_shard_sums_cuda(target, *arguments, 96 * KiB, *workspace)
+
+
+def backward(target=(0, 0), *, rows=3, numel=600, dtypes=None, forms=None, grad=None, grad_uncond=None, log_prob=None):
+    if dtypes is None:
+        dtypes = ("bfloat16", None, *("float32",) * 2, None, None) if forms else ("float32", *(None,) * 5)
+    grad_loss = 16 * KiB, "float32", 1, 1
+    gradients = grad, grad_uncond
     _native.policy_loss_backward_cuda(
-        target, arrays, (16 * KiB, "float32", 1, 1), 48 * KiB, rows, numel, grad, log_prob
+        target, arrays_at(dtypes), forms, grad_loss, 48 * KiB, rows, numel, gradients, log_prob
     )
 
 
@@ -77,14 +108,19 @@ def no_image() -> None:
 def every_entry_point() -> None:
     """All kernels that the launcher names are in the image, with parameters of its size."""
     driver, seen = Driver(), {}
-    mixes = [("float32",) * 4, ("bfloat16",) * 4, ("float16",) * 4]
-    mixes += [("float32", *("bfloat16",) * 3), ("float32", *("float16",) * 3), ("bfloat16", *("float32",) * 3)]
-    for dtypes in mixes:
-        forward(dtypes=dtypes)
-        backward(dtypes=dtypes, grad=(1 << 24, dtypes[0]))
+    f32, bf16, f16 = "float32", "bfloat16", "float16"
+    # Outputs, samples, and the old and the reference policy.
+    mixes = [(f32, f32, f32), (bf16, bf16, bf16), (f16, f16, f16), (bf16, f32, f32)]
+    means = [(f32, bf16, bf16), (f32, f16, f16)]
+    steps = [(bf16, f32, bf16), (bf16, f32, f16), (f32, f32, f16)]
+    for schedule, forms, more in ((None, None, means), (SCHEDULE, SCHEDULE[1:3], steps)):
+        for outputs, samples, policies in mixes + more:
+            dtypes = (outputs, None, samples if schedule else None, samples, policies, policies)
+            forward(dtypes=dtypes, schedule=schedule)
+            backward(dtypes=dtypes, forms=forms, grad=(1 << 24, outputs))
     for launch in driver.launches():
         seen[launch.name] = len(bytes(launch.parameters))
-    assert seen == dict(_native.cuda_entry_points())
+    assert seen == {name: size for name, size in _native.cuda_entry_points() if name.startswith("policy_loss")}
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -106,7 +142,7 @@ def forward_arguments() -> None:
         (0, stream),
         rows=6,
         numel=10_000,
-        dtypes=("float16", "bfloat16", "float32", "float16"),
+        dtypes=("float16", None, None, "bfloat16", "float32", "float16"),
         vectors=vectors,
         objective=GRPOGuard(clip_range=(0.125, 0.25), adv_clip_max=3.0, per_row_scale=True),
         options=("cps", "sum", "kept_mean", 0.75),
@@ -119,10 +155,80 @@ def forward_arguments() -> None:
     rows = (1 * KiB, 0.0, 1, 1, 1, 6, 0), (2 * KiB, 0.0, 0, 1, 1, 6, 0), (3 * KiB, 0.0, 2, 1, 1, 6, 0)
     rows += (0, 1.5, 0, 1, 1, 1, 0), (4 * KiB, 0.0, 3, 1, 1, 1, 0)
     rows += (5 * KiB, 0.0, 0, 1, 1, 3, 0), (6 * KiB, 0.0, 0, 1, 3, 2, 0)
-    problem = (6, 10_000, 0.125, 0.25, 2, 1, 1, 3, 0, 1, 0, 1, 1, 1, 3.0, 0.75, *rows)
-    latents = (1 << 20, 2, 0), (2 << 20, 1, 0), (3 << 20, 0, 0), (4 << 20, 2, 0)
-    wanted = (*latents, problem, 32 * KiB, 48 * KiB, 64 * KiB, 80 * KiB, splits, 0)
+    no_schedule = *(ABSENT,) * 5, 0, 0
+    problem = (6, 10_000, 0.125, 0.25, 2, 1, 1, 3, 0, 0, 0, 1, 1, 1, 0, 0, 3.0, 0.75, *rows, no_schedule)
+    nothing = 0, 0, 0
+    latents = (1 << 20, 2, 0), nothing, nothing, (4 << 20, 1, 0), (5 << 20, 0, 0), (6 << 20, 2, 0)
+    wanted = (latents, problem, 32 * KiB, 48 * KiB, 64 * KiB, 80 * KiB, 0, splits, 0)
     assert launch.parameters.as_tuple() == wanted, launch.parameters.as_tuple()
+
+
+ABSENT = 0, 0.0, 0, 0, 1, 1, 0
+
+
+def step_arguments() -> None:
+    driver = Driver()
+    stream = driver.stream()
+    schedule = (
+        "cps",
+        "residual",
+        "output",
+        (1 * KiB, "float32", 1, 3),
+        (2 * KiB, "float64", 3, 2),
+        0.75,
+        (3 * KiB, "bfloat16", 1, 6),
+        (4 * KiB, "float16", 1, 1),
+    )
+    options = {
+        "rows": 6,
+        "numel": 10_000,
+        "dtypes": ("bfloat16", "bfloat16", "float32", "float32", "float16", "float16"),
+        "schedule": schedule,
+    }
+    objective = FlowDPPO(kl_mask_threshold=0.5, kl_space="velocity", mask="symmetric", nan_kl="keep")
+    forward((0, stream), **options, objective=objective, options=("cps", "mean", "none", 0.75))
+    (launch,) = driver.launches()
+    assert (launch.name, launch.blocks, launch.stream) == ("policy_loss_forward_step_bf16_f32_f16", 18, stream)
+    at = {1: (1 << 20, 1, 0), 2: (2 << 20, 1, 0), 3: (3 << 20, 0, 0), 4: (4 << 20, 0, 0)}
+    latents = *at.values(), (5 << 20, 2, 0), (6 << 20, 2, 0)
+    rows = (16 * KiB, 0.0, 0, 1, 1, 6, 0), *(ABSENT,) * 6
+    steps = (1 * KiB, 0.0, 0, 1, 1, 3, 0), (2 * KiB, 0.0, 3, 1, 3, 2, 0), (0, 0.75, 0, 1, 1, 1, 0)
+    steps += (3 * KiB, 0.0, 1, 1, 1, 6, 0), (4 * KiB, 0.0, 2, 1, 1, 1, 0), 3, 0
+    problem = (6, 10_000, 0.5, 0.0, 0, 1, 0, 2, 1, 2, 1, 0, 1, 1, 2, 1, math.inf, 0.75, *rows, steps)
+    wanted = (latents, problem, 32 * KiB, 48 * KiB, 64 * KiB, 80 * KiB, 0, 3, 0)
+    assert launch.parameters.as_tuple() == wanted, launch.parameters.as_tuple()
+    # Every sampler and form has its number.
+    for number, sampler in enumerate(("flow_sde", "dance_sde", "cps")):
+        forward(schedule=(sampler, *SCHEDULE[1:]))
+        assert driver.launches()[0].parameters.problem.schedule.sampler == 1 + number
+    for number, form in enumerate(("mean", "output", "residual")):
+        forward(schedule=("cps", form, *SCHEDULE[2:]))
+        assert driver.launches()[0].parameters.problem.old_form == number
+        backward(forms=(form, "output"), grad=(1 << 24, "bfloat16"))
+        parameters = driver.launches()[0].parameters
+        assert (parameters.old_form, parameters.ref_form) == (number, 1)
+
+
+def shards() -> None:
+    """Two launches with a sum between them: the first has no outputs but the sums, the second reads no latents."""
+    driver = Driver()
+    for schedule, suffix in ((None, "f32"), (SCHEDULE, "step_bf16_f32_f16")):
+        shard_sums(numel=10_000, schedule=schedule)
+        forward(numel=10_000, schedule=schedule, shard_sums=96 * KiB)
+        first, second = driver.launches()
+        assert first.name == second.name == f"policy_loss_forward_{suffix}"
+        mine = first.parameters
+        assert (first.blocks, mine.splits, mine.stage) == (9, 3, 1)
+        assert (mine.loss, mine.numbers, mine.row_sums) == (0, 0, 96 * KiB)
+        mine = second.parameters
+        assert (second.blocks, mine.splits, mine.stage) == (1, 0, 2)
+        assert (mine.loss, mine.numbers, mine.row_sums) == (32 * KiB, 48 * KiB, 96 * KiB)
+    refused(
+        ValueError, lambda: shard_sums(numel=10_000, partials=(64 * KiB, 35)), "partials has 35 elements, wanted 36"
+    )
+    # The objective alone has a warp for every row, and GRPO-Guard its sums to wait for.
+    guard = {"objective": GRPOGuard(), "shard_sums": 96 * KiB, "numel": 10_000}
+    refused(ValueError, lambda: forward(**guard, partials=(64 * KiB, 11)), "partials has 11 elements, wanted 12")
 
 
 def objectives() -> None:
@@ -131,7 +237,7 @@ def objectives() -> None:
     for objective, changes in {
         FlowDPPO(): {"low": 1e-5, "mask": 0},
         FlowDPPO(kl_mask_threshold=math.inf, mask="symmetric"): {"low": math.inf, "mask": 1},
-        FlowDPPO(mask="none", normalize_kl=False): {"low": 1e-5, "mask": 2, "normalize_kl": 0},
+        FlowDPPO(mask="none", normalize_kl=False): {"low": 1e-5, "mask": 2, "kl_divisor": 1},
         FlowDPPO(nan_kl="keep"): {"low": 1e-5, "keep_nan_kl": 1},
         FlowGRPO(clip_range=(0.25, 0.5)): {"objective": 1, "low": 0.25, "high": 0.5},
         FlowGRPO(adv_clip_max=2.0): {"objective": 1, "low": 1e-4, "high": 1e-4, "adv_clip_max": 2.0},
@@ -140,14 +246,14 @@ def objectives() -> None:
         forward(objective=objective)
         (launch,) = driver.launches()
         problem = launch.parameters.problem
-        wanted = {"objective": 0, "high": 0.0, "adv_clip_max": math.inf, "normalize_kl": 1} | changes
+        wanted = {"objective": 0, "high": 0.0, "adv_clip_max": math.inf, "kl_divisor": 0} | changes
         for name, value in wanted.items():
             came = getattr(problem, name)
             assert math.isclose(came, value, rel_tol=1e-7), (objective, name, came)
         assert [v.present for v in (problem.log_prob, problem.old_log_prob, problem.weights)] == [0, 0, 0]
         # Without a ref_std of its own the reference term takes std.
         assert problem.std.as_tuple() == problem.ref_std.as_tuple() == (0, 0.5, 0, 1, 1, 1, 0)
-        assert launch.parameters.ref.data == 0
+        assert launch.parameters.latents.ref.data == 0
         assert problem.has_ref == 0
     for at, reduction in enumerate(("mean", "sum", "none", "kept_mean")):
         forward(options=("gaussian", "mean", reduction, 0.0))
@@ -157,19 +263,31 @@ def objectives() -> None:
 def backward_arguments() -> None:
     driver = Driver()
     stream = driver.stream()
-    latents = (1 << 20, 0, 0), (2 << 20, 1, 0), (0, 0, 0), (0, 0, 0)
-    dtypes = ("float32", "bfloat16", None, None)
-    backward((0, stream), rows=2, numel=8192, dtypes=dtypes, grad=(7 << 20, "float32"), log_prob=(8 * KiB, "float32"))
+    nothing = 0, 0, 0
+    log_prob = 8 * KiB, "float32"
+    dtypes = ("float32", None, None, "bfloat16", None, None)
+    backward((0, stream), rows=2, numel=8192, dtypes=dtypes, grad=(7 << 20, "float32"), log_prob=log_prob)
     (launch,) = driver.launches()
     assert (launch.name, launch.blocks, launch.threads) == ("policy_loss_backward_f32_bf16", 4, 256)
     assert launch.stream == stream
     scalar = 16 * KiB, 0.0, 0, 1, 1, 1, 0
-    wanted = (*latents, scalar, 48 * KiB, 7 << 20, 0, 2, 8 * KiB, 2, 8192)
+    latents = (1 << 20, 0, 0), nothing, nothing, (4 << 20, 1, 0), nothing, nothing
+    wanted = (latents, scalar, 48 * KiB, 7 << 20, 0, 8 * KiB, 0, 0, 2, 0, 2, 8192)
     assert launch.parameters.as_tuple() == wanted, launch.parameters.as_tuple()
     # Log-probs alone: a thread a row.
-    backward(rows=1000, numel=0, dtypes=(None,) * 4, log_prob=(8 * KiB, "float32"))
+    backward(rows=1000, numel=0, dtypes=(None,) * 6, log_prob=log_prob)
     (launch,) = driver.launches()
-    assert (launch.blocks, launch.parameters.splits, launch.parameters.grad_mean) == (4, 0, 0)
+    assert (launch.blocks, launch.parameters.splits, launch.parameters.grad_output) == (4, 0, 0)
+    # With guidance either gradient, or both.
+    dtypes = ("bfloat16", "bfloat16", "float32", "float32", None, None)
+    both = (7 << 20, "bfloat16"), (8 << 20, "bfloat16")
+    for grad, grad_uncond in (both, (both[0], None), (None, both[1])):
+        options = {"forms": ("output", "mean"), "grad": grad, "grad_uncond": grad_uncond}
+        backward(rows=2, numel=8192, dtypes=dtypes, **options)
+        (launch,) = driver.launches()
+        assert (launch.name, launch.blocks) == ("policy_loss_backward_step_bf16_f32", 4)
+        addresses = [0 if gradient is None else gradient[0] for gradient in (grad, grad_uncond)]
+        assert [launch.parameters.grad_output, launch.parameters.grad_uncond] == addresses
 
 
 def grids() -> None:
@@ -202,13 +320,16 @@ def bad_arguments() -> None:
     """Refused before the driver is asked for anything."""
     driver = Driver()
     f32 = "float32"
-    for dtypes, name in (
-        (("float64", f32, f32, None), "prev_sample_mean"),
-        ((f32, "float64", f32, None), "prev_sample"),
-        ((f32, f32, "float64", None), "old_prev_sample_mean"),
-        ((f32, f32, f32, "float64"), "ref_prev_sample_mean"),
-    ):
-        refused(TypeError, lambda dtypes=dtypes: forward(dtypes=dtypes), f"{name} has dtype float64", "CPU")
+    means = ("prev_sample_mean", None, None, "prev_sample", "old_prev_sample_mean", "ref_prev_sample_mean")
+    outputs = ("model_output", "uncond_output", "sample", "prev_sample", "old_residual", "ref_model_output")
+    schedule = ("cps", "residual", "output", *SCHEDULE[3:-1], 2.0)
+    for given, names in ((None, means), (schedule, outputs)):
+        for at, name in enumerate(names):
+            dtypes = [f32 if name else None for name in names]
+            dtypes[at] = "float64"
+            call = partial(forward, dtypes=dtypes, schedule=given)
+            if name is not None:
+                refused(TypeError, call, f"{name} has dtype float64", "CPU")
     for at, name in ((1, "log_prob"), (2, "old_log_prob")):
         vectors = [(16 * KiB, f32, 1, 3), (1 * KiB, f32, 1, 3), (2 * KiB, f32, 1, 3), None, 0.5, None, None]
         vectors[at] = (8 * KiB, "float64", 1, 3)
@@ -216,9 +337,17 @@ def bad_arguments() -> None:
     refused(ValueError, lambda: forward(tickets=(80 * KiB, 3)), "tickets has 3 elements, wanted 4")
     refused(ValueError, lambda: forward(numel=10_000, partials=(64 * KiB, 35)), "partials has 35 elements, wanted 36")
     refused(ValueError, lambda: forward(tickets=(0, 4)), "tickets has 4 elements and no memory")
-    refused(ValueError, lambda: backward(grad=(2, f32)), "grad_mean is at address 0x2")
-    refused(ValueError, lambda: backward(dtypes=(None,) * 4, grad=(1 << 20, f32)), "prev_sample_mean is missing")
-    refused(TypeError, lambda: backward(grad=(1 << 24, "float16")), "grad_mean has dtype float16, wanted float32")
+    refused(ValueError, lambda: backward(grad=(2, f32)), "grad_output is at address 0x2")
+    refused(ValueError, lambda: backward(dtypes=(None,) * 6, grad=(1 << 20, f32)), "prev_sample_mean is missing")
+    refused(TypeError, lambda: backward(grad=(1 << 24, "float16")), "grad_output has dtype float16, wanted float32")
+    step = {"dtypes": ("bfloat16", "float16", *(f32,) * 4), "forms": ("mean", "mean")}
+    wrong = {"grad": (1 << 24, "bfloat16"), "grad_uncond": (1 << 25, "bfloat16")}
+    refused(TypeError, lambda: backward(**step, **wrong), "grad_uncond_output has dtype bfloat16, wanted float16")
+    step["dtypes"] = ("bfloat16", None, *(f32,) * 4)
+    refused(ValueError, lambda: backward(**step, **wrong), "uncond_output is missing")
+    refused(ValueError, lambda: forward(schedule=schedule), "uncond_output or guidance_scale is missing")
+    refused(ValueError, lambda: forward(schedule=("ddim", *SCHEDULE[1:])), 'sampler is "ddim"')
+    refused(ValueError, lambda: forward(schedule=("cps", "velocity", *SCHEDULE[2:])), 'old_form is "velocity"')
     assert driver.launches() == []
 
 
@@ -358,6 +487,105 @@ def parity() -> None:
     assert len(driver.launches()) == 2 * (len(calls) + 4)  # a forward and a backward each
     assert list(cuda._tickets) == [(0, 0)]
     assert not cuda._tickets[0, 0].any()
+
+
+def step_parity() -> None:
+    """The same of `step_loss`, in two launches and with nothing of the latents' size beside the gradients."""
+    driver, _ = Driver(), on_gpu()
+    from parity import equal_bits, run, three_way
+    from step_cases import OLD_FORMS, SAMPLERS, STEP_DTYPES, STEP_OBJECTIVES, draw_step, step_mask_cells
+
+    from flowdppo_ops import step_loss
+
+    calls = []
+    for number, (sampler, old_form, objective) in enumerate(product(SAMPLERS, OLD_FORMS, STEP_OBJECTIVES.values())):
+        options = {"ref_form": (None, "mean", "output")[number % 3], "guidance": bool(number % 2)}
+        calls.append({"sampler": sampler, "old_form": old_form, "objective": objective, **options})
+    for reduction, latent_reduction in product(("mean", "sum", "none", "kept_mean"), ("mean", "sum")):
+        calls.append({"reduction": reduction, "latent_reduction": latent_reduction, "weights": True})
+    calls += [{"dtypes": dtypes, "guidance": True, "ref_form": "output"} for dtypes in STEP_DTYPES.values()]
+    calls += [{"dtypes": dtypes, "old_form": "residual"} for dtypes in STEP_DTYPES.values()]
+    calls += [{"deterministic": True, "objective": o} for o in STEP_OBJECTIVES.values()]
+    calls += [{"latent_shape": (numel,), "old_form": "output"} for numel in (1, 7, 512, 513, 4096, 4097, 65_543)]
+    for call in calls:
+        three_way(step_loss, draw_step(**call))
+    for old_form in OLD_FORMS:
+        arguments, keep = step_mask_cells(1000, old_form)
+        assert (run(step_loss, arguments)["keep"] == keep).all()
+    arguments = draw_step((2, 3), (4, 20_000), guidance=True)
+    arguments |= {name: arguments[name][:1].clone() for name in ("sigma", "noise_level")}
+    arguments["sigma_next"] = 0.25
+    equal_bits(three_way(step_loss, arguments), run(step_loss, arguments))
+    assert len(driver.launches()) == 2 * (len(calls) + 5)  # a forward and a backward each
+    nothing_else_is_allocated()
+
+
+def nothing_else_is_allocated() -> None:
+    """Nor copied: a step allocates its gradients and rows, on the way of the kernels."""
+    import torch
+    from step_cases import draw_step
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from flowdppo_ops import step_loss
+
+    latent_sized = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor) and tensor.numel() >= 4096:
+                    latent_sized.append(function)
+            return out
+
+    arguments = draw_step((3,), (4096,), guidance=True, ref_form="output", old_form="residual")
+    leaves = [arguments[name].requires_grad_() for name in ("model_output", "uncond_output")]
+    with Watching():
+        torch.autograd.grad(step_loss(**arguments).loss, leaves)
+    operator = torch.ops.flowdppo_ops.policy_loss_backward.default
+    assert latent_sized == [operator] * 2, latent_sized  # its two gradients
+
+
+def sharded_parity() -> None:
+    """Uneven shards, their sums added as a collective adds them: each has the loss of the whole and its part of the
+    gradient, in three launches."""
+    driver, _ = Driver(), on_gpu()
+    import torch
+    from step_cases import STEP_OBJECTIVES, draw_step
+    from torch import distributed
+
+    from flowdppo_ops import step_loss
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    group, collected = distributed.group.WORLD, []
+    for objective in STEP_OBJECTIVES.values():
+        arguments = draw_step((9,), (1003,), objective=objective, old_form="residual", reduction="sum")
+        latents = [name for name, v in arguments.items() if isinstance(v, torch.Tensor) and v.ndim == 2]
+        sizes = 3, 600, 400
+        shards = [arguments | {n: arguments[n].split(sizes, 1)[at] for n in latents} for at in range(len(sizes))]
+        collected.clear()
+        distributed.all_reduce = lambda sums, group: collected.append(sums.clone())
+        for shard in shards:
+            step_loss(**shard, process_group=group)
+        total = sum(collected)
+        assert total[-1] == sum(sizes)
+        distributed.all_reduce = lambda sums, group, total=total: sums.copy_(total)
+        driver.log()
+        gradients = []
+        for shard in shards:
+            leaf = shard["model_output"].detach().requires_grad_()
+            result = step_loss(**shard | {"model_output": leaf}, process_group=group)
+            gradients += torch.autograd.grad(result.loss, leaf)
+        assert len(driver.launches()) == 3 * len(sizes)
+        leaf = arguments["model_output"].requires_grad_()
+        whole = step_loss(**arguments)
+        (gradient,) = torch.autograd.grad(whole.loss, leaf)
+        driver.log()
+        assert torch.equal(result.keep, whole.keep)
+        torch.testing.assert_close(result.loss, whole.loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            torch.cat(gradients, 1), gradient, rtol=1e-6, atol=1e-7 * gradient.abs().max().item()
+        )
 
 
 def clip_limits() -> None:

@@ -156,7 +156,8 @@ def _workspace(call: LossCall, target: _cuda.Target, may_keep: bool) -> _cuda.Wo
     rows = advantages.numel()
     needs_batch_means = settings.objective == "grpo_guard" and not settings.per_row_scale
     numel = _latent_elements(call.latents, rows)
-    return _cuda.Workspace(advantages, target, rows, numel, needs_batch_means, may_keep)
+    needed = _native.policy_loss_workspace_cuda(target, rows, numel, needs_batch_means)
+    return _cuda.Workspace(advantages, target, rows, needed, may_keep)
 
 
 def _empty_outputs(advantages: Tensor, double: bool, reduction: str, has_schedule: bool) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _native
+from .. import _cuda, _native
 from .._step_args import StepCall
 from .common import array, contiguous, is_plain, vector
 
@@ -49,13 +49,13 @@ class Options(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """`prev_sample` is empty where the given one is as stored, `residual` where none is wanted."""
+    """Of the operator, which has empty tensors for what is not made."""
 
-    prev_sample: Tensor
+    prev_sample: Tensor | None  # None where the given one is as stored
     log_prob: Tensor
     prev_sample_mean: Tensor
     std: Tensor
-    residual: Tensor
+    residual: Tensor | None
     numbers: Tensor  # flat [SDE_STEP_NUMBERS, rows], for the backward
 
 
@@ -89,35 +89,39 @@ def _empty_outputs(inputs: Inputs, options: Options) -> Outputs:
     row_shape = shape[: options.row_dims]
     residual_dtype = options.residual_dtype
     return Outputs(
-        like.new_empty(0 if inputs.is_as_stored else shape),
+        None if inputs.is_as_stored else like.new_empty(shape),
         like.new_empty(row_shape, dtype=dtype),
         like.new_empty(shape, dtype=dtype),
         like.new_empty(row_shape, dtype=dtype),
-        like.new_empty(0) if residual_dtype is None else like.new_empty(shape, dtype=residual_dtype),
+        None if residual_dtype is None else like.new_empty(shape, dtype=residual_dtype),
         like.new_empty(_native.SDE_STEP_NUMBERS * row_shape.numel(), dtype=dtype),
     )
 
 
-def _forward(inputs: Inputs, options: Options) -> Outputs:
+def _forward(inputs: Inputs, options: Options, *, operator: bool = False) -> Outputs:
+    """`operator`: called through the dispatcher, where no tensor may outlive the call."""
     out = _empty_outputs(inputs, options)
     row_shape, rows = out.std.shape, out.std.numel()
-    _native.sde_step_forward(
-        tuple([array(t) for t in inputs[:5]]),
-        (options.sampler, *[vector(v, rows, row_shape) for v in inputs[5:]]),
-        rows,
-        inputs.sample.numel() // rows,
-        out.std.dtype == torch.float64,
-        options.log_prob_normalizer,
-        (
-            None if inputs.is_as_stored else array(out.prev_sample),
-            out.prev_sample_mean.data_ptr(),
-            None if options.residual_dtype is None else array(out.residual),
-            out.log_prob.data_ptr(),
-            out.std.data_ptr(),
-            out.numbers.data_ptr(),
-        ),
-        torch.get_num_threads(),
+    numel = inputs.sample.numel() // rows
+    arrays = tuple([array(t) for t in inputs[:5]])
+    schedule = (options.sampler, *[vector(v, rows, row_shape) for v in inputs[5:]])
+    addresses = (
+        array(out.prev_sample),
+        out.prev_sample_mean.data_ptr(),
+        array(out.residual),
+        out.log_prob.data_ptr(),
+        out.std.data_ptr(),
+        out.numbers.data_ptr(),
     )
+    normalizer = options.log_prob_normalizer
+    target = _cuda.target(out.std)
+    if target is None:
+        double, threads = out.std.dtype == torch.float64, torch.get_num_threads()
+        _native.sde_step_forward(arrays, schedule, rows, numel, double, normalizer, addresses, threads)
+    else:
+        needed = _native.sde_step_workspace_cuda(target, rows, numel)
+        with _cuda.Workspace(out.std, target, rows, needed, not operator) as workspace:
+            _native.sde_step_forward_cuda(target, arrays, schedule, rows, numel, normalizer, addresses, *workspace)
     return out
 
 
@@ -144,9 +148,13 @@ def _backward(
         mean.data_ptr(),
         numbers.data_ptr(),
     )
-    double = numbers.dtype == torch.float64
-    out = array(grad_output), array(grad_uncond)
-    _native.sde_step_backward(saved, rows, mean.numel() // rows, double, *out, torch.get_num_threads())
+    numel, out = mean.numel() // rows, (array(grad_output), array(grad_uncond))
+    target = _cuda.target(mean)
+    if target is None:
+        double, threads = numbers.dtype == torch.float64, torch.get_num_threads()
+        _native.sde_step_backward(saved, rows, numel, double, *out, threads)
+    else:
+        _native.sde_step_backward_cuda(target, saved, rows, numel, *out)
     return grad_output, grad_uncond
 
 
@@ -215,6 +223,10 @@ torch.library.define(
 )
 
 
+def _without_none(out: Outputs) -> tuple[Tensor, ...]:
+    return tuple([out.numbers.new_empty(0) if t is None else t for t in out])
+
+
 def _split(args: tuple) -> tuple[Inputs, Options]:
     count = len(Inputs._fields)
     return Inputs(*args[:count]), Options(*args[count:])
@@ -223,12 +235,12 @@ def _split(args: tuple) -> tuple[Inputs, Options]:
 @torch.library.impl("flowdppo_ops::sde_step", ("cpu", "cuda"))
 def _sde_step(*args):
     inputs, options = _split(args)
-    return _forward(Inputs(*contiguous(inputs)), options)
+    return _without_none(_forward(Inputs(*contiguous(inputs)), options, operator=True))
 
 
 @torch.library.register_fake("flowdppo_ops::sde_step")
 def _sde_step_fake(*args):
-    return _empty_outputs(*_split(args))
+    return _without_none(_empty_outputs(*_split(args)))
 
 
 @torch.library.impl("flowdppo_ops::sde_step_backward", ("cpu", "cuda"))

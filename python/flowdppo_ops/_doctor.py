@@ -1,0 +1,178 @@
+"""`python -m flowdppo_ops doctor`: what is installed, what runs where, and whether it computes the right thing.
+
+`flowdppo_ops.doctor()` says the same of a running process: there a trainer's integration shows as active. Nothing of a
+trainer is imported, and no CUDA context is opened unless PyTorch sees a GPU to test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import numpy as np
+
+from . import _native, _self_test
+from .numpy import default_threads
+
+# Of the trainers' packages, and of our modules for them.
+INTEGRATIONS = ("verl_omni", "unirl", "flow_factory", "flow_grpo")
+
+# Set by others, and decide what is seen or how fast it is.
+OTHER_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+Line = tuple[str, str]
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    summary = "Say what is installed, which backends run, and whether they compute the right thing"
+    parser = commands.add_parser("doctor", help=summary, description=f"{summary}. Exit code 1 if one does not.")
+    parser.set_defaults(run=lambda _args: 0 if doctor() else 1)
+
+
+def doctor() -> bool:
+    """Prints versions, backends, GPUs and the kernels they would load, environment and integrations, and runs a
+    self-test of about a second on every backend there is.
+
+    Returns:
+        Whether the self-test passed: results and gradients of `loss`, `step_loss` and `sde_step` (`numpy.loss` without
+        PyTorch) in float32 against float64.
+    """
+    torch = _torch()
+    _section("versions", _versions(torch))
+    _section("backends", _backends(torch))
+    _section("environment", _environment())
+    _section("integrations", _integrations())
+    print("self-test: float32 against float64, error relative to the largest value")
+    passed = True
+    for where, run in _self_tests(torch):
+        passed &= _tested(where, run)
+    return passed
+
+
+def _torch() -> ModuleType | None:
+    try:
+        return import_module("torch")
+    except ImportError:
+        return None
+
+
+def _section(title: str, lines: Iterator[Line]) -> None:
+    print(title)
+    for name, text in lines:
+        print(f"  {name:<14} {text}")
+
+
+def _versions(torch: ModuleType | None) -> Iterator[Line]:
+    yield "flowdppo_ops", _native.__version__
+    yield "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield "numpy", np.__version__
+    if torch is None:
+        yield "torch", "not installed: flowdppo_ops.numpy alone"
+    else:
+        yield "torch", f"{torch.__version__}, built {_built_for(torch)}"
+
+
+def _built_for(torch: ModuleType) -> str:
+    return f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+
+def _backends(torch: ModuleType | None) -> Iterator[Line]:
+    threads = default_threads() if torch is None else torch.get_num_threads()
+    yield "cpu", f"{_native.instruction_set()}, {threads} threads"
+    images = [(unit, capability, is_ptx) for unit, capability, is_ptx, _ in _native.cuda_images()]
+    yield "images", _by_unit(images) or "none: built without kernels (FLOWDPPO_KERNELS=none)"
+    try:
+        driver = _native.cuda_driver()
+    except RuntimeError as error:  # cuInit fails where there is a driver and no GPU that it can use
+        yield "cuda", f"not usable: {error}"
+        return
+    if driver is None:
+        yield "cuda", "no driver: libcuda is not there"
+        return
+    version, gpus = driver
+    yield "cuda", f"driver for CUDA {version // 1000}.{version % 1000 // 10}, GPUs: {len(gpus)}, {_seen_by(torch)}"
+    for ordinal, (name, capability) in enumerate(gpus):
+        loads = _by_unit(_native.cuda_images_for(capability)) or "no image fits: calls raise RuntimeError"
+        yield f"GPU {ordinal}", f"{name}, compute capability {capability // 10}.{capability % 10}: {loads}"
+
+
+def _seen_by(torch: ModuleType | None) -> str:
+    if torch is None:
+        return "and no PyTorch"
+    if not torch.version.cuda:
+        return "but PyTorch is built without CUDA"
+    return f"of which PyTorch sees {torch.cuda.device_count()}"
+
+
+def _by_unit(images: list[tuple[str, int, bool]]) -> str:
+    """policy_loss sm_80 sm_90, sde_step sm_80 sm_90"""
+    named: dict[str, list[str]] = {}
+    for unit, capability, is_ptx in images:
+        named.setdefault(unit, []).append(f"{'compute' if is_ptx else 'sm'}_{capability}")
+    return ", ".join(f"{unit} {' '.join(names)}" for unit, names in named.items())
+
+
+# ---- environment and integrations ------------------------------------------------------------------------------------
+
+
+def _environment() -> Iterator[Line]:
+    names = [name for name in sorted(os.environ) if name.startswith("FLOWDPPO_") or name in OTHER_VARIABLES]
+    for name in names:
+        yield name, repr(os.environ[name])
+    if not names:
+        yield "FLOWDPPO_*", "not set"
+
+
+def _integrations() -> Iterator[Line]:
+    for name in INTEGRATIONS:
+        found = name in sys.modules or find_spec(name) is not None
+        yield name, f"trainer {'found' if found else 'not found'}, {_active(name)}"
+
+
+def _active(name: str) -> str:
+    module = sys.modules.get(f"{__package__}.integrations.{name}")
+    if module is None or not getattr(module, "active", module.enabled)():
+        return "not active in this process"
+    fallbacks = getattr(module, "fallbacks", dict)()
+    calls = "; ".join(f"{reason}: {times} calls" for reason, times in fallbacks.items())
+    return f"active{f', its own functions ran: {calls}' if calls else ''}"
+
+
+# ---- self-test -------------------------------------------------------------------------------------------------------
+
+
+def _self_tests(torch: ModuleType | None) -> Iterator[tuple[str, _self_test.Run]]:
+    if torch is None:
+        yield "numpy", _self_test.of_numpy
+        return
+    by_reference = os.environ.get("FLOWDPPO_OPS_BACKEND") == "reference"
+    yield f"cpu{', reference' * by_reference}", partial(_self_test.of_torch, "cpu")
+    for ordinal in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(ordinal)
+        if by_reference or _native.cuda_images_for(10 * major + minor):
+            yield f"cuda:{ordinal}{', reference' * by_reference}", partial(_self_test.of_torch, f"cuda:{ordinal}")
+
+
+def _tested(where: str, run: _self_test.Run) -> bool:
+    start = time.perf_counter()
+    try:
+        errors = run()
+    except Exception as error:  # whatever it is, it is what a user's call would meet
+        print(f"  {where:<14} FAILED: {type(error).__name__}: {error}")
+        return False
+    passed = all(error <= _self_test.LIMIT for error in errors.values())
+    text = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    verdict = "ok" if passed else f"FAILED: wanted at most {_self_test.LIMIT:.0e}"
+    print(f"  {where:<14} {text}  {verdict} ({time.perf_counter() - start:.2f} s)")
+    return passed

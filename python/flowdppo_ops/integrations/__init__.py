@@ -1,0 +1,250 @@
+"""The trainers' own entry points, run by this package: one module per trainer, and what `strict` decides.
+
+With `strict=True`, the default here, a trainer's numbers are reproduced to rounding, its defects included; with
+`strict=False` the fused functions do what the maths says. `DEFECTS` lists every difference.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ._patch import Incompatible
+
+__all__ = ["DEFECTS", "Defect", "Incompatible"]
+
+
+class Defect(NamedTuple):
+    """A behaviour of a trainer that is not what the maths says, and what each setting does about it."""
+
+    name: str
+    trainer: str
+    behaviour: str
+    effect: str  # with a number
+    strict: str  # what `strict=True` does
+    fixed: str  # what `strict=False` does
+
+
+DEFECTS: list[Defect] = [
+    Defect(
+        "KL with sqrt(-dt) twice",
+        "verl-omni",
+        "`FlowDPPOLoss` and `GRPOGuardLoss` take `std_dev_t * sqrt_dt` for every `sde_type`, but the `std_dev_t` of "
+        "`cps` and `dance_sde` has sqrt(-dt) in it already",
+        "KL 1/(-dt) times too large: 21.4 times at the second step of SD3.5's ten, so more rows are blocked",
+        "the same KL",
+        "the KL of the transition, whatever the sampler",
+    ),
+    Defect(
+        "KL where nothing is random",
+        "verl-omni",
+        "the last step of `cps` has std 0: the KL is inf, or NaN where an element is unchanged, and the loss of "
+        "`GRPOGuardLoss` NaN",
+        "every row that moves away from the old policy is blocked there; with `grpo_guard` the gradient is NaN",
+        "inf or NaN, NaN only where the whole mean is unchanged",
+        "KL 0, ratio 1 in `grpo_guard`, no gradient of drift or penalty",
+    ),
+    Defect(
+        "reference KL without sqrt(-dt)",
+        "verl-omni",
+        "`KLLoss` divides by `2 std_dev_t^2`, and the `std_dev_t` of `sde` is without sqrt(-dt)",
+        "the penalty is -dt times the KL: 0.047 times at the second step of SD3.5's ten, otherwise at the others",
+        "the same penalty",
+        "the KL of the transition; `kl_loss_coef` has to be chosen anew",
+    ),
+    Defect(
+        "NaN KL counts as low",
+        "verl-omni",
+        "`FlowDPPOLoss` takes `kl >= threshold`, which is false for NaN",
+        "a row with a NaN in its mean is never blocked",
+        "kept",
+        "counts as high",
+    ),
+    Defect(
+        "NaN gradient of blocked rows",
+        "verl-omni",
+        "a row that is blocked or clipped away has gradient 0 * inf where its ratio is infinite",
+        "one row of log-ratio above 88.7 makes every weight NaN",
+        "NaN",
+        "gradient 0",
+    ),
+    Defect(
+        "one scale for the batch",
+        "verl-omni",
+        "`GRPOGuardLoss` takes the means of `std_dev_t` and `sqrt_dt` over a micro-batch for every row",
+        "none while its rows are at one step; 0.87 and 1.20 times the rows' own scales where one is at the second and "
+        "one at the third of SD3.5's ten steps",
+        "the batch's",
+        "each row's own",
+    ),
+    Defect(
+        "extremes are averaged",
+        "verl-omni",
+        "the worker takes the mean of every metric over micro-batches and ranks",
+        "`ratio_max`, `ratio_min` and `kl_new_old_max` are means of the micro-batches' extremes",
+        "the same means",
+        "the extremes of all",
+    ),
+    Defect(
+        "deviation of one ratio",
+        "verl-omni",
+        "`ratio_std` of `FlowGRPOLoss` and `GRPOGuardLoss` is NaN for a micro-batch of one row",
+        "NaN in the mean over micro-batches, at every step",
+        "NaN",
+        "0",
+    ),
+    Defect(
+        "a sigma per row along the last latent axis",
+        "verl-omni",
+        "`FlowDPPOLoss` broadcasts a `[B]` `sqrt_dt` with a 0-dim `std_dev_t`, what `sample_previous_step` returns "
+        "without `timestep`, against the last latent axis",
+        "an error, or a wrong KL where that axis has length B",
+        "the trainer's own function runs",
+        "the sigma of each row",
+    ),
+    Defect(
+        "means in half precision",
+        "verl-omni",
+        "`FlowDPPOLoss` squares the difference of half-precision means in half precision",
+        "a KL 0.07 % off in bfloat16; workers store float32",
+        "the trainer's own function runs",
+        "squared in float32",
+    ),
+    Defect(
+        "log-prob without noise",
+        "verl-omni",
+        "`sample_previous_step` scores a step of noise level 0",
+        "log-prob NaN or -inf, gradient NaN",
+        "log-prob 0, gradient 0: a rollout throws these steps away",
+        "log-prob 0, gradient 0",
+    ),
+    Defect(
+        "half a gradient on a tie",
+        "verl-omni",
+        "a ratio outside the clip range whose two surrogates round to the same float32: `maximum` halves the gradient",
+        "half the gradient of a row whose ratio is an ulp outside",
+        "no gradient: the ratio is outside",
+        "no gradient",
+    ),
+    Defect(
+        name="sigma of the KL near sigma 1",
+        trainer="UniRL",
+        behaviour="`FlowDPPO._compute_sigma_t` clamps sigma to 0.99; the step puts `sigmas[1]` for an exact 1",
+        effect="first step of the SD3 recipe (10 steps, shift 3, eta 0.7): 1.3229 for 0.7, a KL 3.57 times too small",
+        strict="as UniRL",
+        fixed="the transition's standard deviation",
+    ),
+    Defect(
+        name="sigma of the KL with CPS and Dance",
+        trainer="UniRL",
+        behaviour="`FlowDPPO._compute_sigma_t` has Flow-SDE's formula whatever the strategy",
+        effect="steps 0, 1, 4 of that schedule: 0.42, 1.24 and 2.97 times the KL (CPS), 0.01, 0.037 and 0.22 (Dance)",
+        strict="as UniRL",
+        fixed="the transition's standard deviation; no KL at the last step of CPS, which draws nothing",
+    ),
+    Defect(
+        name="sigma_t for token and video trajectories",
+        trainer="UniRL",
+        behaviour="`[1, S, 1, 1, 1]` is broadcast against means of rank 4 and 6",
+        effect="an exception; or a KL of mixed rows or steps where sizes happen to fit (token: B = S, B = 1 or S = 1; "
+        "video: C = S or C = 1)",
+        strict="one KL per row",
+        fixed="one KL per row",
+    ),
+    Defect(
+        name="means without latent dimensions",
+        trainer="UniRL",
+        behaviour="the mean over no dimensions is one over all",
+        effect="one KL for the batch",
+        strict="UniRL's own function runs",
+        fixed="one KL per row",
+    ),
+    Defect(
+        name="gradient of a blocked row with an infinite ratio",
+        trainer="UniRL",
+        behaviour="0 times infinity",
+        effect="NaN where the log-ratio is above 88.7; one such row makes every weight NaN",
+        strict="NaN",
+        fixed="0",
+    ),
+    Defect(
+        name="KL of half-precision means",
+        trainer="UniRL",
+        behaviour="the difference is squared in the means' dtype, `trajectory_precision`",
+        effect="KL off by 1e-4 (bfloat16) and 6e-5 (float16) of itself in a recorded training step",
+        strict="squared in float32",
+        fixed="squared in float32",
+    ),
+    Defect(
+        name="extremes of metrics",
+        trainer="UniRL",
+        behaviour="`aggregate_numeric_metrics` averages over micro-batches, updates and ranks, also minima and maxima",
+        effect="`ratio_max` 2, 4 and 3 of three micro-batches are logged as 3, not 4",
+        strict="as UniRL",
+        fixed="with `enable()`: the least `*_min`, the largest `*_max`",
+    ),
+    Defect(
+        name="log-prob of a step of no length",
+        trainer="UniRL",
+        behaviour="an SDE of standard deviation 0 is given a density",
+        effect="NaN where a schedule has a sigma twice, which those of UniRL have not",
+        strict="0, with gradient 0",
+        fixed="0, with gradient 0",
+    ),
+    Defect(
+        name="flow_factory: scales and log-probs of different rows",
+        trainer="Flow-Factory GRPO-Guard",
+        behaviour="the scale `[B, 1, ...]` of every row meets the log-prob `[B]` of every row",
+        effect="none while all rows are at one step; at six steps ratios are up to 6.4 % off, the loss 0.8 %",
+        strict="the same, `ratio` in its shape `[B, 1, ..., B]`",
+        fixed="each row its own scale",
+    ),
+    Defect(
+        name="flow_factory: the penalty in policy_loss",
+        trainer="Flow-Factory",
+        behaviour="`loss += kl_loss` adds to the very tensor that is logged as `policy_loss`",
+        effect="with `kl_beta` > 0 `policy_loss` is `loss`: logged twice, the policy's own never",
+        strict="the same",
+        fixed="`policy_loss` without the penalty",
+    ),
+    Defect(
+        name="flow_grpo: one drift for the batch",
+        trainer="GRPO-Guard script",
+        behaviour="the drift that re-centres a ratio is averaged over the batch as well",
+        effect="every ratio has a gradient in every mean; of six recorded rows its norm is 0.0050 to 0.0074, "
+        "not 0.031 to 0.20",
+        strict="the same",
+        fixed="each row its own drift",
+    ),
+    Defect(
+        name="flow_grpo: penalty without dt",
+        trainer="flow_grpo, GRPO-Guard script",
+        behaviour="the reference penalty is divided by `2 std_dev_t^2`, which has no -dt in it",
+        effect="3.7 to 25 times less than the KL of the step over nine of SD3.5's ten steps, 112 times at the last",
+        strict="the same",
+        fixed="the step's KL; `beta` then means something else, and `sqrt_dt` is needed",
+    ),
+    Defect(
+        name="flow_grpo: token latents mixed",
+        trainer="flow_grpo",
+        behaviour="sigmas are `[B, 1, 1, 1]` whatever the latents, so that `[B, N, C]` becomes `[B, B, N, C]`",
+        effect="B times the memory, and one log-prob for all: -0.34 where four samples have -0.27 to -0.42",
+        strict="the same",
+        fixed="each sample scored by itself",
+    ),
+    Defect(
+        name="scripts: NaN gradient of a blocked row",
+        trainer="flow_grpo, GRPO-Guard script, Flow-Factory",
+        behaviour="a ratio that overflows and is clipped away has the gradient 0 times infinity",
+        effect="NaN in every parameter, from one row",
+        strict="the same",
+        fixed="0",
+    ),
+    Defect(
+        name="scripts: a step without noise",
+        trainer="flow_grpo, GRPO-Guard script, Flow-Factory",
+        behaviour="with noise level 0 a Gaussian log-prob is NaN or infinite",
+        effect="NaN in every parameter, from one row",
+        strict="log-prob 0, gradient 0",
+        fixed="log-prob 0, gradient 0",
+    ),
+]

@@ -1,0 +1,157 @@
+"""What an integration replaces in a trainer: checked first, put in place once, taken back exactly."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, MutableMapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+log = logging.getLogger("flowdppo_ops")
+
+
+class Incompatible(RuntimeError):
+    """A trainer's surface is not the one an integration was written for. Nothing has been replaced."""
+
+
+class Replacement(NamedTuple):
+    """`owner` is a module, a class or a dict; `name` its attribute or key, which may be absent so far."""
+
+    owner: Any
+    name: str
+    value: Any
+
+
+def wants_strict(strict: bool | None) -> bool:
+    """`strict`, or for None what FLOWDPPO_OPS_STRICT says: "1" or not set is True, "0" False."""
+    if strict is not None:
+        return bool(strict)
+    setting = os.environ.get("FLOWDPPO_OPS_STRICT", "1")
+    if setting not in ("0", "1"):
+        raise ValueError(f"FLOWDPPO_OPS_STRICT is {setting!r}, wanted '0' or '1'")
+    return setting == "1"
+
+
+class Patch:
+    """The replacements of one integration.
+
+    Args:
+        trainer: its name, as users write it.
+        tested: the versions or commits the integration was tested with; every `Incompatible` names them.
+
+    Attributes:
+        strict: of the replacements in place; None while there are none.
+        fallbacks: reason -> how often a call went to the trainer's own function.
+    """
+
+    def __init__(self, trainer: str, tested: str) -> None:
+        self.trainer = trainer
+        self.tested = tested
+        self.strict: bool | None = None
+        self.fallbacks: Counter[str] = Counter()
+        self._replaced: list[tuple[Replacement, Any]] = []  # with what was there
+        self._said: set[str] = set()
+
+    # ---- what is there ----
+
+    def incompatible(self, what: str, found: object, wanted: object) -> Incompatible:
+        return Incompatible(
+            f"flowdppo_ops: {self.trainer}'s {what} is {found}, wanted {wanted}; tested with {self.tested}"
+        )
+
+    def module(self, name: str) -> Any:
+        """Imports a module of the trainer."""
+        try:
+            return import_module(name)
+        except ImportError as error:
+            raise self.incompatible(f"module {name}", f"not importable ({error})", "a module") from error
+
+    def attribute(self, owner: Any, name: str) -> Any:
+        """An attribute of a module or a class of the trainer."""
+        found = getattr(owner, name, None)
+        if found is None:
+            raise self.incompatible(f"{_name(owner)}.{name}", "absent", "what the integration replaces or calls")
+        return found
+
+    def check_parameters(self, what: str, function: Callable[..., Any], wanted: Iterable[str]) -> None:
+        """The names of a function's parameters, in order; all of them, for an unknown one would be lost on the way."""
+        found, wanted = tuple(inspect.signature(function).parameters), tuple(wanted)
+        if found != wanted:
+            raise self.incompatible(what, f"({', '.join(found)})", f"({', '.join(wanted)})")
+
+    # ---- putting in place and taking back ----
+
+    def enable(self, strict: bool | None, replacements: Callable[[bool], Iterable[Replacement]]) -> None:
+        """Puts in place what `replacements(strict)` says, unless it is; the other `strict` takes the first's back.
+
+        `replacements` raises `Incompatible` before anything is touched.
+        """
+        strict = wants_strict(strict)
+        if self.strict == strict:
+            return
+        found = list(replacements(strict))
+        self.disable()
+        for one in found:
+            self._replaced.append((one, _own(one)))
+            _put(one, one.value)
+        self.strict = strict
+        self._say_once(
+            logging.INFO, f"flowdppo_ops: {self.trainer} runs fused, strict={strict} ({len(found)} replaced)"
+        )
+
+    def disable(self) -> None:
+        """Puts back exactly what was there. What somebody else has replaced since stays, with a warning."""
+        while self._replaced:
+            one, before = self._replaced.pop()
+            if _own(one) is not one.value:
+                log.warning("flowdppo_ops: %s of %s was replaced by another party and stays", one.name, self.trainer)
+            else:
+                _put(one, before)
+        self.strict = None
+
+    def original(self, owner: Any, name: str) -> Any:
+        """What a replacement has displaced, or what is there when nothing has."""
+        for one, before in self._replaced:
+            if one.owner is owner and one.name == name:
+                return before
+        return _own(Replacement(owner, name, None))
+
+    # ---- what is not served ----
+
+    def fall_back(self, reason: str) -> None:
+        """Counts a call that goes to the trainer's own function; the first of each reason is logged."""
+        self.fallbacks[reason] += 1
+        self._say_once(logging.WARNING, f"flowdppo_ops: {self.trainer}'s own function runs: {reason}")
+
+    def _say_once(self, level: int, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            log.log(level, line)
+
+
+_ABSENT = object()
+
+
+def _own(one: Replacement) -> Any:
+    """What the owner itself holds there, descriptors as they are; `_ABSENT` for what it inherits or has not."""
+    held = one.owner if isinstance(one.owner, MutableMapping) else vars(one.owner)
+    return held.get(one.name, _ABSENT)
+
+
+def _put(one: Replacement, value: Any) -> None:
+    if isinstance(one.owner, MutableMapping):
+        if value is _ABSENT:
+            del one.owner[one.name]
+        else:
+            one.owner[one.name] = value
+    elif value is _ABSENT:
+        delattr(one.owner, one.name)
+    else:
+        setattr(one.owner, one.name, value)
+
+
+def _name(owner: Any) -> str:
+    return getattr(owner, "__qualname__", getattr(owner, "__name__", repr(owner)))

@@ -1,0 +1,246 @@
+"""What UniRL's modules look like to `flowdppo_ops.integrations.unirl`, without UniRL.
+
+Names, parameters, class attributes and the plumbing that the integration leaves to UniRL, at commit 1a7b501e. None of
+its arithmetic: a helper or a step here returns `OwnResult`, which says that UniRL's own function was called, and how.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+
+class OwnResult(NamedTuple):
+    name: str
+    given: dict[str, Any]
+
+
+# ---- unirl.algorithms ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AlgorithmStepResult:
+    loss: float
+    metrics: dict[str, Any]
+    num_steps_or_tokens: int
+    has_backward: bool
+
+
+def typed_conditions(conditions, conditions_cls):
+    return conditions if conditions_cls is None else conditions_cls.from_dict(dict(conditions))
+
+
+def gather_sde_field(tensor, sde_indices, target_steps, *, field_name="field"):
+    if tensor is None or sde_indices is None:
+        raise ValueError(f"gather_sde_field: {field_name} or sde_indices is None")
+    recorded = sde_indices.tolist()
+    return tensor[:, [recorded.index(step) for step in target_steps]]
+
+
+def _resolve_clip_range_from_schedule(clip_range, schedule, progress):
+    factors = {"linear_decay": 1 - 0.5 * progress, "cosine_decay": 0.5 * (1 + math.cos(math.pi * progress))}
+    return clip_range * factors.get(schedule, 1.0)
+
+
+def _grpo_clip_loss(*, new_logp, old_logp, advantages, clip_range, clip_range_high=None):
+    return OwnResult("_grpo_clip_loss", dict(locals()))
+
+
+def _flowdppo_kl_adv_loss(*, new_logp, old_logp, new_means, old_means, advantages, sigma_t, kl_mask_threshold):
+    return OwnResult("_flowdppo_kl_adv_loss", dict(locals()))
+
+
+class StageAlgorithm:
+    requires_ema_rollout = False
+    supports_multi_update = False
+    anchor_fields: tuple[str, ...] = ()
+
+    def _resolve_target_steps(self, segment):
+        return [] if segment.sde_indices is None else [int(i) for i in segment.sde_indices.tolist()]
+
+    def prepare_segment(self, *, conditions, segment):
+        raise AssertionError("UniRL's own, which the integration inherits")
+
+    def compute_loss_and_backward(self, *, conditions, segment, advantages, training_progress, loss_scale):
+        raise AssertionError("UniRL's own, which the integration replaces")
+
+
+def _stage(stage, pipeline, stage_attr):
+    if stage is None and pipeline is None:
+        raise ValueError("either `stage` or `pipeline` must be provided")
+    return getattr(pipeline, stage_attr) if stage is None else stage
+
+
+class FlowDPPO(StageAlgorithm):
+    supports_multi_update = True
+    anchor_fields = ("sde_logp", "sde_means")
+
+    def recomputes_anchor(self):
+        return True
+
+    def __init__(
+        self,
+        *,
+        params,
+        stage=None,
+        pipeline=None,
+        stage_attr="diffusion",
+        kl_mask_threshold=1e-5,
+        add_kl_coefficient=True,
+        old_logp_source="rollout",
+        conditions_cls=None,
+    ):
+        self.stage = _stage(stage, pipeline, stage_attr)
+        self.params = params
+        self.kl_mask_threshold = float(kl_mask_threshold)
+        self.add_kl_coefficient = bool(add_kl_coefficient)
+        self.old_logp_source = old_logp_source
+        self.conditions_cls = conditions_cls
+
+    def _compute_sigma_t(self, segment, target_steps, device):
+        raise AssertionError("UniRL's own, which the integration replaces")
+
+
+class FlowGRPO(StageAlgorithm):
+    supports_multi_update = True
+    anchor_fields = ("sde_logp",)
+
+    def recomputes_anchor(self):
+        return self.old_logp_source == "replay"
+
+    def __init__(
+        self,
+        *,
+        params,
+        stage=None,
+        pipeline=None,
+        stage_attr="diffusion",
+        clip_range=1e-4,
+        clip_schedule="constant",
+        old_logp_source="rollout",
+        conditions_cls=None,
+    ):
+        self.stage = _stage(stage, pipeline, stage_attr)
+        self.params = params
+        self.clip_range = float(clip_range)
+        self.clip_schedule = clip_schedule
+        self.old_logp_source = old_logp_source
+        self.conditions_cls = conditions_cls
+
+
+# ---- unirl.sde.kernels -----------------------------------------------------------------------------------------------
+
+
+class StepStrategy:
+    def __init__(self, *, config=None):
+        del config
+
+    def denoise(
+        self, noise_pred, sample, sigma, sigma_next, *, eta=1.0, prev_sample=None, sigma_max=0.99, step_index=0
+    ):
+        return OwnResult("denoise", {name: value for name, value in locals().items() if name != "self"})
+
+
+class FlowSDEStrategy(StepStrategy):
+    canonical_name: ClassVar[str] = "flow"
+
+
+class CPSSDEStrategy(StepStrategy):
+    canonical_name: ClassVar[str] = "cps"
+
+
+class DanceSDEStrategy(StepStrategy):
+    canonical_name: ClassVar[str] = "dance"
+
+
+# ---- unirl.utils.misc ------------------------------------------------------------------------------------------------
+
+
+def aggregate_numeric_metrics(metrics_list):
+    names = {name for metrics in metrics_list for name in metrics}
+    found = {name: [float(metrics[name]) for metrics in metrics_list if name in metrics] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+_CONTENTS = {
+    "unirl": (),
+    "unirl.algorithms": (),
+    "unirl.algorithms.base": (
+        *(AlgorithmStepResult, StageAlgorithm, typed_conditions, gather_sde_field),
+        *(_resolve_clip_range_from_schedule, _grpo_clip_loss),
+    ),
+    "unirl.algorithms.flowdppo": (FlowDPPO, _flowdppo_kl_adv_loss),
+    "unirl.algorithms.flowgrpo": (FlowGRPO, _grpo_clip_loss),
+    "unirl.algorithms.grpo": (_grpo_clip_loss,),
+    "unirl.sde": (),
+    "unirl.sde.kernels": (StepStrategy, FlowSDEStrategy, CPSSDEStrategy, DanceSDEStrategy),
+    "unirl.train": (),
+    "unirl.train.stack": (aggregate_numeric_metrics,),
+    "unirl.train.unified_model_stack": (aggregate_numeric_metrics,),
+    "unirl.utils": (),
+    "unirl.utils.misc": (aggregate_numeric_metrics,),
+}
+
+
+def modules() -> dict[str, ModuleType]:
+    """Fresh modules by name, for `sys.modules`."""
+    made = {name: ModuleType(name) for name in _CONTENTS}
+    for name, contents in _CONTENTS.items():
+        vars(made[name]).update({each.__name__: each for each in contents})
+        made[name].__path__ = []
+        parent, _, own = name.rpartition(".")
+        if parent:
+            setattr(made[parent], own, made[name])
+    return made
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Segment:
+    """The fields of UniRL's LatentSegment that an algorithm reads."""
+
+    sigmas: torch.Tensor | None = None
+    sde_indices: torch.Tensor | None = None
+    sde_logp: torch.Tensor | None = None
+    sde_means: torch.Tensor | None = None
+
+
+class Replay(NamedTuple):
+    log_probs: torch.Tensor
+    prev_sample_means: torch.Tensor | None
+
+
+class Stage:
+    """Replays recorded latents through a strategy as UniRL's stages do: step by step, stacked along axis 1.
+
+    `latents`: noise_pred, sample and prev_sample, `[B, S, *latent]` each, of the steps `step_indices`.
+    """
+
+    def __init__(self, strategy: Any, latents: tuple[torch.Tensor, ...], means_dtype=torch.float32) -> None:
+        self.strategy = strategy
+        self.latents = latents
+        self.means_dtype = means_dtype
+
+    def replay(self, conditions, *, segment, params, step_indices):
+        log_probs, means = [], []
+        for place, step in enumerate(step_indices):
+            noise_pred, sample, prev_sample = (t[:, place] for t in self.latents)
+            _, log_prob, mean = self.strategy.denoise(
+                noise_pred=noise_pred,
+                sample=sample,
+                sigma=segment.sigmas[step],
+                sigma_next=segment.sigmas[step + 1],
+                eta=params.eta,
+                prev_sample=prev_sample,
+                sigma_max=segment.sigmas[1],
+                step_index=step,
+            )
+            log_probs.append(log_prob)
+            means.append(mean)
+        return Replay(torch.stack(log_probs, 1), torch.stack(means, 1).to(self.means_dtype))
