@@ -154,6 +154,8 @@ def checked(differentiable: dict, constant: dict, objective, reduction="mean") -
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_opcheck(objective, source, reduction):
     differentiable, constant = inputs(source)
+    if source == "step":  # each gradient has the dtype of its own output
+        differentiable["uncond_output"] = differentiable["uncond_output"].bfloat16()
     call = checked({k: v.requires_grad_() for k, v in differentiable.items()}, constant, objective, reduction)
     arguments = _library.operator_arguments(call)
     torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*arguments, None))
@@ -181,6 +183,18 @@ def test_one_of_two_outputs_is_trained(alone, through):
     result.loss.backward()
     assert torch.equal(leaf.grad, both[alone])
     assert all(value.grad is None for name, value in differentiable.items() if name != alone)
+
+
+@pytest.mark.parametrize("name", ["model_output", "uncond_output", "sample", "prev_sample", "old_residual"])
+def test_the_dispatcher_knows_float64(name):
+    """Arithmetic follows the widest latent, whoever finds it."""
+    differentiable, constant = inputs("step")
+    part = differentiable if name in differentiable else constant
+    part[name] = part[name].double()
+    wanted = run(differentiable, constant, FlowDPPO())
+    assert wanted[0].dtype == torch.float64
+    with Through():
+        assert_equal(run(differentiable, constant, FlowDPPO()), wanted)
 
 
 class Through(TorchDispatchMode):
@@ -280,7 +294,7 @@ def test_fake_tensors_never_reach_native_code(monkeypatch, source):
         result.loss.backward()
         assert (result.loss.dtype, result.loss.shape, result.keep.shape) == (torch.float32, (), (8,))
         for leaf in leaves.values():
-            assert (leaf.grad.dtype, leaf.grad.shape) == (torch.bfloat16, leaf.shape)
+            assert (leaf.grad.dtype, leaf.grad.shape) == (leaf.dtype, leaf.shape)
 
 
 def test_native_code_refuses_memory_that_is_not_there():
@@ -370,6 +384,16 @@ def test_lazily_negated_views_have_their_own_sign():
     assert torch.equal(negated, sample)
     wanted = flowdppo_ops.loss(**differentiable, **constant).loss
     assert torch.equal(flowdppo_ops.loss(**differentiable, **{**constant, "prev_sample": negated}).loss, wanted)
+
+
+@pytest.mark.parametrize("name", ["uncond_output", "old_residual", "sigma", "guidance_scale", "weights"])
+def test_lazily_negated_views_of_a_step(name):
+    differentiable, constant = inputs("step")
+    arguments = {**differentiable, **constant}
+    value = arguments[name]
+    negated = torch._neg_view(-value)  # contiguous, so that no copy resolves it
+    assert negated.is_neg()
+    assert torch.equal(call(**{**arguments, name: negated}).loss, call(**arguments).loss)
 
 
 @FUNCTIONS

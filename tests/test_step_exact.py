@@ -21,7 +21,7 @@ from step_cases import (
     step_mask_cells,
 )
 
-from flowdppo_ops import FlowDPPO, GRPOGuard, _native
+from flowdppo_ops import FlowDPPO, GRPOGuard, _native, reference
 
 samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 old_forms = pytest.mark.parametrize("old_form", OLD_FORMS)
@@ -65,18 +65,18 @@ def test_mask_cells_of_the_ablations(step_loss, mask):
 @samplers
 @objectives
 @pytest.mark.parametrize("guidance", [False, True])
-def test_blocked_rows_with_infinities(step_loss, sampler, objective, guidance):
+def test_blocked_rows_with_infinities(fused_step, sampler, objective, guidance):
     """A blocked row's gradient is exactly 0, whatever its latents became, and the other rows' is what it was."""
     options = {"old_form": "output", "old_log_prob": True, "guidance": guidance}
     arguments = draw_step(sampler=sampler, objective=objective, **options)
-    calm = run(step_loss, arguments)
+    calm = run(fused_step, arguments)
     # An infinity makes the log-prob -inf and the ratio 0, which a negative advantage has blocked already.
     row = int((~calm["keep"] & (arguments["advantages"] < 0)).nonzero()[0])
     # In the output, GRPO-Guard's drift would be infinite too, and the ratio NaN.
     for name in ("sample", "prev_sample") + ("model_output",) * (not isinstance(objective, GRPOGuard)):
         bad = arguments | {name: arguments[name].clone()}
         bad[name][row, 3, 1] = float("inf")
-        mine = run(step_loss, bad)
+        mine = run(fused_step, bad)
         assert (mine["ratio"][row], mine["keep"][row]) == (0, False), name
         for leaf in leaves(arguments):
             assert torch.equal(mine[f"grad {leaf}"], calm[f"grad {leaf}"]), (name, leaf)
@@ -106,6 +106,21 @@ def test_blocked_row_with_an_infinite_latent_keeps_its_penalty(fused_step):
     for name in ("grad model_output", "grad uncond_output"):
         assert (mine[name] != 0).all()
         assert torch.equal(mine[name], wanted[name])
+
+
+@samplers
+def test_coefficients_are_those_of_float32(fused_step, sampler):
+    """Formed in float64 from float32 numbers and rounded once, wherever they are used: `d = b^2` over `b^2` again."""
+    rows = 200
+    steps = {"sigma": torch.linspace(0.5, 0.99, rows), "sigma_next": torch.linspace(0.1, 0.45, rows)}
+    zeros = torch.zeros(rows, 1)
+    old = {"old_model_output": zeros, "objective": STEP_OBJECTIVES["velocity"]}
+    kl = fused_step(1 + zeros, zeros, zeros, zeros[:, 0], **steps, noise_level=0.7, sampler=sampler, **old).kl
+    noise_level = torch.tensor(0.7).double()
+    sigma, sigma_next = (value.double() for value in steps.values())
+    _, b, _ = reference.transition(sampler, sigma, sigma_next, noise_level, noise_level)
+    b = b.float()
+    assert torch.equal(kl, ((b * b).double() / b.double() ** 2).float())
 
 
 # ---- on policy -------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ objectives = pytest.mark.parametrize("objective", STEP_OBJECTIVES.values(), ids=
 @samplers
 @old_forms
 @objectives
-@pytest.mark.parametrize(("reduction", "latent_reduction"), REDUCTIONS, ids=" ".join)
+@pytest.mark.parametrize(("reduction", "latent_reduction"), REDUCTIONS, ids=map(" ".join, REDUCTIONS))
 def test_options(step_loss, sampler, old_form, objective, reduction, latent_reduction):
     options = {"reduction": reduction, "latent_reduction": latent_reduction, "weights": reduction in ("sum", "none")}
     arguments = draw_step(sampler=sampler, old_form=old_form, objective=objective, **options)
