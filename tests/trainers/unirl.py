@@ -7,6 +7,7 @@ its arithmetic: a helper or a step here returns `OwnResult`, which says that Uni
 from __future__ import annotations
 
 import math
+from abc import ABC
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
@@ -54,7 +55,7 @@ def _flowdppo_kl_adv_loss(*, new_logp, old_logp, new_means, old_means, advantage
     return OwnResult("_flowdppo_kl_adv_loss", dict(locals()))
 
 
-class StageAlgorithm:
+class StageAlgorithm(ABC):  # noqa: B024 (as UniRL's: the metaclass is what matters)
     requires_ema_rollout = False
     supports_multi_update = False
     anchor_fields: tuple[str, ...] = ()
@@ -135,7 +136,7 @@ class FlowGRPO(StageAlgorithm):
 # ---- unirl.sde.kernels -----------------------------------------------------------------------------------------------
 
 
-class StepStrategy:
+class StepStrategy(ABC):  # noqa: B024 (as above)
     def __init__(self, *, config=None):
         del config
 

@@ -98,9 +98,7 @@ class Patch:
             self._replaced.append((one, _own(one)))
             _put(one, one.value)
         self.strict = strict
-        self._say_once(
-            logging.INFO, f"flowdppo_ops: {self.trainer} runs fused, strict={strict} ({len(found)} replaced)"
-        )
+        self.say_once(logging.INFO, f"flowdppo_ops: {self.trainer} runs fused, strict={strict} ({len(found)} replaced)")
 
     def disable(self) -> None:
         """Puts back exactly what was there. What somebody else has replaced since stays, with a warning."""
@@ -124,9 +122,9 @@ class Patch:
     def fall_back(self, reason: str) -> None:
         """Counts a call that goes to the trainer's own function; the first of each reason is logged."""
         self.fallbacks[reason] += 1
-        self._say_once(logging.WARNING, f"flowdppo_ops: {self.trainer}'s own function runs: {reason}")
+        self.say_once(logging.WARNING, f"flowdppo_ops: {self.trainer}'s own function runs: {reason}")
 
-    def _say_once(self, level: int, line: str) -> None:
+    def say_once(self, level: int, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
             log.log(level, line)

@@ -568,7 +568,8 @@ def __getattr__(name: str) -> Any:
         _patch.check_parameters(f"{name}.{method}", _patch.attribute(base, method), parameters)
     for needed in _BASE if is_algorithm else ():
         _patch.attribute(_patch.module("unirl.algorithms.base"), needed)
-    own = {"__doc__": mine.__doc__, "__signature__": _signature(base, mine)}
+    # The module by name: UniRL's classes are abstract, and a class that their metaclass makes is taken for abc's.
+    own = {"__module__": __name__, "__doc__": mine.__doc__, "__signature__": _signature(base, mine)}
     made = globals()[name] = type(name, (mine, base), own)
     return made
 
@@ -585,4 +586,4 @@ def _signature(base: Callable[..., Any], mine: type) -> inspect.Signature:
 
 
 def _say_fused(instance: object, more: str = "") -> None:
-    _patch._say_once(logging.INFO, f"flowdppo_ops: UniRL's {type(instance).__name__} runs fused{more}")
+    _patch.say_once(logging.INFO, f"flowdppo_ops: UniRL's {type(instance).__name__} runs fused{more}")
