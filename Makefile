@@ -25,6 +25,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benches/bench_policy_loss.py
+	$(BIN)/python benches/bench_sde_step.py
 
 # A stamp per set of extras; the package is rebuilt when a source changes. Cargo's target folder keeps that short.
 $(VENV)/.demo: $(SOURCES) | $(BIN)/python
