@@ -60,10 +60,9 @@ pub trait Source<F: Real>: Sync {
 /// `LANES` elements in the arithmetic type.
 #[inline(always)]
 fn lanes<T: Storage, F: Real, const FMA: bool>(values: &[T], at: usize) -> [F; LANES] {
-    // `get` and not an index with `try_into`: one check, and no path that panics into a formatter.
     match values[at..].first_chunk() {
         Some(values) => T::load_lanes::<F, FMA>(values),
-        None => unreachable!("asked for {LANES} elements, which exist"),
+        None => unreachable!("the caller stays {LANES} elements before the end"),
     }
 }
 
