@@ -10,6 +10,15 @@
 #else
 
 #define SHARED(type, name, count) __shared__ type name[count]
+#define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+
+// For a thread that waits until another block has changed `*address`.
+__device__ __forceinline__ unsigned poll(const unsigned* address) {
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void pause() { __nanosleep(20); }
 
 // The lower and the upper half of a word, as float16.
 __device__ __forceinline__ float low_half_to_float(unsigned word) {

@@ -17,28 +17,32 @@ struct Part {
 // Splits begin at multiples of this many elements, so that all of them are aligned if their row is.
 constexpr long long kSplitUnit = 64;
 
-__device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
+// Split `split` of a row, for all threads of a block.
+__device__ __forceinline__ Part part_of_block(long long row, long long numel, int split, int splits) {
+  const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
   Part part;
+  part.row = row;
+  part.split = split;
+  part.first = split * stretch;
+  // A late split may be empty, since stretches are rounded up.
+  const long long left = numel - part.first;
+  part.count = left < 0 ? 0 : left < stretch ? left : stretch;
+  part.thread = threadIdx.x;
+  part.threads = kThreads;
+  return part;
+}
+
+__device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
+  if (splits > 0) return part_of_block(blockIdx.x / splits, numel, static_cast<int>(blockIdx.x % splits), splits);
   const int thread = threadIdx.x;
-  if (splits == 0) {
-    // Past the last row in the last block: no elements.
-    part.row = static_cast<long long>(blockIdx.x) * kWarps + thread / kWarpSize;
-    part.split = 0;
-    part.first = 0;
-    part.count = part.row < rows ? numel : 0;
-    part.thread = thread % kWarpSize;
-    part.threads = kWarpSize;
-  } else {
-    part.row = blockIdx.x / splits;
-    part.split = static_cast<int>(blockIdx.x % splits);
-    const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
-    part.first = part.split * stretch;
-    // A late split may be empty, since stretches are rounded up.
-    const long long left = numel - part.first;
-    part.count = left < 0 ? 0 : left < stretch ? left : stretch;
-    part.thread = thread;
-    part.threads = kThreads;
-  }
+  Part part;
+  // Past the last row in the last block: no elements.
+  part.row = static_cast<long long>(blockIdx.x) * kWarps + thread / kWarpSize;
+  part.split = 0;
+  part.first = 0;
+  part.count = part.row < rows ? numel : 0;
+  part.thread = thread % kWarpSize;
+  part.threads = kWarpSize;
   return part;
 }
 
