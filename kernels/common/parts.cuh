@@ -17,20 +17,23 @@ struct Part {
 // Splits begin at multiples of this many elements, so that all of them are aligned if their row is.
 constexpr long long kSplitUnit = 64;
 
+// kReversed: the first block takes the last part.
+template <bool kReversed = false>
 __device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
   Part part;
   const int thread = threadIdx.x;
+  const unsigned block = kReversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   if (splits == 0) {
     // Past the last row in the last block: no elements.
-    part.row = static_cast<long long>(blockIdx.x) * kWarps + thread / kWarpSize;
+    part.row = static_cast<long long>(block) * kWarps + thread / kWarpSize;
     part.split = 0;
     part.first = 0;
     part.count = part.row < rows ? numel : 0;
     part.thread = thread % kWarpSize;
     part.threads = kWarpSize;
   } else {
-    part.row = blockIdx.x / splits;
-    part.split = static_cast<int>(blockIdx.x % splits);
+    part.row = block / splits;
+    part.split = static_cast<int>(block % splits);
     const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
     part.first = part.split * stretch;
     // A late split may be empty, since stretches are rounded up.
