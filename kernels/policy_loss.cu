@@ -119,6 +119,7 @@ __device__ __forceinline__ void forward(const PolicyLossForward& p) {
     const long long first = part.row * problem.numel + part.first;
     if (part.count > 0) thread_sums(Source(p.latents, first, step, wanted), part, sums);
   }
+  let_backward_launch();
 
   bool owner;  // of the row: the one thread that finishes it
   if (p.splits == 0) {
@@ -216,6 +217,7 @@ __device__ __forceinline__ void stream_gradient(Source source, const Part& part,
 
 template <class Source>
 __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
+  wait_for_forward();
   if (p.formed && read_row(p.grad_loss, 0) == 1.0) return;
   const float divisor = p.numbers[kNumbers<Source> * p.rows + kPolicyDivisor];
   if (!p.grad_output && !p.grad_uncond) {
@@ -223,7 +225,7 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
     if (p.grad_log_prob && row < p.rows) write_grad_log_prob(p, row, divisor);
     return;
   }
-  const Part part = part_of_thread(p.rows, p.numel, p.splits);
+  const Part part = part_of_thread<kBackwardReversed>(p.rows, p.numel, p.splits);
   if (part.row >= p.rows) return;
   if (p.grad_log_prob && part.split == 0 && part.thread == 0) write_grad_log_prob(p, part.row, divisor);
   if (part.count == 0) return;
@@ -242,17 +244,14 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
 
 // ---- entry points --------------------------------------------------------------------------------------------------
 
-// Two blocks on a multiprocessor at least, not more: asked for three, the compiler saves registers by sinking half of
-// an iteration's loads below the arithmetic. It takes 62 to 126; 2 or 3 blocks with 4 to 8 loads a thread are 33 to 74
-// KB in flight, where an H200 should need ~30 (4.8 TB/s, 132 multiprocessors, 0.8 us).
 #define POLICY_LOSS(variant, Source, ...)                                            \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)                 \
       policy_loss_forward_##variant(const __grid_constant__ PolicyLossForward p) {   \
-    forward<Source<__VA_ARGS__, Cache::kKeep>>(p);                                   \
+    forward<Source<__VA_ARGS__, kForwardLoads>>(p);                                  \
   }                                                                                  \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)                 \
       policy_loss_backward_##variant(const __grid_constant__ PolicyLossBackward p) { \
-    backward<Source<__VA_ARGS__, Cache::kStream>>(p);                                \
+    backward<Source<__VA_ARGS__, kBackwardLoads>>(p);                                \
   }
 
 POLICY_LOSS_TYPED(POLICY_LOSS)

@@ -119,6 +119,12 @@ def test_sde_step_with_emulated_kernels(driver, kernels, scenario):
 
 
 @needs_images
+@pytest.mark.parametrize("capability", ["80", "90", "100", "120", "200"])
+def test_every_entry_point_of_the_single_pass_is_in_its_image(driver, capability):
+    harness.run("every_entry_point", driver, capability, script="single_pass.py")
+
+
+@needs_images
 @pytest.mark.parametrize("scenario", ["grids", "bad_arguments"])
 def test_arguments_of_the_single_pass(driver, scenario):
     harness.run(scenario, driver, script="single_pass.py")

@@ -32,12 +32,15 @@ __device__ __forceinline__ Part part_of_block(long long row, long long numel, in
   return part;
 }
 
+// kReversed: the first block takes the last part.
+template <bool kReversed = false>
 __device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
-  if (splits > 0) return part_of_block(blockIdx.x / splits, numel, static_cast<int>(blockIdx.x % splits), splits);
+  const unsigned block = kReversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  if (splits > 0) return part_of_block(block / splits, numel, static_cast<int>(block % splits), splits);
   const int thread = threadIdx.x;
   Part part;
   // Past the last row in the last block: no elements.
-  part.row = static_cast<long long>(blockIdx.x) * kWarps + thread / kWarpSize;
+  part.row = static_cast<long long>(block) * kWarps + thread / kWarpSize;
   part.split = 0;
   part.first = 0;
   part.count = part.row < rows ? numel : 0;

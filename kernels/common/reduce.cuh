@@ -4,13 +4,9 @@
 #pragma once
 
 #include "common/numeric.cuh"
-
-#ifndef FLOWDPPO_THREADS  // the emulator takes fewer where the thread sanitizer needs 0.6 ms for each
-#define FLOWDPPO_THREADS 256
-#endif
+#include "tuning.cuh"
 
 constexpr int kWarpSize = 32;
-constexpr int kThreads = FLOWDPPO_THREADS;
 constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads % kWarpSize == 0 && kWarps <= kWarpSize, "the first warp reduces one value of each warp");
 

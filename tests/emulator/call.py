@@ -155,10 +155,16 @@ def _bytes(tensor: Tensor) -> bytes:
 class Launch:
     """An argument under construction: its scalars, and the buffers that its pointers will point to."""
 
-    def __init__(self, argument: ctypes.Structure, offsets: dict[str, int], row_shape: tuple[int, ...]) -> None:
-        self.argument, self.offsets, self.row_shape = argument, offsets, row_shape
+    def __init__(
+        self, server: Server, argument: ctypes.Structure, offsets: dict[str, int], row_shape: tuple[int, ...]
+    ) -> None:
+        self.server, self.argument, self.offsets, self.row_shape = server, argument, offsets, row_shape
         self.buffers: list[_Buffer] = []
         self.outputs: dict[str, tuple[torch.dtype, int]] = {}
+
+    def point(self, at: int, tensor: Tensor, offset: int = 0) -> None:
+        """The pointer at this byte of the argument to the tensor; `offset`: elements off a multiple of 16 bytes."""
+        self.buffers.append(_Buffer(_bytes(tensor), [at], offset * tensor.element_size()))
 
     def latents(self, latents: _args.Latents) -> None:
         start = self.at("latents")
@@ -166,21 +172,19 @@ class Launch:
             if tensor is not None:
                 forward = getattr(self.argument, "forward", self.argument)
                 getattr(forward.latents, name).dtype = DTYPES[tensor.dtype]
-                offset = self.offsets.get(name, 0) * tensor.element_size()
-                self.buffers.append(_Buffer(_bytes(tensor), [start + getattr(Latents, name).offset], offset))
+                self.point(start + getattr(Latents, name).offset, tensor, self.offsets.get(name, 0))
 
     def row_vector(self, struct: RowVector, at: int, value: float | Tensor | None) -> None:
         struct.present = value is not None
         if isinstance(value, Tensor):
             struct.dtype = DTYPES[value.dtype]
             struct.divide, struct.modulo = _args.row_stride(tuple(value.shape), self.row_shape)
-            self.buffers.append(_Buffer(_bytes(value), [at]))
+            self.point(at, value)
         elif value is not None:
             struct.value = value
 
     def input(self, name: str, value: Tensor) -> None:
-        offset = self.offsets.get(name, 0) * value.element_size()
-        self.buffers.append(_Buffer(_bytes(value), [getattr(type(self.argument), name).offset], offset))
+        self.point(self.at(name), value, self.offsets.get(name, 0))
 
     def output(self, name: str, dtype: torch.dtype, count: int, fill: int | Tensor = CANARY) -> None:
         """Filled with canaries: an element that is not written does not pass for a result. Or with a tensor."""
@@ -192,15 +196,17 @@ class Launch:
 
     def at(self, name: str) -> int:
         """Where in the argument a pointer stands; those of a single pass's forward stand in it."""
-        kind = type(self.argument)
-        return (
-            getattr(kind, name).offset if hasattr(kind, name) else kind.forward.offset + getattr(Forward, name).offset
-        )
+        kind, start = type(self.argument), 0
+        if not hasattr(kind, name):
+            kind, start = Forward, kind.forward.offset
+        return start + getattr(kind, name).offset
 
-    def run(self, server: Server, kernel: str, blocks: int, seed: int, shared: int = -1) -> dict[str, Tensor]:
-        replies = server.launch(kernel, self.argument, self.buffers, blocks, seed, shared)
+    def run(self, kernel: str, blocks: int, seed: int, shared: int = -1) -> dict[str, Tensor]:
+        replies = self.server.launch(kernel, self.argument, self.buffers, blocks, seed, shared)
         pairs = zip(self.outputs.items(), replies, strict=True)
-        return {name: torch.frombuffer(bytearray(data), dtype=dtype) for (name, (dtype, _)), data in pairs}
+        out = {name: torch.frombuffer(bytearray(data), dtype=dtype) for (name, (dtype, _)), data in pairs}
+        assert "tickets" not in out or not out["tickets"].any(), "tickets are not 0 after the launch"
+        return out
 
 
 class Teams(NamedTuple):
@@ -217,6 +223,8 @@ class Emulated:
     offsets: elements by which the latents (names as in `Latents`), "grad_output" and "grad_uncond" lie off a multiple
     of 16 bytes. Every launch takes another order of blocks and threads, unless `seed` says which.
     """
+
+    new_launch: type[Launch] = Launch
 
     def __init__(
         self,
@@ -288,8 +296,9 @@ class Emulated:
         if call.double:
             raise Float64("no kernel takes float64 latents")
         rows = vectors.advantages.numel()
-        launch = Launch(Forward() if self.single is None else Single(), self.offsets, call.row_shape)
-        forward = launch.argument if self.single is None else launch.argument.forward
+        argument = Forward() if self.single is None else Single()
+        launch = self.new_launch(self.server, argument, self.offsets, call.row_shape)
+        forward = argument if self.single is None else argument.forward
         forward.stage = stage
         # Without their bytes where none may be read.
         launch.latents(latents if stage != OBJECTIVE_ALONE else _args.Latents(*[None] * len(latents)))
@@ -326,9 +335,7 @@ class Emulated:
         launch.output("partials", torch.float32, rows * max(splits, 1) * 4)
         launch.output("tickets", torch.int32, rows + 1, fill=0)
         kernel = self.kernel("forward", call.latents, call.schedule is not None)
-        out = launch.run(self.server, kernel, blocks, next(self.seeds))
-        assert (out["tickets"] == 0).all(), "tickets are not 0 after a launch"
-        return out
+        return launch.run(kernel, blocks, next(self.seeds))
 
     def _run_single(
         self, launch: Launch, call: _args.LossCall, rows: int, wants: tuple[bool, bool]
@@ -347,9 +354,7 @@ class Emulated:
         launch.output("partials", torch.float32, rows * splits * 4)
         launch.output("tickets", torch.int32, 2 * rows + 1, fill=0)
         kernel = self.kernel("single", latents, call.schedule is not None)
-        out = launch.run(self.server, kernel, teams * splits, next(self.seeds), shared=4 * argument.room)
-        assert (out["tickets"] == 0).all(), "tickets are not 0 after a launch"
-        return out
+        return launch.run(kernel, teams * splits, next(self.seeds), shared=4 * argument.room)
 
     def backward(
         self,
@@ -367,7 +372,8 @@ class Emulated:
         rows = (numbers.numel() - _native.BATCH_LEN) // fields(is_step)
         numel = 0 if latents.output is None else latents.output.numel() // rows
         splits, blocks = self.plan(rows, numel)
-        launch = Launch(Backward(splits=splits, rows=rows, numel=numel, formed=bool(formed)), self.offsets, (rows,))
+        argument = Backward(splits=splits, rows=rows, numel=numel, formed=bool(formed))
+        launch = self.new_launch(self.server, argument, self.offsets, (rows,))
         launch.latents(latents)
         launch.row_vector(launch.argument.grad_loss, Backward.grad_loss.offset, grad_loss.contiguous().reshape(-1))
         launch.input("numbers", numbers)
@@ -384,7 +390,7 @@ class Emulated:
             launch.output("grad_uncond", latents.uncond_output.dtype, latents.uncond_output.numel(), content)
         if wants[2]:
             launch.output("grad_log_prob", torch.float32, rows)
-        return launch.run(self.server, self.kernel("backward", latents, is_step), blocks, next(self.seeds))
+        return launch.run(self.kernel("backward", latents, is_step), blocks, next(self.seeds))
 
 
 class EmulatedLoss(Emulated):

@@ -73,6 +73,10 @@ T emu_shuffle(unsigned mask, T value, unsigned source, const char* here) {
 
 inline void __threadfence() { emu::fence(); }
 
+// Launches come one after the other.
+inline void let_backward_launch() {}
+inline void wait_for_forward() {}
+
 // One processor runs all fibers, so a load and a store are atomic; relaxed, so that TSan takes no ordering from them.
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   emu::atomic(address);
@@ -109,6 +113,10 @@ T __ldcg(const T* address) {
 }
 template <class T>
 void __stwb(T* address, T value) {
+  *address = value;
+}
+template <class T>
+void __stcs(T* address, T value) {
   *address = value;
 }
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from flowdppo_ops import _native
 from standin.harness import Driver
-from standin.scenarios import MULTIPROCESSORS, OPTIONS, KiB, arrays_at, on_gpu, problem, refused
+from standin.scenarios import MULTIPROCESSORS, OPTIONS, SCHEDULE, KiB, arrays_at, on_gpu, problem, refused
 
 SWITCH = "FLOWDPPO_OPS_SINGLE_PASS"
 SINGLE, BACKWARD, FORWARD = "policy_loss_single_", "policy_loss_backward_", "policy_loss_forward_"
@@ -158,11 +158,36 @@ def grids() -> None:
     assert _native.policy_loss_single_workspace_cuda((0, 0), arrays, None, 1, 8 * room + 8) is None
 
 
-def single(target=(0, 0), rows=3, numel=600, dtypes=None, objective=None, options=OPTIONS, partials=None, tickets=None):
-    arguments = problem(rows, numel, dtypes, None, None, objective, options)
+def single(
+    target=(0, 0),
+    rows=3,
+    numel=600,
+    dtypes=None,
+    schedule=None,
+    objective=None,
+    options=OPTIONS,
+    partials=None,
+    tickets=None,
+):
+    arguments = problem(rows, numel, dtypes, None, schedule, objective, options)
     workspace = partials or (64 * KiB, 1 << 20), tickets or (80 * KiB, 2 * rows + 1)
     gradients = (1 << 24, dtypes[0] if dtypes else "float32"), None
     _native.policy_loss_single_cuda(target, *arguments, (32 * KiB, 48 * KiB), gradients, *workspace)
+
+
+def every_entry_point() -> None:
+    """All kernels that the launcher names are in the image, with parameters of its size."""
+    driver = Driver()
+    f32, bf16, f16 = "float32", "bfloat16", "float16"
+    mixes = [(f32, f32, f32), (bf16, bf16, bf16), (f16, f16, f16)]
+    means = [(f32, None, None, anchors, anchors, None) for anchors in (bf16, f16)]
+    means += [(o, None, None, s, p, None) for o, s, p in mixes]
+    for dtypes in means:
+        single(dtypes=dtypes)
+    for outputs, samples, policies in [*mixes, *((bf16, f32, policies) for policies in (f32, bf16, f16))]:
+        single(dtypes=(outputs, None, samples, samples, policies, None), schedule=SCHEDULE)
+    seen = {launch.name: len(bytes(launch.parameters)) for launch in driver.launches()}
+    assert seen == {name: size for name, size in _native.cuda_entry_points() if name.startswith(SINGLE)}
 
 
 def bad_arguments() -> None:
