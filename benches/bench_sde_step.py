@@ -1,4 +1,4 @@
-"""Times `flowdppo_ops.sde_step` beside the trainers' scheduler step: eager and compiled.
+"""Times `flowdppo_ops.sde_step` beside the trainers' scheduler step: eager, compiled, in Triton.
 
     python benches/bench_sde_step.py [--ops sde_step_replay] [--sizes sd35 4x8] [--threads 2] [--json FILE]
     python benches/bench_sde_step.py --device cuda --json FILE
@@ -96,6 +96,14 @@ def package_step(
     return results if residual_dtype is None else (*results, step.residual)
 
 
+def triton_step(replay: bool) -> Callable[[StepInputs], Outputs]:
+    from triton_sde_step import triton_sde_draw, triton_sde_replay
+
+    step = triton_sde_replay if replay else triton_sde_draw
+    # sigma_max as a number: it stands in for a sigma of 1, which there is none of here.
+    return lambda i: step(i.model_output, i.sample, i.other, i.sigma, i.sigma_next, NOISE_LEVEL, 0.99)
+
+
 def truth(sampler: str, replay: bool, i: StepInputs, provider: str) -> Outputs:
     wider = doubled(i)
     residual_dtype = torch.float64 if provider == "fused_residual" else None
@@ -131,6 +139,7 @@ def operation(name: str, sampler: str, replay: bool) -> Operation:
         providers={
             "eager": partial(trainer_step, sampler, replay),
             "compile": partial(compiled_step, sampler, replay),
+            **({"triton": partial(triton_step, replay)} if sampler == "flow_sde" else {}),
             "fused": fused(None),
             **({} if replay else {"fused_residual": fused(torch.float16)}),
         },
