@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import trainer_chain
-from runner import Operation, Outputs, compiled, doubled, main
+from runner import Operation, Outputs, compiled, doubled, main, max_autotuned
 from torch import Tensor
 from trainer_chain import NOISE_LEVEL, wide
 
@@ -76,9 +76,9 @@ def trainer_step(sampler: str, replay: bool) -> Callable[[StepInputs], Outputs]:
     return step
 
 
-def compiled_step(sampler: str, replay: bool) -> Callable[[StepInputs], Outputs]:
+def compiled_step(sampler: str, replay: bool, mode: str | None = None) -> Callable[[StepInputs], Outputs]:
     """The sigmas ready-made: their look-up waits for the device, twice a row."""
-    tensors = compiled(partial(trainer_tensors, sampler, replay))
+    tensors = compiled(partial(trainer_tensors, sampler, replay), mode)
     return lambda i: tensors(i, wide(i.sigma, i.sample.shape), wide(i.sigma_next, i.sample.shape))
 
 
@@ -139,6 +139,7 @@ def operation(name: str, sampler: str, replay: bool) -> Operation:
         providers={
             "eager": partial(trainer_step, sampler, replay),
             "compile": partial(compiled_step, sampler, replay),
+            "compile_max": max_autotuned(partial(compiled_step, sampler, replay)),
             **({"triton": partial(triton_step, replay)} if sampler == "flow_sde" else {}),
             "fused": fused(None),
             **({} if replay else {"fused_residual": fused(torch.float16)}),
