@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from cold_start import cold_start
 from counting import Counts, count
-from devices import Cpu, Cuda, Mode, graph_repeats
+from devices import Captured, Cpu, Cuda, DeviceCounts, Mode, graph_repeats
 from harness import Effort, Measured, Row, WrongAnswer, percentiles, write_json
 from torch import Tensor
 
@@ -270,13 +270,13 @@ def measured(
     machine: Cpu | Cuda,
     mode: Mode,
     chosen: Sequence[Provider],
-    counts: Mapping[tuple[str, str], Mapping[str, int | None]],
+    counts: Mapping[tuple[str, str], dict[str, int | None]],
     i: Inputs,
     expected: dict[str, Outputs],
     effort: Effort,
     failures: list[str],
 ) -> Measured:
-    """Every provider and pass, and the copy, in one mode."""
+    """Every provider and pass, and the copy, in one mode. A graph adds what it holds to `counts`."""
     sets = copies(i, mode.sets)
     in_graph = mode.timing == "graph"
     calls = {
@@ -291,22 +291,24 @@ def measured(
         return machine.measure(mode, calls, effort)
     # A call that waits for the device cannot be captured: it has no times of this kind.
     capturable = {key: of_sets for key, of_sets in calls.items() if not counts.get(key, {}).get("host_syncs")}
-    return measure_graphs(operation, machine, mode, capturable, expected, effort, failures)
+    captured = capture(operation, machine, mode, capturable, expected, failures)
+    for key in counts.keys() & captured.keys():
+        counts[key].update(captured[key].seen._asdict())
+    return machine.measure_captured(captured, effort)
 
 
 def copy_into(target: Tensor, source: Tensor) -> Outputs:
     return (target.copy_(source),)
 
 
-def measure_graphs(
+def capture(
     operation: Operation,
     machine: Cuda,
     mode: Mode,
     calls: dict[tuple[str, str], list[Callable[[], Outputs]]],
     expected: dict[str, Outputs],
-    effort: Effort,
     failures: list[str],
-) -> Measured:
+) -> dict[tuple[str, str], Captured]:
     """Captures each series once; what its graph writes is filled with NaN, then checked after a replay."""
     times = graph_repeats(mode, calls["copy", "copy"][0]()[0].nbytes)
     captured = {}
@@ -320,7 +322,7 @@ def measure_graphs(
                 for outputs in graph.outputs:
                     check_outputs(operation, what, outputs, expected[provider])
             captured[provider, pass_] = graph
-    return machine.measure_captured(captured, effort)
+    return captured
 
 
 @contextlib.contextmanager
@@ -350,17 +352,18 @@ def cold_starts(
 ) -> list[Row]:
     """Two rows a provider, each the wait for the first results, in `repeats` fresh processes.
 
-    "cold start" counts from the first import, "first call" from when everything but the provider is there. `module`:
-    the bench file whose `OPERATIONS` has the operation.
+    "cold start" counts from the first import, "first call" from when everything but the provider is there, with what
+    the profiler saw of a later call. `module`: the bench file whose `OPERATIONS` has the operation.
     """
     rows = []
     pass_ = operation.passes[-1]
     i = operation.make_inputs(shape, dtype, machine.device)
     for name in names:
         runs = [cold_start(module, operation.name, name, shape, dtype, machine.name) for _ in range(repeats)]
-        for timing, seconds in (
-            ("cold start", [run["finished"] for run in runs]),
-            ("first call", [run["finished"] - run["ready"] for run in runs]),
+        seen = DeviceCounts(**runs[-1].get("seen", {}))
+        for timing, seconds, counts in (
+            ("cold start", [run["finished"] for run in runs], DeviceCounts()),
+            ("first call", [run["finished"] - run["ready"] for run in runs], seen),
         ):
             rows.append(
                 Row(
@@ -376,6 +379,7 @@ def cold_starts(
                     cores_elsewhere=None,
                     timing=timing,
                     cache="cold",
+                    **counts._asdict(),
                     **facts,
                 )
             )

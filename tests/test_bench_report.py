@@ -119,7 +119,10 @@ def test_operations_are_kept_apart(report, rows):
 def test_fresh_processes_have_a_table_of_seconds(report, rows):
     table = report.tables(rows)
     assert "fresh process, caches empty, median of 9" in table
-    assert "| fused | 2.50 | 0.25 |" in table
+    assert "| fused | 2.50 | 0.25 | 2 | 3 | 4 |" in table
+    bare = [replace(row, launches=None, provider=f"not {row.provider}") for row in rows[7:]]
+    assert "| not fused | 2.50 | 0.25 | ? | ? | ? |" in report.tables([*rows, *bare])
+    assert "| not fused | 2.50 | 0.25 |\n" in report.tables(bare)
 
 
 def test_counts_that_failed_are_not_zeros(report, rows):
