@@ -68,6 +68,7 @@ class Cpu:
     name = "cpu"
     device = torch.device("cpu")
     lacks = ("triton", "compile_max")
+    seldom: Mapping[str, tuple[str, ...]] = {}
     sizes = ("sd35", "rows", "flux", "wan", "small")
     full, quick = FULL, QUICK
     cold_starts = 0
@@ -100,10 +101,12 @@ class Cpu:
 class Cuda:
     name = "cuda"
     lacks = ()
+    # Tunes for a minute or so: unless it is named, tried on an image's latents and beyond the L2, in the first dtype.
+    seldom: Mapping[str, tuple[str, ...]] = {"compile_max": ("sd35", "video")}
     sizes = ("sd35", "flux", "video", "small", "wan", "video64")  # what matters most comes first, see `--minutes`
     # A device's clock is steadier than a shared machine's: half the rounds, half the time in each, and no libgomp.
     full, quick = Effort(rounds=10, block_us=5_000, settle_us=2_000), QUICK
-    cold_starts = 3
+    cold_starts = 1
 
     def __init__(self):
         self.device = torch.device("cuda", torch.cuda.current_device())

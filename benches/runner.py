@@ -460,7 +460,7 @@ def main(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     parser.add_argument("--quick", action="store_true", help="few repeats: to see that it works, not for numbers")
     parser.add_argument("--libc-malloc", action="store_true", help="leave malloc as it is: adds luck with page faults")
-    parser.add_argument("--cold-starts", type=int, help="fresh processes per provider (default: 3 on cuda, 0 on cpu)")
+    parser.add_argument("--cold-starts", type=int, help="fresh processes per provider (default: 1 on cuda, 0 on cpu)")
     parser.add_argument("--no-cases", action="store_true", help="cold starts alone")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after that; default: no end")
     parser.add_argument("--commit", help="what git would say, for a copy of the tree without it")
@@ -491,6 +491,15 @@ def main(
         print(f"\nno time left for {what}")
         return False
 
+    def names_of(operation: Operation, shape: tuple[int, ...], dtype: str) -> list[str]:
+        """Who was named; else all, but for those that a case of this kind is not worth the time of."""
+
+        def worthwhile(name: str) -> bool:
+            sizes = None if args.providers else machine.seldom.get(name)
+            return sizes is None or (dtype == operation.dtypes[0] and shape in map(SIZES.get, sizes))
+
+        return [name for name in operation.providers if name in wanted and worthwhile(name)]
+
     def add(new: list[Row]) -> None:
         rows.extend(new)
         if args.json:
@@ -499,7 +508,6 @@ def main(
     shapes = args.sizes or [SIZES[name] for name in machine.sizes]
     repeats = machine.cold_starts if args.cold_starts is None else args.cold_starts
     for operation in map(operations.get, args.ops):
-        names = [name for name in operation.providers if name in wanted]
         cases = list(itertools.product(shapes, [name for name in operation.dtypes if name in args.dtypes]))
         for shape, dtype in [] if args.no_cases else cases:
             case = f"{operation.name} {list(shape)} {dtype}"
@@ -508,6 +516,7 @@ def main(
             start, effort = time.monotonic(), machine.quick if args.quick else machine.full
             of_case: list[str] = []
             with noted(of_case, case), machine.session():
+                names = names_of(operation, shape, dtype)
                 new = bench(operation, shape, dtype, effort, facts, machine, names, of_case)
                 if new:
                     add(new)
@@ -518,7 +527,7 @@ def main(
             shape, dtype = cases[0]
             case = f"{operation.name} {list(shape)} {dtype}"
             print(f"\n{case}: seconds to the first results in a fresh process")
-            for name in names:
+            for name in names_of(operation, shape, dtype):
                 if not in_time(f"the cold start of {name}"):
                     continue
                 with noted(failures, f"{case}: cold start of {name}"):

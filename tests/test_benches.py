@@ -637,6 +637,24 @@ def test_who_cannot_run_is_left_out_and_named(bench, on_fake_cuda, monkeypatch, 
     assert {("eager", "forward", "graph"), ("eager", "forward+backward", "call"), ("copy", "copy", "graph")} <= rows
 
 
+def test_who_tunes_for_long_is_tried_on_some_sizes(bench, runner, on_fake_cuda, monkeypatch):
+    fake, tried = on_fake_cuda(), []
+    monkeypatch.setattr(fake, "seldom", {"compile_max": ("small",)})
+    eager = bench.OPERATIONS["policy_loss"].providers["eager"]
+    with_provider(bench, monkeypatch, compile_max=lambda: (eager(), eager()))
+    monkeypatch.setattr(
+        runner, "bench", lambda operation, shape, dtype, *more: tried.append((shape, dtype, more[3])) or []
+    )
+    arguments = ["--device", "cuda", "--cold-starts", "0", "--threads", str(torch.get_num_threads())]
+    run(bench, *arguments, "--sizes", "small", "8x64")
+    both = ["eager", "compile_max"]
+    cases = [((4, 8), "fp32", both), ((4, 8), "bf16", ["eager"]), ((8, 64), "fp32", ["eager"])]
+    assert tried == [*cases, ((8, 64), "bf16", ["eager"])]
+    tried.clear()
+    run(bench, *arguments, "--sizes", "8x64", "--dtypes", "bf16", "--providers", "compile_max")
+    assert tried == [((8, 64), "bf16", ["compile_max"])]
+
+
 def test_when_time_is_up_what_is_left_is_named(bench, on_fake_cuda, capsys):
     on_fake_cuda()
     arguments = [*ALL_ON_CUDA, "--providers", "eager", "--threads", str(torch.get_num_threads())]
