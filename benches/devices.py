@@ -204,8 +204,9 @@ class Cuda:
     def profiled(self, call: Call) -> DeviceCounts:
         """Once a process, and not where anything is timed.
 
-        From the second session on the profiler loses kernels of a session's beginning, one more each time (PyTorch
-        issue 192021), and what it leaves behind slows launches by 10 to 20 % (PyTorch pull request 146604).
+        From the second session on the profiler loses kernels of a session's beginning, one more each time
+        (https://github.com/pytorch/pytorch/issues/192021), and what it leaves behind slows a process by 10 to 20 %
+        (https://github.com/pytorch/pytorch/pull/146604).
         """
         for _ in range(2):
             call()
