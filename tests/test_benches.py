@@ -573,7 +573,7 @@ def test_graphs_of_its_own_are_not_captured(bench, on_fake_cuda, monkeypatch):
     monkeypatch.setattr(fake, "measure", measure)
     monkeypatch.setattr(fake, "measure_captured", measure_captured)
     with_provider(bench, monkeypatch, compile_max=lambda: (noted("replays"), noted("plain")))
-    rows = run(bench, *ALL_ON_CUDA, "--threads", str(torch.get_num_threads()))
+    rows = run(bench, *ALL_ON_CUDA, "--providers", "eager", "compile_max", "--threads", str(torch.get_num_threads()))
     assert counted == {"graph": {"plain"}, "call": {"replays"}, "host": {"replays"}}
     own = [row for row in rows if row.provider == "compile_max"]
     assert len(own) == 2 * 5
