@@ -39,8 +39,10 @@ class Case:
         self.modes = list(dict.fromkeys((row.timing, row.cache) for row in rows))
         self.series = list(dict.fromkeys((row.pass_, row.provider) for row in rows))
         # Only kernel times can be subtracted: in a call from Python host and device overlap.
-        if any(timing == "graph" for timing, _ in self.modes):
-            self.series += [("backward", provider) for pass_, provider in self.series if pass_ == "forward"]
+        providers = dict.fromkeys(row.provider for row in rows)
+        self.series += [
+            ("backward", one) for one in providers if any(self.cost(mode, "backward", one) for mode in self.modes)
+        ]
         self.series.sort(key=lambda one: PASSES.index(one[0]))
 
     def _any_row(self, pass_: str, provider: str) -> Row | None:

@@ -87,6 +87,13 @@ def test_table(report, rows):
     assert got["backward", "fused"] == ["40.0", "75%", "", "", "", "", "", ""]
 
 
+def test_who_has_no_backward_has_no_line_of_it(report, rows):
+    got = cells(report.tables([row for row in rows if (row.provider, row.pass_) != ("fused", "forward+backward")]))
+    assert ("backward", "eager") in got
+    assert ("forward", "fused") in got
+    assert ("backward", "fused") not in got
+
+
 def test_what_the_dispatcher_counted(report, rows):
     seen = {"ops": 40, "latent_ops": 12, "host_syncs": 3, "latent_allocations": 9, "bytes_moved": 7500}
     got = cells(report.tables([replace(row, **seen) if row.provider == "eager" else row for row in rows]))
