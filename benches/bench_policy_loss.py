@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import trainer_chain
-from runner import Operation, Outputs, compiled, doubled, main
+from runner import Operation, Outputs, compiled, doubled, main, max_autotuned
 from torch import Tensor
 from trainer_chain import NOISE_LEVEL, wide
 
@@ -237,9 +237,9 @@ def trainer_step_loss(sampler: str) -> Callable[[StepInputs], Outputs]:
     return loss
 
 
-def compiled_step_loss(sampler: str) -> Callable[[StepInputs], Outputs]:
+def compiled_step_loss(sampler: str, mode: str | None = None) -> Callable[[StepInputs], Outputs]:
     """The sigmas ready-made and the metrics never read: with the waits in it there would be a graph per metric."""
-    tensors = compiled(partial(trainer_tensors, sampler, trainer_limit(sampler)))
+    tensors = compiled(partial(trainer_tensors, sampler, trainer_limit(sampler)), mode)
 
     def loss(i: StepInputs) -> Outputs:
         return (tensors(i, wide(i.sigma, i.sample.shape), wide(i.sigma_next, i.sample.shape))[0],)
@@ -297,6 +297,7 @@ def step_operation(name: str, sampler: str) -> Operation:
         providers={
             "eager": partial(trainer_step_loss, sampler),
             "compile": partial(compiled_step_loss, sampler),
+            "compile_max": max_autotuned(partial(compiled_step_loss, sampler)),
             **({"triton": triton_step} if sampler == "flow_sde" else {}),
             "fused": fused("old_mean"),
             **{provider: fused(form) for provider, form in OLD_FORMS.items()},
@@ -317,6 +318,7 @@ OPERATIONS = {
         providers={
             "eager": lambda: trainer_loss,
             "compile": lambda: compiled(trainer_loss),
+            "compile_max": max_autotuned(partial(compiled, trainer_loss)),
             "triton": triton_loss,
             "fused": lambda: partial(package_loss, flowdppo_ops.loss),
         },

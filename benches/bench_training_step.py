@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,8 +23,19 @@ import torch
 from bench_policy_loss import OPERATIONS, StepInputs, make_step_inputs
 from counting import Counts, count
 from devices import Cpu, Cuda, Mode
-from harness import Call, Clock, Effort, Row, WrongAnswer, measure, percentiles, write_json
-from runner import UNSEEN, Outputs, add_machine_options, check_outputs, heading, not_quiet, poison, start
+from harness import Call, Clock, Effort, Row, measure, percentiles, write_json
+from runner import (
+    CHECKED_CALLS,
+    UNSEEN,
+    Outputs,
+    add_machine_options,
+    check_outputs,
+    not_quiet,
+    noted,
+    overwrite,
+    poison,
+    set_up,
+)
 from torch import Tensor
 
 CHAINS = OPERATIONS["step_loss"]  # what follows the model: Flow-SDE
@@ -86,6 +98,7 @@ class Chain(NamedTuple):
     name: str
     call: Callable[[StepInputs], Outputs]
     cotangents: Sequence[Tensor | None]
+    own_graphs: bool = False  # their memory is allocated once and kept: nothing tells a call's
 
 
 class MicroBatch:
@@ -135,7 +148,8 @@ def make_chains(names: Sequence[str], i: StepInputs) -> list[Chain]:
     """`fixed` first; its gradient is the right one, so that the model's backward sees the same numbers."""
     gradient = CHAINS.expected(i, FIXED)[-1].to(i.model_output.dtype)
     fixed = Chain(FIXED, lambda i: (i.model_output,), [gradient])
-    return [fixed, *(Chain(one.name, one.call, CHAINS.cotangents(i)) for one in CHAINS.make_providers(names))]
+    made = CHAINS.make_providers(names)
+    return [fixed, *(Chain(one.name, one.call, CHAINS.cotangents(i), one.in_graph is not None) for one in made)]
 
 
 def check(batch: MicroBatch, chain: Chain) -> None:
@@ -146,10 +160,13 @@ def check(batch: MicroBatch, chain: Chain) -> None:
         seen.append(output)
         poison(output)
 
-    outputs = batch.run(chain, forwarded, seen.append)
-    output, gradient = seen
-    expected = CHAINS.expected(batch.inputs._replace(model_output=output.requires_grad_()), chain.name)
-    check_outputs(CHAINS, chain.name, (*outputs, gradient), expected)
+    for _ in range(CHECKED_CALLS):
+        seen.clear()
+        outputs = batch.run(chain, forwarded, seen.append)
+        output, gradient = seen
+        expected = CHAINS.expected(batch.inputs._replace(model_output=output.requires_grad_()), chain.name)
+        check_outputs(CHAINS, chain.name, (*outputs, gradient), expected)
+        overwrite((*outputs, gradient))
 
 
 # ---- times and counts ------------------------------------------------------------------------------------------------
@@ -173,9 +190,11 @@ def chain_clock(machine: Cpu | Cuda) -> Clock:
     return clock
 
 
-def costs(name: str, call: Call, forget: Call, latent_elements: int, machine: Cpu | Cuda) -> dict[str, int | None]:
-    seen = Counts() if name in UNSEEN else count(call, latent_elements)
-    return machine.costs(call, forget)._asdict() | seen._asdict()
+def counts(chain: Chain, call: Call, forget: Call, latent_elements: int, machine: Cpu | Cuda) -> dict[str, int | None]:
+    """The counts of a row."""
+    seen = Counts() if chain.name in UNSEEN else count(call, latent_elements)
+    costs = machine.costs(call, forget)
+    return (costs._replace(peak_bytes=None) if chain.own_graphs else costs)._asdict() | seen._asdict()
 
 
 def bench(
@@ -186,21 +205,26 @@ def bench(
     facts: dict[str, str],
     machine: Cpu | Cuda,
     names: Sequence[str],
+    failures: list[str],
 ) -> list[Row]:
-    """A row per timing and provider: "call", on a GPU "host" too, of the whole step; "chain" of that part inside it."""
-    batch = MicroBatch(kind, model, TRAINED[op], machine.device)
-    i = batch.inputs
-    chains = make_chains(names, i)
-    for chain in chains[1:]:
-        check(batch, chain)
+    """A row per timing and provider: "call", on a GPU "host" too, of the whole step; "chain" of that part inside it.
 
-    elements, whole, alone = i.sample.numel(), {}, {FIXED: {}}
-    for chain in chains:
-        whole[chain.name] = costs(chain.name, partial(batch.run, chain), batch.forget, elements, machine)
-    for chain in chains[1:]:
-        call = partial(CHAINS.run, PASS, chain.call, i)
-        alone[chain.name] = costs(chain.name, call, partial(CHAINS.forget, i), elements, machine)
-    CHAINS.forget(i)
+    A chain whose answer is wrong, or that cannot be run, is not timed; `failures` says which, and why.
+    """
+    batch = MicroBatch(kind, model, TRAINED[op], machine.device)
+    i, elements = batch.inputs, math.prod(model.latents)
+    fixed, *others = make_chains(names, i)
+    whole = {FIXED: counts(fixed, partial(batch.run, fixed), batch.forget, elements, machine)}
+    alone: dict[str, dict[str, int | None]] = {FIXED: {}}
+    chains = [fixed]
+    for chain in others:
+        with noted(failures, chain.name):
+            check(batch, chain)
+            whole[chain.name] = counts(chain, partial(batch.run, chain), batch.forget, elements, machine)
+            call = partial(CHAINS.run, PASS, chain.call, i)
+            alone[chain.name] = counts(chain, call, partial(CHAINS.forget, i), elements, machine)
+            chains.append(chain)
+        CHAINS.forget(i)
 
     steps = {chain.name: [partial(batch.run, chain)] for chain in chains}
     inside = {chain.name: partial(chain_marks, batch, chain, machine) for chain in chains}
@@ -314,24 +338,23 @@ def main(argv: list[str] | None = None) -> list[Row]:
         help=f"beside {FIXED}; default: {' '.join(USUAL)}",
     )
     args = parser.parse_args(argv)
-    machine, facts = start(parser, args)
-    for name in set(args.providers) & set(machine.lacks):
-        parser.exit(2, f"{parser.prog}: {name} does not run on --device {args.device}\n")
+    machine, facts = set_up(parser, args, args.providers)
     kind = sd3_transformer()
-    print(heading(facts, args.threads))
     rows: list[Row] = []
+    failures: list[str] = []
     sizes = args.sizes or ["small" if args.device == "cpu" else "medium"]
     for op, size in itertools.product(args.ops, sizes):
         effort = machine.quick if args.quick else machine.full
-        try:
-            with machine.session():
-                new = bench(op, kind, MODELS[size], effort, facts, machine, args.providers)
-        except WrongAnswer as error:
-            sys.exit(f"{parser.prog}: wrong answer, not timed: {error}")
-        print(report(new), flush=True)
-        rows += new
-        if args.json:
-            write_json(rows, args.json)  # after each: a run that is cut short leaves what it has
+        of_case: list[str] = []
+        with noted(of_case, "all"), machine.session():
+            new = bench(op, kind, MODELS[size], effort, facts, machine, args.providers, of_case)
+            print(report(new), flush=True)
+            rows += new
+            if args.json:
+                write_json(rows, args.json)  # after each: a run that is cut short leaves what it has
+        failures += [f"{op} {size}: {failure}" for failure in of_case]
+    if failures:
+        sys.exit("\n".join(f"{parser.prog}: {failure}" for failure in failures))
     return rows
 
 

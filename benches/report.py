@@ -83,21 +83,26 @@ class Case:
     def counts(self, pass_: str, provider: str) -> list[str]:
         """Launches, waits of the host, copies to it, and peak memory in bytes per latent element."""
         row = self._any_row(pass_, provider)
-        if row is None or row.peak_bytes is None:
+        if row is None or not was_counted(row):
             return [""] * 4
         elements = 1
         for n in row.shape:
             elements *= n
         waits = max((n for n in (row.sync_warnings, row.stream_syncs) if n is not None), default=None)
         counted = ["?" if n is None else str(n) for n in (row.launches, waits, row.dtoh_copies)]
-        return [*counted, f"{row.peak_bytes / elements:.1f}"]
+        return [*counted, "?" if row.peak_bytes is None else f"{row.peak_bytes / elements:.1f}"]
+
+
+def was_counted(row: Row) -> bool:
+    """`devices.Costs`: on a GPU waits always are, launches and memory where they can be."""
+    return row.sync_warnings is not None
 
 
 def case_table(rows: list[Row]) -> list[str]:
     case = Case(rows)
     shared = [mode for mode in case.modes if mode[0] == "graph"] or case.modes  # where bandwidth means something
     dispatched = any(row.ops is not None for row in rows)
-    counted = any(row.peak_bytes is not None for row in rows)
+    counted = any(map(was_counted, rows))
     head = ["pass", "provider"]
     for mode in case.modes:
         head += [", ".join(mode) + ", us", *(["of copy"] if mode in shared else [])]
