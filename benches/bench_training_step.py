@@ -230,11 +230,10 @@ def bench(
     inside = {chain.name: partial(chain_marks, batch, chain, machine) for chain in chains}
     timings = ("call",) if machine.name == "cpu" else ("call", "host")
     timed = {timing: machine.measure(Mode(timing, "warm", 1), steps, effort) for timing in timings}
-    # No blocks: a call is a step, however short the chain in it, and three a round are enough.
-    timed["chain"] = measure(inside, effort._replace(block_us=0, settle_us=0), chain_clock(machine))
+    timed["chain"] = measure(inside, effort, chain_clock(machine))
 
-    trained = sum(one.numel() for one in batch.transformer.parameters() if one.requires_grad)
-    model_facts = f"layers={model.layers} heads={model.heads}x{model.head_width} trained={trained}"
+    parameters = sum(one.numel() for one in batch.transformer.parameters())
+    model_facts = f"layers={model.layers} heads={model.heads}x{model.head_width} parameters={parameters}"
     return [
         Row(
             op=op,
@@ -344,7 +343,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     failures: list[str] = []
     sizes = args.sizes or ["small" if args.device == "cpu" else "medium"]
     for op, size in itertools.product(args.ops, sizes):
-        effort = machine.quick if args.quick else machine.full
+        # No blocks: a step outlasts one, and a call is a step however short the chain in it. Three calls a round.
+        effort = Effort(machine.quick.rounds if args.quick else machine.full.rounds // 2, block_us=0, settle_us=0)
         of_case: list[str] = []
         with noted(of_case, "all"), machine.session():
             new = bench(op, kind, MODELS[size], effort, facts, machine, args.providers, of_case)

@@ -92,15 +92,15 @@ def test_a_row_per_provider_of_the_step_and_of_the_chain_in_it(bench, stand_in, 
         for timing in ("call", "chain")
         for name in names
     ]
-    trained = {"training_step": 16 * 16 * 9 + 16 + 16 * 24 + 16 + 16 * 12 + 16, "training_step_attention": 16 * 145}
+    parameters = 16 * 16 * 9 + 16 + 16 * 24 + 16 + 16 * 12 + 16
     for row in rows:
         assert list(row) == FIELDS
         assert (row["shape"], row["dtype"], row["pass"]) == (list(LATENTS), "bf16+fp32", "forward+backward")
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
-        assert row["environment"].endswith(f" layers=2 heads=2x16 trained={trained[row['op']]}")
+        assert row["environment"].endswith(f" layers=2 heads=2x16 parameters={parameters}")
     by = {(row["op"], row["timing"], row["provider"]): row for row in rows}
     of_latents = 4 * 16 * 64
-    for op in trained:
+    for op in bench.TRAINED:
         step, chain = ({name: by[op, timing, name] for name in names} for timing in ("call", "chain"))
         # Two waits a row and thirteen metrics; the model waits for nothing.
         assert [step[name]["host_syncs"] for name in names] == [0, 2 * 4 + 13, 0, 0]
