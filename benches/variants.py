@@ -107,8 +107,8 @@ VARIANTS = [
     Variant(
         "threads=128",
         {"THREADS": 128, "MIN_BLOCKS": 4, "MIN_PART": 2048},
-        "nothing, +- 1 %: 16 elements a thread as before, and 5 blocks where 2 of 256 were: 25 % more under way than 48 KB, "
-        "which are enough",
+        "nothing, +- 1 %: 16 elements a thread as before, and 5 blocks where 2 of 256 were: 25 % more under way "
+        "than 48 KB, which are enough",
         ("sd35", "video"),
         ("loss_f32", "step"),
     ),
@@ -137,8 +137,8 @@ VARIANTS = [
     Variant(
         "narrow_steps=4",
         {"NARROW_STEPS": 4},
-        "sd35 fp32 0.5 us faster each way: one round trip instead of 2; bf16 0.4 us slower: its 2 vectors do not fill "
-        "4 steps and go one by one; video nothing",
+        "sd35 fp32 0.5 us faster each way: one round trip instead of 2; bf16 nothing: half the warps take all of a "
+        "part, in one as before; video nothing: 98 KB under way for 72",
         ("sd35", "video"),
         ("loss_f32", "loss_bf16"),
     ),
@@ -150,7 +150,7 @@ VARIANTS = [
         ("sample",),
     ),
     Variant(
-        "forward streams",
+        "forward-streams",
         {"FORWARD_LOADS": "kStream"},
         "sd35 nothing: 13 MB stay in the L2 under any hint; flux fp32 backward 1 us slower, cold: part of the 34 MB it "
         "reads again has made room for the gradient",
@@ -158,14 +158,14 @@ VARIANTS = [
         ("loss_f32", "step"),
     ),
     Variant(
-        "backward keeps",
+        "backward-keeps",
         {"BACKWARD_LOADS": "kKeep"},
         "flux 0.5 us slower, warm: the next forward finds less of the old policy; video nothing",
         ("flux", "video"),
         ("loss_f32", "step"),
     ),
     Variant(
-        "stores stream",
+        "stores-stream",
         {"STORES": "kStream"},
         "flux fp32 pair 1 us faster, warm: 17 MB of gradient make room before the inputs do; video nothing. What reads "
         "the gradient next would pay for it",
