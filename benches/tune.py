@@ -145,21 +145,37 @@ def tune(
     machine: Cuda,
     quick: bool,
     facts: dict[str, str],
+    failed: list[str],
 ) -> list[Row]:
-    """One case and shape: a row per mode, pass and provider, which are the variants, the package, and the copy."""
+    """One case and shape: a row per mode, pass and provider, which are the variants, the package, and the copy.
+
+    `variants`: the default first. One that cannot be launched or gives a wrong answer is not timed, and goes to
+    `failed`; without the default nothing is.
+    """
     case = CASES[name]
     one = torch.ones((), device=machine.device)  # given, so that nothing is launched between forward and backward
     operation: Operation = importlib.import_module(case.bench).OPERATIONS[case.operation]
     operation = dataclasses.replace(operation, cotangents=lambda _: [one])
     i = operation.make_inputs(shape, case.dtype, machine.device)
-    chosen = [provider(case, operation, variant, module(case.unit, variant)) for variant in variants]
-    package = Provider(case.peer, operation.providers[case.peer]())
     expected = operation.expected(i, case.peer)
-    for peer in (package, *chosen):
-        check(operation, peer, i, expected)
-    wanted = results(operation, chosen[0], i)
-    for variant, peer in zip(variants, chosen, strict=True):
-        compare(variant, operation, wanted, results(operation, peer, i))
+    peers = [Provider(case.peer, operation.providers[case.peer]())]
+    check(operation, peers[0], i, expected)
+    wanted: list[Tensor] = []
+    for variant in variants:
+        try:
+            peer = provider(case, operation, variant, module(case.unit, variant))
+            check(operation, peer, i, expected)
+            got = results(operation, peer, i)
+            wanted = wanted or got
+            compare(variant, operation, wanted, got)
+            peers.append(peer)
+        except (WrongAnswer, RuntimeError) as error:
+            if variant is DEFAULT:
+                raise
+            said_who = isinstance(error, WrongAnswer)
+            failed.append(f"{name} {list(shape)}: {'' if said_who else f'{variant.name}: '}{error}")
+            for tickets in TICKETS.values():  # it may have left some
+                tickets.zero_()
 
     rows = []
     copied: Tensor = getattr(i, operation.copied)
@@ -169,12 +185,12 @@ def tune(
         sets = copies(i, mode.sets)
         calls = {
             (peer.name, pass_): [partial(operation.run, pass_, peer.call, each) for each in sets]
-            for peer in (package, *chosen)
+            for peer in peers
             for pass_ in operation.passes
         }
         sources = [getattr(each, operation.copied).detach() for each in sets]
         calls["copy", "copy"] = [partial(copy_into, torch.empty_like(source), source) for source in sources]
-        right = {peer.name: expected for peer in (package, *chosen)}
+        right = dict.fromkeys((peer.name for peer in peers), expected)
         timed = measure_graphs(operation, machine, mode, calls, right, machine.quick if quick else machine.full)
         rows += [
             Row(
@@ -292,6 +308,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         return modules[unit, variant.name]
 
     rows: list[Row] = []
+    failed: list[str] = []
     for name in args.cases:
         for size in args.sizes or DEFAULT.sizes:
             concerned = [v for v in chosen if name in v.cases and (args.sizes or size in v.sizes)]
@@ -299,13 +316,15 @@ def main(argv: list[str] | None = None) -> list[Row]:
                 continue
             try:
                 with machine.session():
-                    rows += tune(name, SIZES[size], [DEFAULT, *concerned], module, machine, args.quick, facts)
-            except WrongAnswer as error:
-                sys.exit(f"tune: wrong answer, not timed: {name} {size}: {error}")
+                    rows += tune(name, SIZES[size], [DEFAULT, *concerned], module, machine, args.quick, facts, failed)
+            except WrongAnswer as error:  # in a graph
+                failed.append(f"{name} {size}: {error}")
             print(f"{name} {size}: {len(concerned)} variants", flush=True)
             if args.json:
                 write_json(rows, args.json)  # after each case: a run that is cut short leaves what it has
     print(table(chosen, rows))
+    if failed:
+        sys.exit("\n".join(["tune: not timed:", *failed]))
     return rows
 
 

@@ -103,16 +103,25 @@ def same_launches() -> None:
 
 
 def wrong_answers() -> None:
-    """None is timed: here of a grid that leaves a part out."""
+    """None is timed, and the others are: here of a grid that leaves a part out, and of a launch that is refused."""
     Driver()
+    timed, table = [], tune.table
+    tune.table = lambda chosen, rows: timed.extend(rows) or table(chosen, rows)
     grid = variants.Variant.grid
 
     def without_the_last_block(self, *shape):
         splits, blocks = grid(self, *shape)
-        return splits, blocks - (self.name != "default")
+        return splits, blocks - (self.name == "blocks=8")
 
     variants.Variant.grid = without_the_last_block
-    refused(SystemExit, lambda: run("--only", "blocks=8", "--cases", "loss_f32"), "wrong answer, not timed", "blocks=8")
+    names = ("blocks=8", "blocks=32", "threads=128")  # the emulated kernels take 256
+    refused(
+        SystemExit,
+        lambda: run("--only", *names, "--cases", "loss_f32"),
+        "tune: not timed:\nloss_f32 [3, 9001]: threads=128: CUDA_ERROR_INVALID_VALUE",
+        "\nloss_f32 [3, 9001]: blocks=8: loss is",
+    )
+    assert {row.provider for row in timed} == {"copy", "fused", "default", "blocks=32"}
 
 
 if __name__ == "__main__":
