@@ -85,7 +85,7 @@ class DeviceLaunch(Launch):
         assert offset == 0
         ctypes.c_size_t.from_buffer(self.argument, at).value = tensor.data_ptr()
 
-    def output(self, name: str, dtype: torch.dtype, count: int, fill: int = 0) -> None:
+    def output(self, name: str, dtype: torch.dtype, count: int, fill: int | Tensor = 0) -> None:
         device = self.server.device
         if name == "tickets":
             if (device, count) not in TICKETS:
@@ -93,10 +93,10 @@ class DeviceLaunch(Launch):
             tensor = TICKETS[device, count]
         else:
             tensor = torch.empty(count, dtype=dtype, device=device)
-        setattr(self.argument, name, tensor.data_ptr())
+        self.point(self.at(name), tensor)
         self.outputs[name] = tensor
 
-    def run(self, kernel: str, blocks: int, seed: int) -> dict[str, Tensor]:
+    def run(self, kernel: str, blocks: int, seed: int, shared: int = -1) -> dict[str, Tensor]:
         self.server.launch(kernel, self.argument, blocks)
         return self.outputs
 

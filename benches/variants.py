@@ -252,8 +252,10 @@ def compiled(unit: str, defines: tuple[str, ...], arch: str) -> Compiled:
     from cuda.bindings import nvrtc
 
     version = "{}.{}".format(*called(nvrtc.nvrtcVersion()))
-    options = [f"--gpu-architecture={arch}", "--std=c++17", f"-I{KERNELS}", *defines]
-    program = called(nvrtc.nvrtcCreateProgram(source(unit).encode(), f"{unit}.cu".encode(), 0, [], []))
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *defines]
+    (name, text), *headers = ((name.encode(), text.encode()) for name, text in sources(unit).items())
+    contents, names = [text for _, text in headers], [name for name, _ in headers]
+    program = called(nvrtc.nvrtcCreateProgram(text, name, len(headers), contents, names))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -275,16 +277,17 @@ def called(result):
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def source(unit: str) -> str:
-    """Without the entry points that no case needs: most of the time to compile is theirs."""
+def sources(unit: str) -> dict[str, str]:
+    """The unit and all headers, by name; without the entry points that no case needs: most of the time to compile is
+    theirs."""
     wanted = {case.kernel for case in CASES.values() if case.unit == unit}
-    text = (KERNELS / f"{unit}.cu").read_text()
-    found = re.findall(rf"^{unit.upper()}\((\w+),.*\n", text, flags=re.MULTILINE)
-    if missing := wanted - set(found):
+    texts = {str(path.relative_to(KERNELS)): path.read_text() for path in KERNELS.rglob("*.cuh")}
+    texts = {f"{unit}.cu": (KERNELS / f"{unit}.cu").read_text()} | texts
+    entry = re.compile(rf"^(?:  X|{unit.upper()})\((\w+),[^\\\n]*", re.MULTILINE)  # up to the backslash
+    found = {name for text in texts.values() for name in entry.findall(text)}
+    if missing := wanted - found:
         raise RuntimeError(f"{unit}.cu has no entry points for {', '.join(sorted(missing))}")
-    return re.sub(
-        rf"^{unit.upper()}\((\w+),.*\n", lambda line: line[0] if line[1] in wanted else "", text, flags=re.MULTILINE
-    )
+    return {name: entry.sub(lambda line: line[0] if line[1] in wanted else "", text) for name, text in texts.items()}
 
 
 # ---- what came -------------------------------------------------------------------------------------------------------

@@ -12,36 +12,16 @@
 //
 // Backward. G = innovation (x' - mu) + drift (mu - mu_old) + reference (mu - mu_ref), streaming; same mapping.
 // Reads what has a coefficient: mu and x' alone for FlowDPPO and FlowGRPO; of a blocked row nothing. The gradient is G,
-// with guidance its share of G for each of the two outputs.
-#include "common/parts.cuh"
-#include "common/reduce.cuh"
-#include "objective.cuh"
-#include "policy_loss.cuh"
-#include "transition.cuh"
-
-// Vector steps whose loads are issued together. Two where all dtypes are one, 6 or 8 loads of 16 bytes; one for a mix,
-// 4 to 6 loads, and where a step has more than 32 elements: two of 48 spill. (The reference policy and the
-// unconditional output not counted.)
-template <class Source>
-constexpr bool kIsWide = sizeof(typename Source::Raw) > Source::kTensors * 16 || Source::kTensors* Source::kVector > 32;
-template <class Source>
-constexpr int kUnroll = kIsWide<Source> ? kWideSteps : kNarrowSteps;
+// with guidance its share of G for each of the two outputs. Of a gradient that the single pass has formed for a
+// grad_loss of 1 nothing is left to do then, which only the device knows.
+#include "gradient.cuh"
+#include "row_sums.cuh"
 
 // Rows of `numbers`.
 template <class Source>
 constexpr int kNumbers = Source::kIsStep ? kStepFields : kFields;
 
 // ---- forward -------------------------------------------------------------------------------------------------------
-
-// The four sums of `RowSums` while elements are added up.
-enum Sum : int { kQ, kD, kCross, kF, kSums };
-
-__device__ __forceinline__ void add(float (&sums)[kSums], Moments moments) {
-  sums[kQ] = fmaf(moments.innovation, moments.innovation, sums[kQ]);
-  sums[kD] = fmaf(moments.drift, moments.drift, sums[kD]);
-  sums[kCross] = fmaf(moments.drift, moments.innovation, sums[kCross]);
-  sums[kF] = fmaf(moments.ref_drift, moments.ref_drift, sums[kF]);
-}
 
 // This thread's share of the sums over `part`; `source` starts at its first element.
 template <class Source>
@@ -87,30 +67,6 @@ __device__ __forceinline__ void thread_sums(Source source, const Part& part, flo
     }
     source.advance(kRun);
   }
-}
-
-// Over the splits of a row, in float64: a thread of the first warp takes every 32nd, then a tree. Valid in that warp.
-__device__ __forceinline__ RowSums sum_of_splits(const float4* partials, int splits) {
-  double sums[kSums] = {};
-  if (threadIdx.x < kWarpSize) {
-#pragma unroll 1
-    for (int split = threadIdx.x; split < splits; split += kWarpSize) {
-      const float4 partial = __ldcg(partials + split);
-      sums[kQ] += partial.x;
-      sums[kD] += partial.y;
-      sums[kCross] += partial.z;
-      sums[kF] += partial.w;
-    }
-    warp_reduce(sums);
-  }
-  return {sums[kQ], sums[kD], sums[kCross], sums[kF]};
-}
-
-__device__ __forceinline__ void write_row(const PolicyLossForward& p, long long row, RowSums sums, GuardScale guard) {
-  const Problem& problem = p.problem;
-  const double numel = p.stage == kObjectiveAlone ? p.row_sums[4 * problem.rows] : static_cast<double>(problem.numel);
-  row_numbers(problem, row, sums, numel, guard, p.numbers);
-  if (p.problem.reduction == kReduceNone) p.loss[row] = row_loss(p.problem, p.numbers, row);
 }
 
 // The sums of a row that waits for the batch's means: in the first partial of the row, which nobody needs any more.
@@ -197,16 +153,6 @@ __device__ __forceinline__ void forward(const PolicyLossForward& p) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// What the differences of one row are multiplied with; the terms whose coefficient is 0 are not read.
-struct Coefficients {
-  float innovation, drift, reference;
-};
-
-// A coefficient of 0 stays 0, whatever it is multiplied with.
-__device__ __forceinline__ float scaled(double grad_loss, float stored, double divisor) {
-  return stored == 0.f ? 0.f : static_cast<float>(grad_loss * stored / divisor);
-}
-
 __device__ __forceinline__ void write_grad_log_prob(const PolicyLossBackward& p, long long row, float divisor) {
   const float stored = p.numbers[kCoefLogProb * p.rows + row];
   p.grad_log_prob[row] = scaled(read_row(p.grad_loss, row), stored, divisor);
@@ -220,35 +166,6 @@ __device__ __forceinline__ Coefficients coefficients(const PolicyLossBackward& p
   const double grad_loss = read_row(p.grad_loss, row);
   return {scaled(grad_loss, innovation, divisor), scaled(grad_loss, drift, divisor), scaled(grad_loss, reference, 1.0)};
 }
-
-__device__ __forceinline__ float gradient(Coefficients c, Moments moments) {
-  return fmaf(c.innovation, moments.innovation, fmaf(c.drift, moments.drift, c.reference * moments.ref_drift));
-}
-
-// Of one row, from some element on: with guidance the output has that share of G, the unconditional one the rest.
-template <class Source>
-struct Gradients {
-  Target<Source::kDtype> output, uncond;
-  float guidance;
-
-  __device__ __forceinline__ Gradients(const PolicyLossBackward& p, long long first, const StepRow& step)
-      : output(p.grad_output, p.latents.output.dtype, first),
-        uncond(Source::kIsStep ? p.grad_uncond : nullptr, p.latents.uncond.dtype, first),
-        guidance(Source::kIsStep ? step.guidance : 1.f) {}
-  __device__ __forceinline__ bool aligned() const { return output.aligned() && uncond.aligned(); }
-  __device__ __forceinline__ void advance(long long elements) {
-    output.advance(elements);
-    uncond.advance(elements);
-  }
-  __device__ __forceinline__ void store(int vector, const float (&gradient)[Source::kVector]) const {
-    if (!Source::kIsStep || output.data) output.store(vector, gradient, guidance);
-    if (Source::kIsStep && uncond.data) uncond.store(vector, gradient, 1.f - guidance);
-  }
-  __device__ __forceinline__ void store_one(int at, float gradient) const {
-    output.store_one(at, gradient, guidance);
-    uncond.store_one(at, gradient, 1.f - guidance);
-  }
-};
 
 template <class Source>
 __device__ __forceinline__ void write_gradient(const Source& source, const typename Source::Raw& raw, Coefficients c,
@@ -301,6 +218,7 @@ __device__ __forceinline__ void stream_gradient(Source source, const Part& part,
 template <class Source>
 __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
   wait_for_forward();
+  if (p.formed && read_row(p.grad_loss, 0) == 1.0) return;
   const float divisor = p.numbers[kNumbers<Source> * p.rows + kPolicyDivisor];
   if (!p.grad_output && !p.grad_uncond) {
     const long long row = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
@@ -321,7 +239,7 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
   // What has no coefficient is not read, and an infinity there is not multiplied with 0.
   const Demand wanted = {p.old_form, p.ref_form, c.innovation != 0.f, c.drift != 0.f, c.reference != 0.f};
   const long long first = part.row * p.numel + part.first;
-  stream_gradient(Source(p.latents, first, step, wanted), part, c, Gradients<Source>(p, first, step));
+  stream_gradient(Source(p.latents, first, step, wanted), part, c, Gradients<Source>(p, p.latents, first, step));
 }
 
 // ---- entry points --------------------------------------------------------------------------------------------------
@@ -336,16 +254,5 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
     backward<Source<__VA_ARGS__, kBackwardLoads>>(p);                                \
   }
 
-POLICY_LOSS(f32, Means, kFloat32, kFloat32)
-POLICY_LOSS(bf16, Means, kBfloat16, kBfloat16)
-POLICY_LOSS(f16, Means, kFloat16, kFloat16)
-POLICY_LOSS(f32_bf16, Means, kFloat32, kBfloat16)
-POLICY_LOSS(f32_f16, Means, kFloat32, kFloat16)
-POLICY_LOSS(mixed, Means, kAny, kAny)
-POLICY_LOSS(step_f32, Step, kFloat32, kFloat32, kFloat32)
-POLICY_LOSS(step_bf16, Step, kBfloat16, kBfloat16, kBfloat16)
-POLICY_LOSS(step_f16, Step, kFloat16, kFloat16, kFloat16)
-POLICY_LOSS(step_bf16_f32, Step, kBfloat16, kFloat32, kFloat32)
-POLICY_LOSS(step_bf16_f32_bf16, Step, kBfloat16, kFloat32, kBfloat16)
-POLICY_LOSS(step_bf16_f32_f16, Step, kBfloat16, kFloat32, kFloat16)
-POLICY_LOSS(step_mixed, Step, kAny, kAny, kAny)
+POLICY_LOSS_TYPED(POLICY_LOSS)
+POLICY_LOSS_MIXED(POLICY_LOSS)

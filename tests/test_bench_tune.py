@@ -168,7 +168,7 @@ def test_a_kernel_that_moved_is_missed(variants, monkeypatch):
     case = variants.CASES["sample"]._replace(kernel="f8")
     monkeypatch.setattr(variants, "CASES", {"sample": case})
     with pytest.raises(RuntimeError, match=r"sde_step\.cu has no entry points for f8"):
-        variants.source("sde_step")
+        variants.sources("sde_step")
 
 
 # ---- launched --------------------------------------------------------------------------------------------------------

@@ -118,6 +118,32 @@ def test_sde_step_with_emulated_kernels(driver, kernels, scenario):
     harness.run(scenario, driver, kernels=kernels, script="sde_step.py")
 
 
+@needs_images
+@pytest.mark.parametrize("capability", ["80", "90", "100", "120", "200"])
+def test_every_entry_point_of_the_single_pass_is_in_its_image(driver, capability):
+    harness.run("every_entry_point", driver, capability, script="single_pass.py")
+
+
+@needs_images
+@pytest.mark.parametrize("scenario", ["grids", "bad_arguments"])
+def test_arguments_of_the_single_pass(driver, scenario):
+    harness.run(scenario, driver, script="single_pass.py")
+
+
+@needs_images
+@pytest.mark.parametrize("capability", ["86", "120"])
+def test_the_single_pass_in_little_shared_memory(driver, capability):
+    harness.run("small_shared_memory", driver, capability, script="single_pass.py")
+
+
+@needs_images
+@pytest.mark.parametrize(
+    "scenario", ["parity", "step_parity", "gradients_of_any_upstream", "what_takes_two_launches", "captured"]
+)
+def test_the_single_pass_with_emulated_kernels(driver, kernels, scenario):
+    harness.run(scenario, driver, kernels=kernels, script="single_pass.py")
+
+
 def test_a_device_that_is_not_there(driver):
     harness.run("no_such_device", driver)
 

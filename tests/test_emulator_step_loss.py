@@ -259,7 +259,8 @@ def check_shards(server):
             assert ((result.log_prob - wanted).abs() <= 1e-5 * wanted.abs()).all(), "log_prob of shards"
 
 
-KERNEL, OBJECTIVE, SOURCE, SCHEDULE = "policy_loss.cu", "objective.cuh", "transition.cuh", "schedule.cuh"
+KERNEL, GRADIENT, OBJECTIVE = "policy_loss.cu", "gradient.cuh", "objective.cuh"
+SOURCE, SCHEDULE = "transition.cuh", "schedule.cuh"
 WRONG = "keep: |not finite|: error "
 # name: (the fault, sanitizer, check, what the check says)
 FAULTS = {
@@ -277,11 +278,11 @@ FAULTS = {
         Fault(SOURCE, "fmaf(guidance, v[j] - in.uncond[j], in.uncond[j])", "v[j]"), "asan", check_values, WRONG
     ),
     "shares of the gradient exchanged": (
-        Fault(KERNEL, "uncond.store(vector, gradient, 1.f - guidance)", "uncond.store(vector, gradient, guidance)"),
+        Fault(GRADIENT, "uncond.store(vector, gradient, 1.f - guidance)", "uncond.store(vector, gradient, guidance)"),
         "asan", check_values, "grad uncond_output",
     ),
     "shares of the gradient's tail exchanged": (
-        Fault(KERNEL, "uncond.store_one(at, gradient, 1.f - guidance)", "uncond.store_one(at, gradient, guidance)"),
+        Fault(GRADIENT, "uncond.store_one(at, gradient, 1.f - guidance)", "uncond.store_one(at, gradient, guidance)"),
         "asan", check_values, "grad uncond_output",
     ),
     "a gradient with respect to the mean": (
@@ -305,7 +306,7 @@ FAULTS = {
         Fault(SOURCE, "sample.aligned() && next.aligned()", "sample.aligned()"), "asan", check_odd_address, "misaligned"
     ),
     "gradient vectors at an odd address": (
-        Fault(KERNEL, "return output.aligned() && uncond.aligned();", "return output.aligned();"),
+        Fault(GRADIENT, "return output.aligned() && uncond.aligned();", "return output.aligned();"),
         "asan", check_odd_address, "misaligned",
     ),
     "a KL in the space of means": (
@@ -333,7 +334,7 @@ FAULTS = {
         Fault(SCHEDULE, "sinpi(0.5 * noise_level)", "sinpi(0.5 - 0.5 * noise_level)"), "asan", check_values, WRONG
     ),
     "the elements of a shard for those of all": (
-        Fault(KERNEL, "p.stage == kObjectiveAlone ? p.row_sums[4 * problem.rows]", "false ? 0.0"),
+        Fault("row_sums.cuh", "p.stage == kObjectiveAlone ? p.row_sums[4 * problem.rows]", "false ? 0.0"),
         "asan", check_shards, "log_prob of shards",
     ),
     "sums of another row": (

@@ -17,31 +17,35 @@ struct Part {
 // Splits begin at multiples of this many elements, so that all of them are aligned if their row is.
 constexpr long long kSplitUnit = 64;
 
+// Split `split` of a row, for all threads of a block.
+__device__ __forceinline__ Part part_of_block(long long row, long long numel, int split, int splits) {
+  const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
+  Part part;
+  part.row = row;
+  part.split = split;
+  part.first = split * stretch;
+  // A late split may be empty, since stretches are rounded up.
+  const long long left = numel - part.first;
+  part.count = left < 0 ? 0 : left < stretch ? left : stretch;
+  part.thread = threadIdx.x;
+  part.threads = kThreads;
+  return part;
+}
+
 // kReversed: the first block takes the last part.
 template <bool kReversed = false>
 __device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
-  Part part;
-  const int thread = threadIdx.x;
   const unsigned block = kReversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  if (splits == 0) {
-    // Past the last row in the last block: no elements.
-    part.row = static_cast<long long>(block) * kWarps + thread / kWarpSize;
-    part.split = 0;
-    part.first = 0;
-    part.count = part.row < rows ? numel : 0;
-    part.thread = thread % kWarpSize;
-    part.threads = kWarpSize;
-  } else {
-    part.row = block / splits;
-    part.split = static_cast<int>(block % splits);
-    const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
-    part.first = part.split * stretch;
-    // A late split may be empty, since stretches are rounded up.
-    const long long left = numel - part.first;
-    part.count = left < 0 ? 0 : left < stretch ? left : stretch;
-    part.thread = thread;
-    part.threads = kThreads;
-  }
+  if (splits > 0) return part_of_block(block / splits, numel, static_cast<int>(block % splits), splits);
+  const int thread = threadIdx.x;
+  Part part;
+  // Past the last row in the last block: no elements.
+  part.row = static_cast<long long>(block) * kWarps + thread / kWarpSize;
+  part.split = 0;
+  part.first = 0;
+  part.count = part.row < rows ? numel : 0;
+  part.thread = thread % kWarpSize;
+  part.threads = kWarpSize;
   return part;
 }
 

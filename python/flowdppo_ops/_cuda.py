@@ -20,8 +20,8 @@ def target(tensor: Tensor) -> Target | None:
 
 
 class Workspace:
-    """Addresses and lengths of partial sums (float32, uninitialised) and of `rows + 1` tickets (zero), for the native
-    call inside the `with`; both from PyTorch's allocator.
+    """Addresses and lengths of partial sums (float32, uninitialised) and of tickets (zero), for the native call inside
+    the `with`; both from PyTorch's allocator.
 
     Both are given back while the kernel may still be running: the allocator hands them out again to the same stream
     only, where whatever comes next runs after it. For the same reason the calls of a stream can share their tickets,
@@ -33,17 +33,19 @@ class Workspace:
     refuse tensors that stay behind there.
     """
 
-    def __init__(self, like: Tensor, target: Target, rows: int, needed: tuple[int, bool], may_keep: bool) -> None:
-        """`needed`: the length of the partial sums and whether the stream is being captured, as the operator says."""
-        partials, is_capturing = needed
+    def __init__(
+        self, like: Tensor, target: Target, partials: int, tickets: int, is_capturing: bool, may_keep: bool
+    ) -> None:
+        """`partials`, `tickets`: their lengths. `is_capturing`: whether the stream is being captured, as the operator
+        says."""
         keep = may_keep and not is_capturing
-        tickets = _tickets.get(target) if keep else None
-        if tickets is None or tickets.numel() <= rows:
+        kept = _tickets.get(target) if keep else None
+        if kept is None or kept.numel() < tickets:
             # Kept ones grow by powers of two: no new ones for every batch size.
-            tickets = like.new_zeros(max(1024, 1 << rows.bit_length()) if keep else rows + 1, dtype=torch.int32)
+            kept = like.new_zeros(max(1024, 1 << (tickets - 1).bit_length()) if keep else tickets, dtype=torch.int32)
             if keep:
-                _tickets[target] = tickets
-        self._tensors = like.new_empty(partials, dtype=torch.float32), tickets
+                _tickets[target] = kept
+        self._tensors = like.new_empty(partials, dtype=torch.float32), kept
 
     def __enter__(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return tuple([(t.data_ptr(), t.numel()) for t in self._tensors])

@@ -82,6 +82,23 @@ def policy_loss_forward_cuda(
     partials: Memory,
     tickets: Memory,
 ) -> None: ...
+def policy_loss_single_workspace_cuda(
+    target: Target, arrays: Latents, forms: tuple[str, str] | None, rows: int, numel: int
+) -> tuple[int, int, bool] | None: ...
+def policy_loss_single_cuda(
+    target: Target,
+    arrays: Latents,
+    vectors: Vectors,
+    schedule: Schedule | None,
+    rows: int,
+    numel: int,
+    objective: Objective,
+    options: Options,
+    out: tuple[int, int],
+    gradients: tuple[Array | None, Array | None],
+    partials: Memory,
+    tickets: Memory,
+) -> None: ...
 def policy_loss_shard_sums_cuda(
     target: Target,
     arrays: Latents,
@@ -105,6 +122,7 @@ def policy_loss_backward_cuda(
     numel: int,
     gradients: tuple[Array | None, Array | None],
     grad_log_prob: Array | None,
+    formed: bool,
 ) -> None: ...
 def sde_step_forward(
     arrays: StepLatents,

@@ -56,6 +56,8 @@ impl Target {
 pub struct Grid {
     pub blocks: u32,
     pub threads: u32,
+    /// Of a cooperative launch, whose blocks are all resident, the bytes of dynamic shared memory of each.
+    pub resident: Option<u32>,
 }
 
 /// Puts one kernel on a stream and returns at once.
@@ -77,18 +79,17 @@ pub unsafe fn launch<Parameters>(
     let _bound = device.bind()?;
     // The driver copies the parameters before it returns; it reads as many bytes as the kernel takes.
     let mut arguments = [ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
-    let (stream, no_shared) = (ptr::without_provenance_mut(stream), 0);
+    let (stream, blocks, threads) = (ptr::without_provenance_mut(stream), (grid.blocks, 1, 1), (grid.threads, 1, 1));
     // SAFETY: the function is loaded and takes exactly these parameters by the contract of `Kernel::new`, in the
     // context that is current now; the rest is the contract of this function.
     unsafe {
-        result::launch_kernel(
-            kernel.function,
-            (grid.blocks, 1, 1),
-            (grid.threads, 1, 1),
-            no_shared,
-            stream,
-            &mut arguments,
-        )
+        match grid.resident {
+            None => result::launch_kernel(kernel.function, blocks, threads, 0, stream, &mut arguments)
+                .during("cuLaunchKernel"),
+            Some(shared) => {
+                result::launch_cooperative_kernel(kernel.function, blocks, threads, shared, stream, &mut arguments)
+                    .during("cuLaunchCooperativeKernel")
+            }
+        }
     }
-    .during("cuLaunchKernel")
 }

@@ -74,7 +74,7 @@ enum Stage {
 /// `struct PolicyLossForward`
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct ForwardArguments {
+pub(super) struct ForwardArguments {
     latents: LatentArguments,
     problem: ProblemArgument,
     loss: usize,
@@ -99,7 +99,7 @@ struct BackwardArguments {
     old_form: i32,
     ref_form: i32,
     splits: i32,
-    pad: i32,
+    formed: i32,
     rows: i64,
     numel: i64,
 }
@@ -115,8 +115,8 @@ const _: () = assert!(size_of::<BackwardArguments>() == BACKWARD_BYTES);
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
 /// A kernel that knows its dtypes, or takes every mix.
-struct Variant {
-    suffix: &'static str,
+pub(super) struct Variant {
+    pub suffix: &'static str,
     /// Whether it takes model outputs, else means.
     is_step: bool,
     /// Of the outputs, the samples, and the old and the reference policy.
@@ -131,21 +131,24 @@ const fn step(suffix: &'static str, outputs: Dtype, samples: Dtype, policies: Dt
     Variant { suffix, is_step: true, dtypes: Some([outputs, samples, policies]) }
 }
 
-const VARIANTS: [Variant; 13] = [
+/// Those that take every mix come last.
+pub(super) const VARIANTS: [Variant; 13] = [
     means("f32", Dtype::F32, Dtype::F32),
     means("bf16", Dtype::Bf16, Dtype::Bf16),
     means("f16", Dtype::F16, Dtype::F16),
     means("f32_bf16", Dtype::F32, Dtype::Bf16),
     means("f32_f16", Dtype::F32, Dtype::F16),
-    Variant { suffix: "mixed", is_step: false, dtypes: None },
     step("step_f32", Dtype::F32, Dtype::F32, Dtype::F32),
     step("step_bf16", Dtype::Bf16, Dtype::Bf16, Dtype::Bf16),
     step("step_f16", Dtype::F16, Dtype::F16, Dtype::F16),
     step("step_bf16_f32", Dtype::Bf16, Dtype::F32, Dtype::F32),
     step("step_bf16_f32_bf16", Dtype::Bf16, Dtype::F32, Dtype::Bf16),
     step("step_bf16_f32_f16", Dtype::Bf16, Dtype::F32, Dtype::F16),
+    Variant { suffix: "mixed", is_step: false, dtypes: None },
     Variant { suffix: "step_mixed", is_step: true, dtypes: None },
 ];
+/// Variants that know their dtypes.
+pub(super) const TYPED: usize = VARIANTS.len() - 2;
 const UNIT: &str = "policy_loss";
 
 /// Names of all entry points, forward and then backward, with the bytes of their only argument.
@@ -179,7 +182,7 @@ fn kernels(ordinal: usize) -> Result<&'static Kernels, Error> {
 }
 
 /// The variant for these latents; what is absent fits every variant.
-fn variant(latents: &Latents<'_, Gpu>, is_step: bool) -> usize {
+pub(super) fn variant(latents: &Latents<'_, Gpu>, is_step: bool) -> usize {
     let Latents { output, uncond_output, sample, prev_sample, old, reference } = *latents;
     let fits = |view: Option<View<'_, Gpu>>, dtype| view.is_none_or(|view| view.dtype() == dtype);
     let matching = |variant: &Variant| {
@@ -257,18 +260,9 @@ fn launch_forward(
     // Made elsewhere, hence measured: a kernel that ran past their end would not be noticed.
     long_enough("partials", &workspace.partials, plan.partials(problem.rows, needs_batch_means))?;
     long_enough("tickets", &workspace.tickets, problem.rows + 1)?;
-    let arguments = ForwardArguments {
-        latents: latent_arguments(latents),
-        problem: problem_argument(problem),
-        loss: outputs.map_or(0, |outputs| outputs.loss.address()),
-        numbers: outputs.map_or(0, |outputs| outputs.numbers.address()),
-        partials: workspace.partials.address(),
-        tickets: workspace.tickets.address(),
-        row_sums,
-        splits: plan.splits.cast_signed(),
-        stage,
-    };
-    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
+    let arguments =
+        ForwardArguments { row_sums, stage, ..forward_arguments(problem, latents, outputs, workspace, plan.splits) };
+    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS, resident: None };
     let kernel = &forward[variant(latents, problem.step.is_some())];
     // SAFETY: addresses and lengths are those of views, whose contract the caller of `new` upheld; the grid and the
     // splits are of one plan; the stream is `Target`'s.
@@ -282,7 +276,6 @@ pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, 
         (None, None) => GridPlan::of_rows(call.rows)?,
         _ => GridPlan::new(call.rows, call.numel, device.multiprocessors)?,
     };
-    let address = |view: &Option<ViewMut<'_, Gpu>>| view.as_ref().map_or(0, ViewMut::address);
     let (old_form, ref_form) = call.forms.unwrap_or((Form::Mean, Form::Mean));
     let arguments = BackwardArguments {
         latents: latent_arguments(latents),
@@ -294,14 +287,18 @@ pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, 
         old_form: form_number(old_form),
         ref_form: form_number(ref_form),
         splits: plan.splits.cast_signed(),
-        pad: 0,
+        formed: i32::from(call.formed),
         rows: call.rows as i64,
         numel: call.numel as i64,
     };
-    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
+    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS, resident: None };
     let kernel = &backward[variant(latents, call.forms.is_some())];
     // SAFETY: as in `launch_forward`.
     unsafe { launch(kernel, device, target.stream, grid, &arguments) }
+}
+
+pub(super) fn address(view: &Option<ViewMut<'_, Gpu>>) -> usize {
+    view.as_ref().map_or(0, ViewMut::address)
 }
 
 // ---- arguments -----------------------------------------------------------------------------------------------------
@@ -311,6 +308,27 @@ fn form_number(form: Form) -> i32 {
         Form::Mean => 0,
         Form::Output => 1,
         Form::Residual => 2,
+    }
+}
+
+/// Of a launch that does all of a forward.
+pub(super) fn forward_arguments(
+    problem: &Problem<'_, Gpu>,
+    latents: &Latents<'_, Gpu>,
+    outputs: Option<&Outputs<'_, Gpu>>,
+    workspace: &Workspace<'_>,
+    splits: u32,
+) -> ForwardArguments {
+    ForwardArguments {
+        latents: latent_arguments(latents),
+        problem: problem_argument(problem),
+        loss: outputs.map_or(0, |outputs| outputs.loss.address()),
+        numbers: outputs.map_or(0, |outputs| outputs.numbers.address()),
+        partials: workspace.partials.address(),
+        tickets: workspace.tickets.address(),
+        row_sums: 0,
+        splits: splits.cast_signed(),
+        stage: Stage::Whole,
     }
 }
 

@@ -9,6 +9,7 @@ use crate::cpu::policy_loss::{
 use crate::cpu::simd::Real;
 use crate::cuda::launch::Target;
 use crate::cuda::policy_loss::{self as gpu, Workspace};
+use crate::cuda::policy_loss_single;
 use crate::error::Error;
 use crate::objective::{BATCH_LEN, Field, Objective, POLICY_DIVISOR, Problem, Reduction, Sums, fields};
 use crate::plan::Plan;
@@ -126,6 +127,31 @@ pub fn forward_on_gpu(
 ) -> Result<(), Error> {
     check_on_gpu(problem, latents)?;
     gpu::forward(target, problem, latents, outputs, sums, workspace)
+}
+
+/// As `forward_on_gpu`, in a single pass that forms the gradients for a `grad_loss` of 1 too. Takes what has one
+/// coefficient a row, and a `policy_loss_single::plan`.
+pub fn forward_single_on_gpu(
+    target: Target,
+    problem: &Problem<'_, Gpu>,
+    latents: &Latents<'_, Gpu>,
+    outputs: &Outputs<'_, Gpu>,
+    gradients: &Targets<'_, Gpu>,
+    workspace: &Workspace<'_>,
+) -> Result<(), Error> {
+    check_on_gpu(problem, latents)?;
+    check_gradients_on_gpu(gradients, latents)?;
+    let one_coefficient = latents.prev_sample.is_some()
+        && (gradients.output.is_some() || problem.step.is_some())
+        && problem.log_prob.is_none()
+        && !problem.has_ref
+        && !matches!(problem.objective, Objective::GrpoGuard { .. });
+    match problem.divisor() {
+        Some(_) if one_coefficient => {
+            policy_loss_single::forward(target, problem, latents, outputs, gradients, workspace)
+        }
+        _ => Err(Error::Missing { name: "a coefficient that a row has by itself" }),
+    }
 }
 
 /// As `shard_sums`, on a GPU: puts the work on the stream and returns.
@@ -294,6 +320,8 @@ pub struct Backward<'a, Space = Host> {
     pub targets: Targets<'a, Space>,
     /// `[rows]`
     pub grad_log_prob: Option<ViewMut<'a, Space>>,
+    /// On a GPU: the targets hold the gradients for a `grad_loss` of 1 already, which is one number.
+    pub formed: bool,
 }
 
 pub fn backward(call: Backward<'_>, latents: &Latents<'_>, threads: usize) -> Result<(), Error> {
@@ -310,7 +338,12 @@ pub fn backward(call: Backward<'_>, latents: &Latents<'_>, threads: usize) -> Re
 pub fn backward_on_gpu(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, Gpu>) -> Result<(), Error> {
     check_backward(call, latents)?;
     refuse_float64(latents, call.forms)?;
-    let Targets { output, uncond_output } = &call.targets;
+    check_gradients_on_gpu(&call.targets, latents)?;
+    gpu::backward(target, call, latents)
+}
+
+fn check_gradients_on_gpu(targets: &Targets<'_, Gpu>, latents: &Latents<'_, Gpu>) -> Result<(), Error> {
+    let Targets { output, uncond_output } = targets;
     let pairs = [("grad_output", output, latents.output), ("grad_uncond_output", uncond_output, latents.uncond_output)];
     for (name, gradient, latent) in pairs {
         if let (Some(gradient), Some(latent)) = (gradient, latent)
@@ -321,7 +354,7 @@ pub fn backward_on_gpu(target: Target, call: &Backward<'_, Gpu>, latents: &Laten
             return Err(Error::Dtype { name, came, wanted });
         }
     }
-    gpu::backward(target, call, latents)
+    Ok(())
 }
 
 fn check_backward<Space: Copy>(call: &Backward<'_, Space>, latents: &Latents<'_, Space>) -> Result<(), Error> {

@@ -10,8 +10,8 @@ use crate::cuda::policy_loss::Workspace;
 use crate::error::Error;
 use crate::objective::{Clip, Density, KlDivisor, Mask, Objective, Problem, Reduction, fields, numbers_len};
 use crate::ops::policy_loss::{
-    Backward, Latents, Outputs, backward, backward_on_gpu, forward, forward_on_gpu, latent_names, loss_len, shard_sums,
-    shard_sums_len, shard_sums_on_gpu,
+    Backward, Latents, Outputs, backward, backward_on_gpu, forward, forward_on_gpu, forward_single_on_gpu,
+    latent_names, loss_len, shard_sums, shard_sums_len, shard_sums_on_gpu,
 };
 use crate::plan::gradient_ahead;
 use crate::tensor::{Dtype, View, ViewMut};
@@ -60,6 +60,10 @@ unsafe fn latents<'a, Space>(
 
 fn form(name: &'static str, came: &str) -> Result<Form, Error> {
     option(name, came, "mean, output, residual", Form::parse)
+}
+
+fn forms_of(forms: Option<(&str, &str)>) -> Result<Option<(Form, Form)>, Error> {
+    forms.map(|(old, reference)| Ok((form("old_form", old)?, form("ref_form", reference)?))).transpose()
 }
 
 /// # Safety
@@ -214,10 +218,7 @@ unsafe fn gradients<'a, Space>(
     grad_log_prob: Option<Array>,
 ) -> Result<(Latents<'a, Space>, Backward<'a, Space>), Error> {
     let dtype = if double { Dtype::F64 } else { Dtype::F32 };
-    let forms = match forms {
-        Some((old, reference)) => Some((form("old_form", old)?, form("ref_form", reference)?)),
-        None => None,
-    };
+    let forms = forms_of(forms)?;
     let numbers_len = numbers_elements(rows, forms.is_some())?;
     let log_prob = |(address, dtype)| {
         // SAFETY: passed on from the caller.
@@ -230,7 +231,8 @@ unsafe fn gradients<'a, Space>(
         (latents, vector("grad_loss", grad_loss, rows)?, numbers, targets(gradients, rows, numel)?)
     };
     let grad_log_prob = grad_log_prob.map(log_prob).transpose()?;
-    Ok((latents, Backward { rows, numel, double, grad_loss, numbers, forms, targets, grad_log_prob }))
+    let formed = false;
+    Ok((latents, Backward { rows, numel, double, grad_loss, numbers, forms, targets, grad_log_prob, formed }))
 }
 
 /// Whether a forward on the CPU does well to form the gradient too, see `plan::gradient_ahead`.
@@ -385,6 +387,57 @@ unsafe fn workspace<'a>(partials: Memory, tickets: Memory) -> Result<Workspace<'
     }
 }
 
+/// Whether a single pass takes these latents, and then the lengths of its partial sums and tickets, and whether the
+/// stream is being captured.
+#[pyfunction]
+pub fn policy_loss_single_workspace_cuda(
+    py: Python<'_>,
+    target: (usize, usize),
+    arrays: LatentArrays,
+    forms: Option<(&str, &str)>,
+    rows: usize,
+    numel: usize,
+) -> PyResult<Option<(usize, usize, bool)>> {
+    let (forms, target) = (forms_of(forms)?, Target { device: target.0, stream: target.1 });
+    // SAFETY: the contract of the boundary, see `mod.rs`.
+    let latents = unsafe { latents(arrays, rows, numel, forms) }?;
+    let find = || {
+        let plan = cuda::policy_loss_single::plan(target.device, &latents, forms.is_some(), rows, numel)?;
+        let Some((partials, tickets)) = plan.map(|plan| plan.workspace(rows)) else { return Ok(None) };
+        Ok(Some((partials, tickets, target.is_capturing()?)))
+    };
+    Ok(py.detach(|| guarded(find))?)
+}
+
+/// As `policy_loss_forward_cuda`, in a single pass: the gradients for a `grad_loss` of 1 as well.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn policy_loss_single_cuda(
+    py: Python<'_>,
+    target: (usize, usize),
+    arrays: LatentArrays,
+    vectors: Vectors,
+    schedule: Option<ScheduleTuple<'_>>,
+    rows: usize,
+    numel: usize,
+    objective: ObjectiveTuple<'_>,
+    options: Options<'_>,
+    out: (usize, usize),
+    gradients: Gradients,
+    partials: Memory,
+    tickets: Memory,
+) -> PyResult<()> {
+    let target = Target { device: target.0, stream: target.1 };
+    // SAFETY: the contract of the boundary, see `mod.rs`.
+    let (latents, problem, outputs, gradients, workspace) = unsafe {
+        let (latents, problem) = problem(arrays, vectors, schedule, rows, numel, false, objective, options)?;
+        let outputs = outputs(&problem, out)?;
+        (latents, problem, outputs, targets(gradients, rows, numel)?, workspace(partials, tickets)?)
+    };
+    let work = || forward_single_on_gpu(target, &problem, &latents, &outputs, &gradients, &workspace);
+    Ok(py.detach(|| guarded(work))?)
+}
+
 /// As `policy_loss_shard_sums`, on a GPU.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
@@ -413,7 +466,8 @@ pub fn policy_loss_shard_sums_cuda(
     Ok(py.detach(|| guarded(|| shard_sums_on_gpu(target, &problem, &latents, &out, &workspace)))?)
 }
 
-/// As `policy_loss_backward`, on a GPU.
+/// As `policy_loss_backward`, on a GPU. `formed`: the gradients stand there already, for a `grad_loss` of 1; any other
+/// has them formed again.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn policy_loss_backward_cuda(
@@ -427,10 +481,12 @@ pub fn policy_loss_backward_cuda(
     numel: usize,
     gradients: Gradients,
     grad_log_prob: Option<Array>,
+    formed: bool,
 ) -> PyResult<()> {
     let target = Target { device: target.0, stream: target.1 };
     // SAFETY: the contract of the boundary, see `mod.rs`.
     let (latents, call) =
         unsafe { self::gradients(arrays, forms, grad_loss, numbers, rows, numel, false, gradients, grad_log_prob) }?;
+    let call = Backward { formed, ..call };
     Ok(py.detach(|| guarded(|| backward_on_gpu(target, &call, &latents)))?)
 }

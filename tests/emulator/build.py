@@ -54,8 +54,10 @@ def build(
     if fault:
         _edit(kernels / fault.file, lambda text: _replace(text, fault))
     if alone:
-        _edit(kernels / f"{alone[0]}.cu", functools.partial(_only, *alone))
-        flags += (f"-DEMULATE_{alone[0].upper()}={alone[1]}",)
+        unit, variant = alone
+        file, entry = ("transition.cuh", "  X(") if unit == "policy_loss" else (f"{unit}.cu", f"{unit.upper()}(")
+        _edit(kernels / file, functools.partial(_only, entry, variant))
+        flags += (f"-DEMULATE_{unit.upper()}={variant}",)
     include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
     _run(cxx(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
     _run(cxx(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
@@ -85,8 +87,7 @@ def _replace(text: str, fault: Fault) -> str:
     return text.replace(fault.old, fault.new)
 
 
-def _only(unit: str, variant: str, text: str) -> str:
-    """Without the entry points of the other variants."""
+def _only(entry: str, variant: str, text: str) -> str:
+    """Without the entry points of the other variants; `entry`: how the line of one begins."""
     lines = text.splitlines(keepends=True)
-    name = f"{unit.upper()}("
-    return "".join(line for line in lines if not line.startswith(name) or line.startswith(f"{name}{variant},"))
+    return "".join(line for line in lines if not line.startswith(entry) or line.startswith(f"{entry}{variant},"))

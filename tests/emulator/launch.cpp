@@ -8,9 +8,10 @@
 #include "scheduler.h"
 
 // EMULATE_<UNIT>=variant: that one alone, enough where a planted fault is looked for, and a tenth of the time to
-// compile.
+// compile. (Of policy_loss the sources have only that one then.)
 #ifndef EMULATE_SDE_STEP
 #include "policy_loss.cu"
+#include "policy_loss_single.cu"
 #endif
 #ifndef EMULATE_POLICY_LOSS
 #include "sde_step.cu"
@@ -30,42 +31,26 @@ Kernel kernel(const char* name) {
   return {name, sizeof(Argument), [](const void* argument) { kKernel(*static_cast<const Argument*>(argument)); }};
 }
 
-#define POLICY_LOSS_BOTH(variant)                                                            \
+#define POLICY_LOSS_BOTH(variant, ...)                                                       \
   kernel<PolicyLossForward, policy_loss_forward_##variant>("policy_loss_forward_" #variant), \
-      kernel<PolicyLossBackward, policy_loss_backward_##variant>("policy_loss_backward_" #variant)
-#define POLICY_LOSS_BOTH_OF(macro) POLICY_LOSS_BOTH(macro)
-
+      kernel<PolicyLossBackward, policy_loss_backward_##variant>("policy_loss_backward_" #variant),
+#define POLICY_LOSS_ONE(variant, ...) \
+  kernel<PolicyLossSingle, policy_loss_single_##variant>("policy_loss_single_" #variant),
 #define SDE_STEP_BOTH(variant)                                                      \
   kernel<SdeStepForward, sde_step_forward_##variant>("sde_step_forward_" #variant), \
       kernel<SdeStepBackward, sde_step_backward_##variant>("sde_step_backward_" #variant)
 #define SDE_STEP_BOTH_OF(macro) SDE_STEP_BOTH(macro)
 
-#if defined(EMULATE_POLICY_LOSS)
-const Kernel kKernels[] = {POLICY_LOSS_BOTH_OF(EMULATE_POLICY_LOSS)};
-#elif defined(EMULATE_SDE_STEP)
-const Kernel kKernels[] = {SDE_STEP_BOTH_OF(EMULATE_SDE_STEP)};
-#else
 const Kernel kKernels[] = {
-    POLICY_LOSS_BOTH(f32),
-    POLICY_LOSS_BOTH(bf16),
-    POLICY_LOSS_BOTH(f16),
-    POLICY_LOSS_BOTH(f32_bf16),
-    POLICY_LOSS_BOTH(f32_f16),
-    POLICY_LOSS_BOTH(mixed),
-    POLICY_LOSS_BOTH(step_f32),
-    POLICY_LOSS_BOTH(step_bf16),
-    POLICY_LOSS_BOTH(step_f16),
-    POLICY_LOSS_BOTH(step_bf16_f32),
-    POLICY_LOSS_BOTH(step_bf16_f32_bf16),
-    POLICY_LOSS_BOTH(step_bf16_f32_f16),
-    POLICY_LOSS_BOTH(step_mixed),
-    SDE_STEP_BOTH(f32),
-    SDE_STEP_BOTH(bf16_f32),
-    SDE_STEP_BOTH(bf16),
-    SDE_STEP_BOTH(f16),
-    SDE_STEP_BOTH(mixed),
-};
+#ifndef EMULATE_SDE_STEP
+    POLICY_LOSS_TYPED(POLICY_LOSS_BOTH) POLICY_LOSS_MIXED(POLICY_LOSS_BOTH) POLICY_LOSS_TYPED(POLICY_LOSS_ONE)
 #endif
+#if defined(EMULATE_SDE_STEP)
+        SDE_STEP_BOTH_OF(EMULATE_SDE_STEP)
+#elif !defined(EMULATE_POLICY_LOSS)
+    SDE_STEP_BOTH(f32), SDE_STEP_BOTH(bf16_f32), SDE_STEP_BOTH(bf16), SDE_STEP_BOTH(f16), SDE_STEP_BOTH(mixed),
+#endif
+};
 
 const Kernel* find(const char* name) {
   for (const Kernel& kernel : kKernels)
@@ -82,9 +67,10 @@ size_t emu_argument_bytes(const char* name) {
   return kernel ? kernel->bytes : 0;
 }
 
-int emu_launch(const char* name, const void* argument, unsigned blocks, unsigned seed) {
+int emu_launch(const char* name, const void* argument, unsigned blocks, size_t shared_bytes, int cooperative,
+               unsigned seed) {
   const Kernel* kernel = find(name);
   if (!kernel) return -1;
-  emu::run(blocks, kThreads, seed, kernel->run, argument);
+  emu::run(blocks, kThreads, shared_bytes, cooperative, seed, kernel->run, argument);
   return 0;
 }

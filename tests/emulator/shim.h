@@ -54,6 +54,7 @@ inline constexpr EmuGridSize gridDim{};
 
 // One buffer per block and place in the source: exactly this size, every byte 0xff (a NaN, a huge index).
 #define SHARED(type, name, count) type* name = static_cast<type*>(emu::shared(EMU_HERE, sizeof(type) * (count)))
+#define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emu::dynamic_shared())
 #define __syncthreads() emu::barrier(EMU_HERE)
 #define __shfl_xor_sync(mask, value, distance) \
   emu_shuffle(mask, value, emu::lane() ^ static_cast<unsigned>(distance), EMU_HERE)
@@ -83,6 +84,20 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
   __atomic_store_n(address, old >= limit ? 0u : old + 1, __ATOMIC_RELAXED);
   return old;
 }
+
+inline unsigned atomicExch(unsigned* address, unsigned value) {
+  emu::atomic(address);
+  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+}
+inline unsigned atomicSub(unsigned* address, unsigned value) {
+  emu::atomic(address);
+  return __atomic_fetch_sub(address, value, __ATOMIC_RELAXED);
+}
+inline unsigned poll(const unsigned* address) {
+  emu::atomic(address);
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
+#define pause() emu::pause(EMU_HERE)
 
 template <class T>
 T __ldg(const T* address) {

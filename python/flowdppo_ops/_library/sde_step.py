@@ -119,8 +119,8 @@ def _forward(inputs: Inputs, options: Options, *, operator: bool = False) -> Out
         double, threads = out.std.dtype == torch.float64, torch.get_num_threads()
         _native.sde_step_forward(arrays, schedule, rows, numel, double, normalizer, addresses, threads)
     else:
-        needed = _native.sde_step_workspace_cuda(target, rows, numel)
-        with _cuda.Workspace(out.std, target, rows, needed, not operator) as workspace:
+        partials, is_capturing = _native.sde_step_workspace_cuda(target, rows, numel)
+        with _cuda.Workspace(out.std, target, partials, rows + 1, is_capturing, not operator) as workspace:
             _native.sde_step_forward_cuda(target, arrays, schedule, rows, numel, normalizer, addresses, *workspace)
     return out
 
