@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from compilers import cxx
@@ -22,6 +23,7 @@ _SANITIZERS = {
     # Threads are what TSan pays for, 0.6 ms each: two warps a block are enough for any race between warps.
     "tsan": ("-O1", "-fsanitize=thread", "-DFLOWDPPO_THREADS=64"),
 }
+NOTHING_TUNED: Mapping[str, int | str] = MappingProxyType({})
 
 
 class Fault(NamedTuple):
@@ -33,23 +35,29 @@ class Fault(NamedTuple):
 
 
 def build(
-    folder: Path, sanitizer: str = "plain", fault: Fault | None = None, alone: tuple[str, str] | None = None
+    folder: Path,
+    sanitizer: str = "plain",
+    fault: Fault | None = None,
+    alone: tuple[str, str] | None = None,
+    settings: Mapping[str, int | str] = NOTHING_TUNED,
 ) -> Path:
     """The server (server.cpp) as an executable in `folder`, an empty one of its own.
 
     `alone`: unit and variant of the only kernels, enough where a planted fault is looked for: most of the time to
-    compile is the others'.
+    compile is the others'. `settings`: of kernels/tuning.cuh, without FLOWDPPO_.
     """
     kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
-    if fault:
+    flags += tuple(f"-DFLOWDPPO_{name}={value}" for name, value in settings.items())
+    if fault or alone:
         kernels = folder / "kernels"
         shutil.copytree(KERNELS, kernels)
+    if fault:
         _edit(kernels / fault.file, lambda text: _replace(text, fault))
-        if alone:
-            unit, variant = alone
-            file, entry = ("transition.cuh", "  X(") if unit == "policy_loss" else (f"{unit}.cu", f"{unit.upper()}(")
-            _edit(kernels / file, functools.partial(_only, entry, variant))
-            flags += (f"-DEMULATE_{alone[0].upper()}={alone[1]}",)
+    if alone:
+        unit, variant = alone
+        file, entry = ("transition.cuh", "  X(") if unit == "policy_loss" else (f"{unit}.cu", f"{unit.upper()}(")
+        _edit(kernels / file, functools.partial(_only, entry, variant))
+        flags += (f"-DEMULATE_{unit.upper()}={variant}",)
     include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
     _run(cxx(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
     _run(cxx(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")

@@ -13,11 +13,12 @@ import math
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from emulator.build import Fault, build
+from emulator.build import NOTHING_TUNED, Fault, build
 from launch_arguments import Backward, Forward, Latents, Problem, RowVector, Schedule, Single
 from torch import Tensor
 
@@ -121,10 +122,17 @@ class Server:
             self.process = None
 
 
-def start(folder: Path, sanitizer: str, fault: Fault | None = None, alone: tuple[str, str] | None = None) -> Server:
-    """`folder` is made for the build; `alone` as there."""
+def start(
+    folder: Path,
+    sanitizer: str,
+    fault: Fault | None = None,
+    alone: tuple[str, str] | None = None,
+    settings: Mapping[str, int | str] = NOTHING_TUNED,
+) -> Server:
+    """`folder` is made for the build; `alone` and `settings` as there."""
     folder.mkdir()
-    return Server(build(folder, sanitizer, fault, alone), threads=64 if sanitizer == "tsan" else 256)
+    threads = int(settings.get("THREADS", 64 if sanitizer == "tsan" else 256))
+    return Server(build(folder, sanitizer, fault, alone, settings), threads)
 
 
 @functools.cache

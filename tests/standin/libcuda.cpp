@@ -428,6 +428,43 @@ int cuLaunchCooperativeKernel(void* function, unsigned grid_x, unsigned grid_y, 
                 shared, stream, parameters);
 }
 
+// Of CUlaunchConfig and CUlaunchAttribute, what is looked at.
+struct LaunchAttribute {
+  int id, pad;
+  int value[16];
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const LaunchAttribute* attributes;
+  unsigned count;
+};
+
+int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** parameters, void** extra) {
+  constexpr int kProgrammaticStreamSerialization = 6;
+  for (unsigned at = 0; at < config->count; ++at) {
+    if (config->attributes[at].id != kProgrammaticStreamSerialization) return kInvalidValue;
+    const std::lock_guard<std::mutex> guard(lock);
+    if (config->attributes[at].value[0]) log_text << "dependent\n";
+  }
+  const unsigned *grid = config->grid, *block = config->block;
+  return cuLaunchKernel(handle, grid[0], grid[1], grid[2], block[0], block[1], block[2], config->shared, config->stream,
+                        parameters, extra);
+}
+
+// How cuda.bindings finds everything. What is not here fails when it is called.
+int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t, int* status) {
+  *function = dlsym(RTLD_DEFAULT, name);
+  if (status) *status = *function ? 0 : 1;
+  return *function ? kSuccess : kNotFound;
+}
+
+// NVRTC asks for a table of its own, and does without.
+int cuGetExportTable(const void** table, const void*) {
+  *table = nullptr;
+  return kNotFound;
+}
+
 int cuGetErrorName(int code, const char** name) {
   const auto found = kNames.find(code);
   *name = found == kNames.end() ? nullptr : found->second;
