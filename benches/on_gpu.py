@@ -57,8 +57,8 @@ class Stage:
 # From the effort that `devices.Cuda` asks for and these figures of the card and of the compilers, which are guesses.
 
 L2_BYTES, BYTES_PER_US = 60 << 20, 4e6
-TRAFFIC = {"eager": 10, "compile": 2}  # bytes moved, in those that must; others 1
-COMPILING_S = {"compile": 10.0, "compile_max_autotune": 20.0, "triton": 15.0}  # a case; others nothing
+TRAFFIC = {"eager": 10, "compile": 2, "compile_max": 2}  # bytes moved, in those that must; others 1
+COMPILING_S = {"compile": 10.0, "compile_max": 20.0, "triton": 15.0}  # a case; others nothing
 STARTING_S = 6.0  # a fresh process: importing torch, making inputs
 CASE_S = 2.0  # inputs, the right answer, counting
 PART_MINUTES = 8.0  # longest part of `bench`: ten minutes with something to spare
@@ -132,16 +132,16 @@ def sanitize() -> Stage:
     return Stage("sanitize", commands, 7.0, "every kernel under compute-sanitizer")
 
 
-def bench(out: Path, commit: list[str]) -> Iterator[Stage]:
+def bench(out: Path, options: list[str]) -> Iterator[Stage]:
     """A part holds sizes of one operation that fit in `PART_MINUTES`; cold starts go with the first."""
     for module, names in TIMED.items():
         for name in names:
             operation = module.OPERATIONS[name]
             for number, (sizes, seconds) in enumerate(parts(operation)):
                 stage = f"bench-{name}" + (f"-{number + 1}" if number else "")
-                options = ["--device", "cuda", "--ops", name, "--sizes", *sizes, *commit]
-                options += [] if number == 0 else ["--cold-starts", "0"]
-                argv = script("benches", f"{module.__name__}.py", *options, "--json", out / f"{stage}.json")
+                what = ["--device", "cuda", "--ops", name, "--sizes", *sizes]
+                what += [] if number == 0 else ["--cold-starts", "0"]
+                argv = script("benches", f"{module.__name__}.py", *what, "--json", out / f"{stage}.json", *options)
                 yield Stage(stage, [Command(name, argv)], seconds / 60, " ".join(sizes))
 
 
@@ -158,8 +158,8 @@ def parts(operation: Operation) -> list[tuple[list[str], float]]:
     return out
 
 
-def tune(out: Path) -> Stage:
-    argv = script("benches", "tune.py", "--json", out / "tune.json")
+def tune(out: Path, options: list[str]) -> Stage:
+    argv = script("benches", "tune.py", "--json", out / "tune.json", *options)
     return Stage("tune", [Command("tune", argv)], 8.0, "settings of the kernels, side by side")
 
 
@@ -177,14 +177,15 @@ def profile(out: Path) -> Stage:
     return Stage("profile", [Command("ncu", argv)], 3.0, "one launch of each kernel beyond the L2, under ncu")
 
 
-def step(out: Path) -> Stage:
-    argv = script("benches", "bench_training_step.py", "--device", "cuda", "--json", out / "step.json")
+def step(out: Path, options: list[str]) -> Stage:
+    argv = script("benches", "bench_training_step.py", "--device", "cuda", "--json", out / "step.json", *options)
     return Stage("step", [Command("training step", argv)], 4.0, "the loss's share of a training step")
 
 
 def all_stages(out: Path, commit: str | None) -> list[Stage]:
-    of_bench = bench(out, ["--commit", commit] if commit else [])
-    return [machine(), suite(), sanitize(), *of_bench, tune(out), profile(out), step(out)]
+    options = ["--commit", commit] if commit else []
+    measuring = *bench(out, options), tune(out, options), profile(out), step(out, options)
+    return [machine(), suite(), sanitize(), *measuring]
 
 
 def chosen(stages: list[Stage], names: Iterable[str]) -> list[Stage]:
