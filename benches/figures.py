@@ -1,7 +1,7 @@
 """The README's figures, made from the rows in results/, so that none is typed by hand.
 
     python benches/figures.py            # prints what stands in each marked place
-    python benches/figures.py --write    # puts it into README.md
+    python benches/figures.py --write    # puts it into README.md, and with rows of a GPU a plot into docs/
 
 A place begins with `<!-- figures: NAME -->` and ends with `<!-- end -->`. Of a case that was measured more than once
 the newest run counts.
@@ -20,13 +20,18 @@ from report import FRESH, GOAL, Case, grouped
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).with_name("results")
+PLOT = README.parent / "docs" / "gpu.svg"
 PLACE = re.compile(r"(<!-- figures: (.+?) -->\n\n)(.*?)(\n<!-- end -->\n)", re.DOTALL)
 
 BOTH = "forward+backward"
 OLD_POLICY = {"fused": "float32 mean", "fused_output": "bfloat16 model output", "fused_residual": "float16 residual"}
 OPERATIONS = ("policy_loss", "step_loss", "sde_step")  # and what begins so: other samplers
 PEERS = {"eager": "eager", "compile": "compiled", "compile_max": "max-autotune", "triton": "Triton"}
-IMAGES = ((16, 16, 64, 64), (16, 4096, 64))  # image latents, micro-batch 16
+SHOWN = PEERS | {"fused": "fused"}
+# What the table and the plot show: image latents, micro-batch 16, and what no L2 holds. `report.py` has all.
+IMAGES = {(16, 16, 64, 64): "SD3.5, 512 px", (16, 4096, 64): "FLUX, 1024 px"}
+TABLED = IMAGES | {(16, 16, 21, 90, 160): "video, 720p"}
+NOISE = 1.005  # a peer that is less than half a percent ahead is not
 WANTED = {"eager": 10.0, "compile": 2.0}  # times as fast there
 NOT_MEASURED = "**No figure of a GPU is measured yet**: the CUDA kernels are tested in an emulator (below), not timed."
 
@@ -112,13 +117,22 @@ def counted(rows: dict[str, Row]) -> str:
 # ---- GPU -------------------------------------------------------------------------------------------------------------
 
 
+def gpu_rows(rows: list[Row]) -> list[Row]:
+    return newest(row for row in rows if on_gpu(row) and row.op.startswith(OPERATIONS))
+
+
+def gpu_cases(rows: list[Row]) -> list[GpuCase]:
+    timed = (row for row in gpu_rows(rows) if row.timing not in FRESH)
+    return [GpuCase(of_case) for of_case in grouped(timed, case_key).values()]
+
+
 def gpu(rows: list[Row]) -> str:
-    rows = newest(row for row in rows if on_gpu(row) and row.op.startswith(OPERATIONS))
-    cases = [GpuCase(of_case) for of_case in grouped((r for r in rows if r.timing not in FRESH), case_key).values()]
+    cases = gpu_cases(rows)
     if not cases:
         return paragraph(NOT_MEASURED)
+    rows = gpu_rows(rows)
     runs = dict.fromkeys(f"{r.device} ({r.environment}, torch {r.torch}, {r.commit}, {r.date[:10]})" for r in rows)
-    times = [f"{name}, us" for name in (*PEERS.values(), "fused")]
+    times = [f"{name}, us" for name in SHOWN.values()]
     head = ["", "latents", "dtype", *times, "of copy", "launches", "waits"]
     parts = [
         paragraph(
@@ -127,8 +141,10 @@ def gpu(rows: list[Row]) -> str:
             "and cannot be captured, timed from Python. Of copy: the share of the copy's bandwidth in the same mode "
             "that the fused forward and backward reach. Launches and waits for the device: eager, fused."
         ),
-        table(head, "lll" + "r" * (len(head) - 3), (case.line() for case in cases)),
-        said("Behind a peer", [case.behind() for case in cases], "Fused is behind no peer in any row."),
+        table(head, "lll" + "r" * (len(head) - 3), [case.line() for case in cases if case.shape in TABLED]),
+        said(
+            "Behind a peer", [case.behind() for case in cases], "Fused is behind no peer in any row, to half a percent."
+        ),
         said(
             "Image latents, short of 10 times eager or twice compiled",
             [case.too_slow() for case in cases],
@@ -142,6 +158,7 @@ def gpu(rows: list[Row]) -> str:
     ]
     if fresh := [row for row in rows if row.timing == "first call"]:
         parts.append(paragraph(first_calls(fresh)))
+    parts.append(f"![Share of the copy's bandwidth]({PLOT.relative_to(README.parent)})\n")
     return "\n".join(filter(None, parts))
 
 
@@ -153,19 +170,26 @@ def said(what: str, found: Iterable[str | None], nothing: str) -> str:
     """found: a text for each case that there is something to say of, "" where all is well, None where it says nothing.
     Nothing at all is said if there is no case to say it of."""
     asked = [text for text in found if text is not None]
-    texts = [text for text in asked if text]
-    return paragraph(f"{what}: {'; '.join(texts)}." if texts else nothing) if asked else ""
+    texts = [f"- {text}\n" for text in asked if text]
+    if not texts:
+        return paragraph(nothing) if asked else ""
+    return f"{what}:\n\n{''.join(texts)}"
 
 
 class GpuCase(Case):
     def __init__(self, rows: list[Row]):
         super().__init__(rows)
         self.name = f"`{rows[0].op} {list(rows[0].shape)}` {rows[0].dtype}"
-        self.shape = rows[0].shape
+        self.operation, self.shape = rows[0].op, rows[0].shape
+        self.label = f"{TABLED.get(self.shape, list(self.shape))}\n{rows[0].dtype}"
         self._cells = [f"`{rows[0].op}`", f"`{list(rows[0].shape)}`", rows[0].dtype]
         self.modes.sort(key=lambda mode: (("graph", "call", "host").index(mode[0]), mode[1]))  # cold before warm
         passes = {pass_ for pass_, _ in self.series}
         self.whole = BOTH if BOTH in passes else "forward"
+
+    def named(self, texts: Iterable[str]) -> str:
+        together = " and ".join(texts)
+        return together and f"{self.name}: {together}"
 
     def mode_of(self, provider: str) -> tuple[str, str] | None:
         """The first that the provider was timed in, of all that there are."""
@@ -177,6 +201,11 @@ class GpuCase(Case):
             return ""
         return f"{self.cost(mode, self.whole, provider)[0]:.1f}" + ("" if mode[0] == "graph" else "*")
 
+    def share(self, provider: str) -> float | None:
+        """Of the copy, in all."""
+        mode = self.mode_of(provider)
+        return self.of_copy(mode, self.whole, provider) if mode else None
+
     def shares(self) -> dict[str, float]:
         mode = self.modes[0]
         shares = {pass_: self.of_copy(mode, pass_, "fused") for pass_ in ("forward", "backward")}
@@ -187,7 +216,7 @@ class GpuCase(Case):
         both = [", ".join(one[at] for one in counts if one[at]) for at in (0, 1)]
         return [
             *self._cells,
-            *(self.us(provider) for provider in (*PEERS, "fused")),
+            *(self.us(provider) for provider in SHOWN),
             ", ".join(f"{share:.0%}" for share in self.shares().values()),
             *both,
         ]
@@ -200,20 +229,20 @@ class GpuCase(Case):
                 if mine and other and other[0] > 0:
                     yield mine[0] / other[0], f"{pass_}, {', '.join(mode)}"
 
-    def behind(self) -> str:
+    def behind(self) -> str | None:
         """Of each peer that is faster in anything, the worst."""
-        worst = {peer: max(self.ratios(peer), default=(0.0, "")) for peer in PEERS}
-        texts = [
-            f"{PEERS[p]} ({ratio:.2f} times its time, {where})" for p, (ratio, where) in worst.items() if ratio > 1
-        ]
-        return f"{self.name}, {' and '.join(texts)}" if texts else ""
+        worst = {peer: max(ratios) for peer in PEERS if (ratios := list(self.ratios(peer)))}
+        if not worst:
+            return None
+        slower = {PEERS[peer]: one for peer, one in worst.items() if one[0] >= NOISE}
+        return self.named(f"{peer} ({ratio:.2f} times its time, {where})" for peer, (ratio, where) in slower.items())
 
     def too_slow(self) -> str | None:
         times = {peer: n for peer in WANTED if (n := self.faster(peer)) is not None}
         if self.shape not in IMAGES or self.whole != BOTH or len(times) < len(WANTED):
             return None
         short = [f"{PEERS[peer]} {n:.1f}x" for peer, n in times.items() if n < WANTED[peer]]
-        return f"{self.name}, {' and '.join(short)}" if short else ""
+        return self.named(short)
 
     def faster(self, peer: str) -> float | None:
         """How many times as fast as the peer fused is, in the peer's first mode."""
@@ -227,16 +256,46 @@ class GpuCase(Case):
         if any(cache == "warm" for _, cache in self.modes) or not shares:
             return None
         short = [f"{pass_} {share:.0%}" for pass_, share in shares.items() if share < GOAL]
-        return f"{self.name}, {' and '.join(short)}" if short else ""
+        return self.named(short)
 
 
 def first_calls(rows: list[Row]) -> str:
     texts = []
     for (op, shape, dtype), of_case in grouped(rows, case_key).items():
         seconds = {row.provider: row.p50_us / 1e6 for row in of_case}
-        each = [f"{name} {seconds[one]:.2f} s" for one, name in (PEERS | {"fused": "fused"}).items() if one in seconds]
+        each = [f"{name} {seconds[one]:.2f} s" for one, name in SHOWN.items() if one in seconds]
         texts.append(f"`{op} {list(shape)}` {dtype}: {', '.join(each)}")
     return f"First results in a fresh process, caches empty: {'; '.join(texts)}."
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """What the table shows, as shares of the copy's bandwidth: a panel an operation, a group of bars a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "figures"  # the same rows, the same file
+    from matplotlib import pyplot
+
+    of_operations = grouped((case for case in gpu_cases(rows) if case.shape in TABLED), lambda case: case.operation)
+    lines = -(-len(of_operations) // 2)
+    figure, axes = pyplot.subplots(lines, 2, figsize=(11, 0.4 + 2.6 * lines), squeeze=False)
+    for axis in axes.flat[len(of_operations) :]:
+        axis.set_axis_off()
+    width = 0.8 / len(SHOWN)
+    for axis, (operation, cases) in zip(axes.flat, of_operations.items(), strict=False):
+        for index, (provider, name) in enumerate(SHOWN.items()):
+            shares = [100 * (case.share(provider) or 0.0) for case in cases]
+            left = [at + (index - (len(SHOWN) - 1) / 2) * width for at in range(len(cases))]
+            axis.bar(left, shares, width, label=name)
+        axis.axhline(100 * GOAL, color="grey", linewidth=0.8, linestyle="--")
+        axis.set_xticks(range(len(cases)), [case.label for case in cases], fontsize=7)
+        axis.set_title(operation, fontsize=9)
+        axis.set_ylabel("% of the copy's bandwidth", fontsize=7)
+        axis.tick_params(axis="y", labelsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=len(SHOWN), loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (0.4 + 2.6 * lines)))
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 # ---- the README ------------------------------------------------------------------------------------------------------
@@ -259,13 +318,15 @@ def filled(text: str, rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="figures", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    parser.add_argument("--write", action="store_true", help="put it into README.md, and the plot beside it")
     args = parser.parse_args(argv)
     rows = all_rows()
     for name, make in PLACES.items():
         print(f"<!-- figures: {name} -->\n\n{make(rows)}")
     if args.write:
         README.write_text(filled(README.read_text(), rows))
+        if gpu_cases(rows):
+            plot(rows, PLOT)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def line_of(text: str, *cells: str) -> list[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    return [part.replace("\n", " ").strip() for part in text.split("\n\n") if part[:1] != "|"]
+    """A list is a part of the paragraph before it."""
+    parts = [part.replace("\n", " ").strip() for part in text.replace(":\n\n-", ":\n-").split("\n\n")]
+    return [part for part in parts if part[:1] != "|"]
 
 
 def test_the_readme_has_the_figures_of_the_rows(figures):
@@ -107,16 +109,16 @@ def test_table_of_a_gpu(figures, image):
 def test_rows_where_fused_is_behind_are_named(figures, image, row):
     """Of a peer that is faster in several ways the worst, also in a mode that the table does not show."""
     name = "`policy_loss [16, 16, 64, 64]` fp32"
-    said = f"Behind a peer: {name}, Triton (1.60 times its time, backward, graph, cold)."
+    said = f"Behind a peer: - {name}: Triton (1.60 times its time, backward, graph, cold)"
     # Triton's backward takes 3.75 - 2.5 us, ours 4 - 2.
     assert said in paragraphs(figures.gpu(image))
     slower = [
         replace(one, p50_us=5.0) if (one.provider, one.pass_) == ("triton", figures.BOTH) else one for one in image
     ]
-    assert "Fused is behind no peer in any row." in paragraphs(figures.gpu(slower))
+    assert "Fused is behind no peer in any row, to half a percent." in paragraphs(figures.gpu(slower))
     warm = [*slower, row("compile", 1.0, cache="warm")]
-    said = f"{name}, compiled (1.90 times its time, forward+backward, graph, warm)."
-    assert f"Behind a peer: {said}" in paragraphs(figures.gpu(warm))
+    said = f"{name}: compiled (1.90 times its time, forward+backward, graph, warm)"
+    assert f"Behind a peer: - {said}" in paragraphs(figures.gpu(warm))
 
 
 def test_image_latents_that_fall_short_are_named(figures, image):
@@ -124,7 +126,7 @@ def test_image_latents_that_fall_short_are_named(figures, image):
     assert reached in paragraphs(figures.gpu(image))
     slow = [replace(one, p50_us=30.0) if one.provider == "eager" else one for one in image]
     short = "Image latents, short of 10 times eager or twice compiled: "
-    assert f"{short}`policy_loss [16, 16, 64, 64]` fp32, eager 7.5x." in paragraphs(figures.gpu(slow))
+    assert f"{short}- `policy_loss [16, 16, 64, 64]` fp32: eager 7.5x" in paragraphs(figures.gpu(slow))
     elsewhere = [replace(one, shape=(16, 65536)) for one in slow]
     for other in (elsewhere, [one for one in slow if one.provider != "compile"]):
         assert not any(said.startswith("Image latents") for said in paragraphs(figures.gpu(other)))
@@ -134,16 +136,14 @@ def test_beyond_the_l2_the_copy_is_the_measure(figures, image):
     """What has a warm form fits into the L2."""
     assert not any(said.startswith("Beyond the L2") for said in paragraphs(figures.gpu(image)))
     video = [replace(one, shape=VIDEO) for one in image if one.cache == "cold"]
-    short = f"Beyond the L2, short of 90% of the copy: `policy_loss {list(VIDEO)}` fp32, forward 75% and backward 75%."
+    short = f"Beyond the L2, short of 90% of the copy: - `policy_loss {list(VIDEO)}` fp32: forward 75% and backward 75%"
     assert short in paragraphs(figures.gpu(video))
     for both, forward, short in ((3.6, 1.6, "backward 75%"), (3.2, 1.6, "")):  # microseconds
         times = {figures.BOTH: both, "forward": forward}
         mine = [replace(one, p50_us=times[one.pass_]) if one.provider == "fused" else one for one in video]
         reached = "Beyond the L2: at least 90% of the copy in every row."
-        short = (
-            f"Beyond the L2, short of 90% of the copy: `policy_loss {list(VIDEO)}` fp32, {short}." if short else reached
-        )
-        assert short in paragraphs(figures.gpu(mine))
+        missed = f"Beyond the L2, short of 90% of the copy: - `policy_loss {list(VIDEO)}` fp32: {short}"
+        assert (missed if short else reached) in paragraphs(figures.gpu(mine))
 
 
 def test_who_waits_is_timed_from_python_and_marked(figures, image, row):
@@ -154,7 +154,7 @@ def test_who_waits_is_timed_from_python_and_marked(figures, image, row):
     assert line_of(text, "`policy_loss`")[2] == "99.0*"
     called[1] = replace(called[1], p50_us=11.0)
     short = "Image latents, short of 10 times eager or twice compiled: "
-    assert f"{short}`policy_loss [16, 16, 64, 64]` fp32, eager 9.0x." in paragraphs(figures.gpu([*rest, *called]))
+    assert f"{short}- `policy_loss [16, 16, 64, 64]` fp32: eager 9.0x" in paragraphs(figures.gpu([*rest, *called]))
 
 
 def test_the_newest_run_of_a_case_counts(figures, image):
@@ -193,3 +193,22 @@ def test_writing(figures, monkeypatch, tmp_path, capsys):
         == f"before\n\n<!-- figures: GPU -->\n\n{figures.gpu(figures.all_rows())}\n<!-- end -->\nafter\n"
     )
     assert capsys.readouterr().out.count("<!-- figures: ") == 2 * len(figures.PLACES)
+
+
+def test_the_plot_is_there_when_there_are_rows_of_a_gpu(figures, image, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert figures.PLOT.exists() == bool(figures.gpu_cases(figures.all_rows()))
+    monkeypatch.setattr(figures, "README", tmp_path / "README.md")
+    monkeypatch.setattr(figures, "PLOT", tmp_path / "gpu.svg")
+    figures.README.write_text("<!-- figures: GPU -->\n\nold\n\n<!-- end -->\n")
+    monkeypatch.setattr(figures, "all_rows", list)
+    figures.main(["--write"])
+    assert not figures.PLOT.exists()
+    rows = [*image, *(replace(one, op="step_loss", shape=VIDEO) for one in image)]
+    monkeypatch.setattr(figures, "all_rows", lambda: rows)
+    figures.main(["--write"])
+    assert "![Share of the copy's bandwidth](gpu.svg)" in figures.README.read_text()
+    first = figures.PLOT.read_text()
+    assert "<svg" in first
+    figures.main(["--write"])
+    assert figures.PLOT.read_text() == first
