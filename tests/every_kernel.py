@@ -193,8 +193,7 @@ def in_shards(function: Callable[..., PolicyLoss]) -> Callable[..., PolicyLoss]:
 
 
 def of_shards() -> Iterator[Check]:
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     shape = (4,), (sum(SHARDS),)
     for seed, mix in enumerate(MIXES):
         guard = seed % 2 == 0
@@ -203,6 +202,7 @@ def of_shards() -> Iterator[Check]:
         options = {"objective": STEP_OBJECTIVES["guard" if guard else "velocity"], "guidance": True, "seed": seed}
         steps = draw_step(*shape, dtypes=step_dtypes(mix), old_form=list(OLD_FORMS)[seed % 3], **options)
         yield f"step_loss, shards of {named(mix)}", partial(three_way, in_shards(gpu_api.step_loss), steps)
+    distributed.destroy_process_group()
 
 
 # ---- sde_step --------------------------------------------------------------------------------------------------------
