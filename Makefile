@@ -36,12 +36,16 @@ $(VENV)/.test: $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install --quiet '.[demo,test]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.gpu: $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install --quiet '.[demo,test,bench]'
+	touch $@ $(VENV)/.demo $(VENV)/.test
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
 # On a machine with an NVIDIA GPU; compute-sanitizer and ncu for their stages. `benches/on_gpu.py --list` has them all.
-gpu: $(VENV)/.test
+gpu: $(VENV)/.gpu
 	$(BIN)/python benches/on_gpu.py gpu-out
 
 sanitize: $(VENV)/.test

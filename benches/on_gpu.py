@@ -58,7 +58,7 @@ class Stage:
 
 L2_BYTES, BYTES_PER_US = 60 << 20, 4e6
 TRAFFIC = {"eager": 10, "compile": 2, "compile_max": 2}  # bytes moved, in those that must; others 1
-COMPILING_S = {"compile": 10.0, "compile_max": 20.0, "triton": 15.0}  # a case; others nothing
+COMPILING_S = {"compile": 10.0, "compile_max": 60.0, "triton": 12.0}  # a case; others nothing
 STARTING_S = 6.0  # a fresh process: importing torch, making inputs
 CASE_S = 2.0  # inputs, the right answer, counting
 PART_MINUTES = 8.0  # longest part of `bench`: ten minutes with something to spare
@@ -75,9 +75,10 @@ def case_seconds(operation: Operation, size: str, dtype: str) -> float:
     """Of one shape and dtype: all modes, providers and passes."""
     tensor_bytes = math.prod(SIZES[size]) * (2 if dtype == "bf16" else 4)
     effort, seconds = Assumed.full, CASE_S
-    for provider in operation.providers:
+    providers = [name for name in operation.providers if is_tried(name, operation, size, dtype)]
+    for provider in providers:
         seconds += COMPILING_S.get(provider, 0.0)
-    series = [*itertools.product(operation.providers, operation.passes), ("copy", "copy")]
+    series = [*itertools.product(providers, operation.passes), ("copy", "copy")]
     for mode, (provider, pass_) in itertools.product(Assumed().modes(tensor_bytes), series):
         tensors = {"copy": 2, "forward": 4}.get(pass_, 7)
         call_us = 10 + TRAFFIC.get(provider, 1) * tensors * tensor_bytes / BYTES_PER_US
@@ -88,8 +89,15 @@ def case_seconds(operation: Operation, size: str, dtype: str) -> float:
     return seconds
 
 
+def is_tried(provider: str, operation: Operation, size: str, dtype: str) -> bool:
+    """Where nobody names the providers."""
+    sizes = Cuda.seldom.get(provider)
+    return sizes is None or (size in sizes and dtype == operation.dtypes[0])
+
+
 def cold_start_seconds(operation: Operation) -> float:
-    each = [STARTING_S + COMPILING_S.get(provider, 0.0) for provider in operation.providers]
+    providers = [name for name in operation.providers if name not in Cuda.seldom]
+    each = [STARTING_S + COMPILING_S.get(provider, 0.0) for provider in providers]
     return Cuda.cold_starts * sum(each)
 
 
@@ -140,7 +148,7 @@ def bench(out: Path, options: list[str]) -> Iterator[Stage]:
             for number, (sizes, seconds) in enumerate(parts(operation)):
                 stage = f"bench-{name}" + (f"-{number + 1}" if number else "")
                 what = ["--device", "cuda", "--ops", name, "--sizes", *sizes]
-                what += [] if number == 0 else ["--cold-starts", "0"]
+                what += ["--minutes", str(PART_MINUTES)] + ([] if number == 0 else ["--cold-starts", "0"])
                 argv = script("benches", f"{module.__name__}.py", *what, "--json", out / f"{stage}.json", *options)
                 yield Stage(stage, [Command(name, argv)], seconds / 60, " ".join(sizes))
 

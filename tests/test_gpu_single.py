@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import gpu_api
 import pytest
 import torch
 from cases import DTYPES, OBJECTIVES, draw, mask_cells
+from gpu_api import moved
 from parity import equal_bits, run, three_way
 from step_cases import OLD_FORMS, SAMPLERS, STEP_DTYPES, draw_step
-from test_gpu import loss as loss_on_gpu
-from test_gpu import moved, pytestmark  # noqa: F401
+from test_gpu import pytestmark  # noqa: F401
 from test_gpu_step_loss import forward_and_backward
-from test_gpu_step_loss import on_gpu as step_loss_on_gpu
 
 import flowdppo_ops
 from flowdppo_ops import _native
@@ -40,8 +40,8 @@ def test_sizes(launched, rows, numel):
     """Of the largest a row is all that 132 multiprocessors keep; 300 rows are many turns of each team."""
     if rows * numel > 20_000_000:
         rows = 3
-    three_way(loss_on_gpu, draw((rows,), (numel,)))
-    three_way(step_loss_on_gpu, draw_step((rows,), (numel,), guidance=True, old_form="residual"))
+    three_way(gpu_api.loss, draw((rows,), (numel,)))
+    three_way(gpu_api.step_loss, draw_step((rows,), (numel,), guidance=True, old_form="residual"))
     assert launched == [rows] * 2
 
 
@@ -50,7 +50,7 @@ def test_sizes(launched, rows, numel):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_dtypes_of_steps(launched, sampler, old_form, dtypes):
     options = {"sampler": sampler, "old_form": old_form, "deterministic": True}
-    three_way(step_loss_on_gpu, draw_step((20,), (40_000,), dtypes=STEP_DTYPES[dtypes], **options))
+    three_way(gpu_api.step_loss, draw_step((20,), (40_000,), dtypes=STEP_DTYPES[dtypes], **options))
     assert launched == [20]
 
 
@@ -59,14 +59,14 @@ def test_dtypes_of_steps(launched, sampler, old_form, dtypes):
 def test_dtypes_of_means(launched, objective, dtypes):
     for source in ("sample", "sample and old"):
         options = {"objective": OBJECTIVES[objective], "source": source}
-        three_way(loss_on_gpu, draw((20,), (40_000,), dtypes=DTYPES[dtypes], **options))
+        three_way(gpu_api.loss, draw((20,), (40_000,), dtypes=DTYPES[dtypes], **options))
     assert launched == [20] * 2
 
 
 @pytest.mark.parametrize("numel", [520, 70_000])
 def test_bits_of_the_cpu_backend(numel):
     arguments, keep = mask_cells(numel)
-    mine = run(loss_on_gpu, arguments)
+    mine = run(gpu_api.loss, arguments)
     assert torch.equal(mine["keep"], keep)
     equal_bits(mine, run(flowdppo_ops.loss, arguments))
 
@@ -76,9 +76,9 @@ def test_bits_of_the_cpu_backend(numel):
 def test_gradients_of_any_upstream(monkeypatch, dtype, upstream):
     """Exactly the two kernels' own: the device decides whether anything is left to do."""
     arguments, _ = mask_cells(4096, dtype)
-    mine = run(loss_on_gpu, arguments, upstream=upstream)
+    mine = run(gpu_api.loss, arguments, upstream=upstream)
     monkeypatch.delenv(SWITCH)
-    equal_bits(mine, run(loss_on_gpu, arguments, upstream=upstream))
+    equal_bits(mine, run(gpu_api.loss, arguments, upstream=upstream))
 
 
 def test_same_bits_run_to_run():

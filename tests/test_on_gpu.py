@@ -184,8 +184,9 @@ def test_stages_fit_in_ten_minutes(on_gpu, tmp_path, capsys):
 def test_expected_seconds_follow_the_effort(on_gpu, monkeypatch):
     """A latent of a few bytes: graph, call and host, each provider and pass and the copy, in blocks of 5 + 2 ms."""
     operation = on_gpu.bench_policy_loss.OPERATIONS["policy_loss"]
-    compiling = sum(on_gpu.COMPILING_S.get(name, 0.0) for name in operation.providers)
-    series = 2 * len(operation.providers) + 1
+    tried = [name for name in operation.providers if name != "compile_max"]  # for that it is the wrong size
+    compiling = sum(on_gpu.COMPILING_S.get(name, 0.0) for name in tried)
+    series = 2 * len(tried) + 1
     seconds = on_gpu.case_seconds(operation, "small", "fp32") - on_gpu.CASE_S - compiling
     assert seconds == pytest.approx(3 * series * 10 * 0.007, rel=0.1)
     assert on_gpu.case_seconds(operation, "video64", "fp32") > on_gpu.case_seconds(operation, "video64", "bf16")

@@ -41,7 +41,8 @@ def a_mix_left_out() -> None:
     left_out = torch.bfloat16, torch.float32, torch.float16
     every_kernel.MIXES = [mix for mix in every_kernel.MIXES if mix != left_out]
     every_kernel.SIZES, every_kernel.ODD_SIZES = (7,), (9,)
-    kernels = [f"NEVER LAUNCHED  policy_loss_{way}_step_bf16_f32_f16" for way in ("forward", "backward")]
+    ways = "forward", "backward", "single"
+    kernels = [f"NEVER LAUNCHED  policy_loss_{way}_step_bf16_f32_f16" for way in ways]
     assert main("--count") == (1, kernels)
 
 

@@ -77,7 +77,7 @@ def backward(target=(0, 0), *, rows=3, numel=600, dtypes=None, forms=None, grad=
     grad_loss = 16 * KiB, "float32", 1, 1
     gradients = grad, grad_uncond
     _native.policy_loss_backward_cuda(
-        target, arrays_at(dtypes), forms, grad_loss, 48 * KiB, rows, numel, gradients, log_prob
+        target, arrays_at(dtypes), forms, grad_loss, 48 * KiB, rows, numel, gradients, log_prob, False
     )
 
 
