@@ -10,13 +10,14 @@ compared with float64 before anything is timed. See README.md beside this file.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import trainer_chain
-from runner import Operation, Outputs, compiled, doubled, main
+from runner import Inputs, Operation, Outputs, compiled, doubled, main, max_autotuned
 from torch import Tensor
 from trainer_chain import NOISE_LEVEL, wide
 
@@ -117,6 +118,19 @@ def package_loss(loss: Callable, i: LossInputs) -> Outputs:
     return (loss(i.mean, i.old_mean, i.advantages, **policy).loss,)
 
 
+def in_single_pass(call: Callable[[Inputs], Outputs]) -> Callable[[Inputs], Outputs]:
+    """With the package's switch on: 1 us of a call, and no change where a single pass does not take the latents."""
+
+    def switched(i: Inputs) -> Outputs:
+        os.environ["FLOWDPPO_OPS_SINGLE_PASS"] = "1"
+        try:
+            return call(i)
+        finally:
+            del os.environ["FLOWDPPO_OPS_SINGLE_PASS"]
+
+    return switched
+
+
 def triton_loss() -> Callable[[LossInputs], Outputs]:
     from triton_policy_loss import triton_policy_loss
 
@@ -133,12 +147,15 @@ def loss_truth(i: LossInputs, _provider: str) -> Outputs:
     return loss.detach(), i.mean.grad
 
 
-def loss_bytes(i: LossInputs, _provider: str, pass_: str) -> int:
-    """Forward reads mean, old mean and sample; backward reads mean and sample and writes the gradient.
+def loss_bytes(i: LossInputs, provider: str, pass_: str) -> int:
+    """Forward reads mean, old mean and sample; backward reads mean and sample and writes the gradient. A single pass
+    writes it in the forward.
 
     Row vectors are left out: 4 bytes beside 65536 elements.
     """
     forward = i.mean.nbytes + i.old_mean.nbytes + i.prev_sample.nbytes
+    if provider == "fused_single":
+        return forward + i.mean.nbytes
     return forward if pass_ == "forward" else forward + 2 * i.mean.nbytes + i.prev_sample.nbytes
 
 
@@ -229,9 +246,9 @@ def trainer_step_loss(sampler: str) -> Callable[[StepInputs], Outputs]:
     return loss
 
 
-def compiled_step_loss(sampler: str) -> Callable[[StepInputs], Outputs]:
+def compiled_step_loss(sampler: str, mode: str | None = None) -> Callable[[StepInputs], Outputs]:
     """The sigmas ready-made and the metrics never read: with the waits in it there would be a graph per metric."""
-    tensors = compiled(partial(trainer_tensors, sampler, trainer_limit(sampler)))
+    tensors = compiled(partial(trainer_tensors, sampler, trainer_limit(sampler)), mode)
 
     def loss(i: StepInputs) -> Outputs:
         return (tensors(i, wide(i.sigma, i.sample.shape), wide(i.sigma_next, i.sample.shape))[0],)
@@ -274,6 +291,8 @@ def step_bytes(i: StepInputs, provider: str, pass_: str) -> int:
     """Forward reads output, sample, next sample and old policy; backward the first three, and writes the gradient."""
     source = i.model_output.nbytes + i.sample.nbytes + i.prev_sample.nbytes
     forward = source + getattr(i, OLD_FORMS.get(provider, "old_mean")).nbytes
+    if provider == "fused_single":
+        return forward + i.model_output.nbytes
     return forward if pass_ == "forward" else forward + source + i.model_output.nbytes
 
 
@@ -289,9 +308,11 @@ def step_operation(name: str, sampler: str) -> Operation:
         providers={
             "eager": partial(trainer_step_loss, sampler),
             "compile": partial(compiled_step_loss, sampler),
+            "compile_max": max_autotuned(partial(compiled_step_loss, sampler)),
             **({"triton": triton_step} if sampler == "flow_sde" else {}),
             "fused": fused("old_mean"),
             **{provider: fused(form) for provider, form in OLD_FORMS.items()},
+            "fused_single": lambda: in_single_pass(fused("old_mean")()),
         },
         expected=partial(step_truth, sampler),
         bytes_moved=step_bytes,
@@ -309,8 +330,10 @@ OPERATIONS = {
         providers={
             "eager": lambda: trainer_loss,
             "compile": lambda: compiled(trainer_loss),
+            "compile_max": max_autotuned(partial(compiled, trainer_loss)),
             "triton": triton_loss,
             "fused": lambda: partial(package_loss, flowdppo_ops.loss),
+            "fused_single": lambda: in_single_pass(partial(package_loss, flowdppo_ops.loss)),
         },
         expected=loss_truth,
         bytes_moved=loss_bytes,

@@ -1,4 +1,4 @@
-"""Times `flowdppo_ops.sde_step` beside the trainers' scheduler step: eager and compiled.
+"""Times `flowdppo_ops.sde_step` beside the trainers' scheduler step: eager, compiled, in Triton.
 
     python benches/bench_sde_step.py [--ops sde_step_replay] [--sizes sd35 4x8] [--threads 2] [--json FILE]
     python benches/bench_sde_step.py --device cuda --json FILE
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import trainer_chain
-from runner import Operation, Outputs, compiled, doubled, main
+from runner import Operation, Outputs, compiled, doubled, main, max_autotuned
 from torch import Tensor
 from trainer_chain import NOISE_LEVEL, wide
 
@@ -76,9 +76,9 @@ def trainer_step(sampler: str, replay: bool) -> Callable[[StepInputs], Outputs]:
     return step
 
 
-def compiled_step(sampler: str, replay: bool) -> Callable[[StepInputs], Outputs]:
+def compiled_step(sampler: str, replay: bool, mode: str | None = None) -> Callable[[StepInputs], Outputs]:
     """The sigmas ready-made: their look-up waits for the device, twice a row."""
-    tensors = compiled(partial(trainer_tensors, sampler, replay))
+    tensors = compiled(partial(trainer_tensors, sampler, replay), mode)
     return lambda i: tensors(i, wide(i.sigma, i.sample.shape), wide(i.sigma_next, i.sample.shape))
 
 
@@ -94,6 +94,14 @@ def package_step(
         return step.log_prob, step.prev_sample_mean
     results = (step.prev_sample, step.log_prob, step.prev_sample_mean)
     return results if residual_dtype is None else (*results, step.residual)
+
+
+def triton_step(replay: bool) -> Callable[[StepInputs], Outputs]:
+    from triton_sde_step import triton_sde_draw, triton_sde_replay
+
+    step = triton_sde_replay if replay else triton_sde_draw
+    # sigma_max as a number: it stands in for a sigma of 1, which there is none of here.
+    return lambda i: step(i.model_output, i.sample, i.other, i.sigma, i.sigma_next, NOISE_LEVEL, 0.99)
 
 
 def truth(sampler: str, replay: bool, i: StepInputs, provider: str) -> Outputs:
@@ -131,6 +139,8 @@ def operation(name: str, sampler: str, replay: bool) -> Operation:
         providers={
             "eager": partial(trainer_step, sampler, replay),
             "compile": partial(compiled_step, sampler, replay),
+            "compile_max": max_autotuned(partial(compiled_step, sampler, replay)),
+            **({"triton": partial(triton_step, replay)} if sampler == "flow_sde" else {}),
             "fused": fused(None),
             **({} if replay else {"fused_residual": fused(torch.float16)}),
         },

@@ -114,7 +114,7 @@ class Row:
     cores_elsewhere: float | None  # processors busy with anything but this process while it was measured
     timing: str = "call"  # see `devices.Mode`; "cold start" and "first call": in a process of its own
     cache: str = "warm"
-    launches: int | None = None  # this and the next four: `devices.Costs` of one call
+    launches: int | None = None  # this and the next four: `devices.Costs` and `DeviceCounts` of one call
     sync_warnings: int | None = None
     stream_syncs: int | None = None
     dtoh_copies: int | None = None

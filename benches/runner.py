@@ -7,11 +7,14 @@ must move. Everything else, whatever the operation, is here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from cold_start import cold_start
 from counting import Counts, count
-from devices import Cpu, Cuda, Mode, graph_repeats
+from devices import Captured, Cpu, Cuda, DeviceCounts, Mode, graph_repeats
 from harness import Effort, Measured, Row, WrongAnswer, percentiles, write_json
 from torch import Tensor
 
@@ -35,7 +38,12 @@ SIZES = {
 }
 MACHINES = {"cpu": Cpu, "cuda": Cuda}
 PASSES = ("copy", "forward", "forward+backward")
-UNSEEN = ("compile", "triton")  # by the dispatcher: nothing to count there
+COMPILED = ("compile", "compile_max")
+UNSEEN = (*COMPILED, "triton")  # by the dispatcher: nothing to count there
+
+# Calls whose results are checked. One with CUDA graphs of its own runs without them in the first, records them in the
+# second, and replays them from the third on.
+CHECKED_CALLS = 3
 
 # Relative to the largest value, plus one rounding to the dtype of the result. fp32 eager is at 2e-7 and a loss without
 # its mask, or with ratio 1, is off by 2e-3 or more.
@@ -50,8 +58,11 @@ Outputs = tuple[Tensor, ...]
 
 
 class Provider(NamedTuple):
+    """in_graph: stands for `call` in a CUDA graph, where `call` replays graphs of its own: those cannot be captured."""
+
     name: str
     call: Callable[[Inputs], Outputs]
+    in_graph: Callable[[Inputs], Outputs] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Operation:
     dtypes: the names that `make_inputs` takes.
     make_inputs: `(shape, dtype name, device)` to a NamedTuple of tensors.
     providers: name to a function that makes a fresh `Inputs -> outputs`: a compiled one specialises on shape and dtype.
+        Or a pair of them, the second for CUDA graphs (`Provider.in_graph`).
     expected: inputs and provider to the right outputs in float64; the gradient is the last of them.
     bytes_moved: inputs, provider and pass to the bytes that must move, whatever the provider does.
     copied: the field that the memory copy copies.
@@ -74,7 +86,7 @@ class Operation:
     outputs: tuple[str, ...]
     dtypes: Sequence[str]
     make_inputs: Callable[[tuple[int, ...], str, torch.device], Inputs]
-    providers: Mapping[str, Callable[[], Callable[[Inputs], Outputs]]]
+    providers: Mapping[str, Callable[[], Callable[[Inputs], Outputs] | tuple[Callable, Callable]]]
     expected: Callable[[Inputs, str], Outputs]
     bytes_moved: Callable[[Inputs, str, str], int]
     copied: str
@@ -103,9 +115,10 @@ class Operation:
             getattr(i, self.leaf).grad = None
 
     def make_providers(self, names: Sequence[str]) -> list[Provider]:
-        if "compile" in names:  # else the compiler would be imported for nothing: 1.5 s of a cold start
+        if any(name in COMPILED for name in names):  # else the compiler's import is for nothing: 1.5 s of a cold start
             torch.compiler.reset()
-        return [Provider(name, self.providers[name]()) for name in names]
+        made = {name: self.providers[name]() for name in names}
+        return [Provider(name, *(one if isinstance(one, tuple) else (one,))) for name, one in made.items()]
 
 
 def doubled(i: Inputs) -> Inputs:
@@ -118,18 +131,65 @@ def copies(i: Inputs, times: int) -> list[Inputs]:
     return [i, *(type(i)(*(t.detach().clone().requires_grad_(t.requires_grad) for t in i)) for _ in range(times - 1))]
 
 
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True, dynamic=False)
+def compiled(function: Callable, mode: str | None = None) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+def max_autotuned(make: Callable[[str], Callable[[Inputs], Outputs]]) -> Callable[[], tuple[Callable, Callable]]:
+    """A `compile_max` provider, from a function that compiles in a mode: the call that a user would make, whose kernels
+    are replayed in CUDA graphs of its own, and one that can be captured: the same kernels without them.
+    """
+
+    def both() -> tuple[Callable, Callable]:
+        replaying = make("max-autotune")
+
+        def call(i: Inputs) -> Outputs:
+            # Else a forward that no backward follows is taken for unfinished: no graph is replayed, and all are kept.
+            torch.compiler.cudagraph_mark_step_begin()
+            return replaying(i)
+
+        return call, make("max-autotune-no-cudagraphs")
+
+    return both
 
 
 def check(operation: Operation, provider: Provider, i: Inputs, expected: Outputs) -> None:
-    """Raises WrongAnswer unless outputs and gradient are those of float64, to `TOLERANCE` and the outputs' dtypes."""
-    operation.forget(i)
-    poison(getattr(i, operation.copied))
-    outputs = operation.run(operation.passes[-1], provider.call, i)
-    if len(outputs) != len(expected):
-        raise WrongAnswer(f"{provider.name}: {len(outputs)} results, wanted {len(expected)}")
-    check_outputs(operation, provider.name, outputs, expected)
+    """Raises WrongAnswer unless outputs and gradient are those of float64, to `TOLERANCE` and the outputs' dtypes.
+
+    Each time the results are overwritten with NaN: who returns the same memory again must have written it again.
+    """
+    for _ in range(CHECKED_CALLS):
+        operation.forget(i)
+        poison(getattr(i, operation.copied))
+        outputs = operation.run(operation.passes[-1], provider.call, i)
+        if len(outputs) != len(expected):
+            raise WrongAnswer(f"{provider.name}: {len(outputs)} results, wanted {len(expected)}")
+        check_outputs(operation, provider.name, outputs, expected)
+        overwrite(outputs)
+        del outputs  # a graph that is recorded or replayed in the next call finds nothing of this one alive
+
+
+def overwrite(outputs: Outputs) -> None:
+    for output in outputs:
+        output.detach().fill_(math.nan)
+
+
+def checked_and_counted(
+    operation: Operation, provider: Provider, i: Inputs, expected: Outputs, machine: Cpu | Cuda
+) -> dict[tuple[str, str], dict[str, int | None]]:
+    """Provider and pass to the counts of a row. Raises WrongAnswer."""
+    check(operation, provider, i, expected)
+    if provider.in_graph:
+        check(operation, Provider(f"{provider.name} for a graph", provider.in_graph), i, expected)
+    counts = {}
+    for pass_ in operation.passes:
+        call = partial(operation.run, pass_, provider.call, i)
+        seen = Counts() if provider.name in UNSEEN else count(call, getattr(i, operation.copied).numel())
+        costs = machine.costs(call, partial(operation.forget, i))
+        if provider.in_graph:  # its graphs' memory was allocated when they were recorded
+            costs = costs._replace(peak_bytes=None)
+        counts[provider.name, pass_] = costs._asdict() | seen._asdict()
+    return counts
 
 
 def check_outputs(operation: Operation, name: str, outputs: Outputs, expected: Outputs) -> None:
@@ -160,81 +220,125 @@ def bench(
     facts: dict[str, str],
     machine: Cpu | Cuda,
     names: Sequence[str],
+    failures: list[str],
 ) -> list[Row]:
-    """All modes, providers and passes of one shape and dtype, the providers of a mode interleaved; a row each."""
-    i = operation.make_inputs(shape, dtype, machine.device)
-    chosen = operation.make_providers(names)
-    expected = {one.name: operation.expected(i, one.name) for one in chosen}
-    for provider in chosen:
-        check(operation, provider, i, expected[provider.name])
+    """All modes, providers and passes of one shape and dtype, the providers of a mode interleaved; a row each.
 
-    copied: Tensor = getattr(i, operation.copied)
+    A provider whose answer is wrong, or that cannot be run, is not timed; `failures` says which, and why.
+    """
+    i = operation.make_inputs(shape, dtype, machine.device)
+    chosen: list[Provider] = []
+    expected: dict[str, Outputs] = {}
     counts: dict[tuple[str, str], dict[str, int | None]] = {}
-    for one, pass_ in itertools.product(chosen, operation.passes):
-        call = partial(operation.run, pass_, one.call, i)
-        seen = Counts() if one.name in UNSEEN else count(call, copied.numel())
-        counts[one.name, pass_] = machine.costs(call, partial(operation.forget, i))._asdict() | seen._asdict()
+    for provider in operation.make_providers(names):
+        expected[provider.name] = operation.expected(i, provider.name)
+        with noted(failures, provider.name):
+            counts |= checked_and_counted(operation, provider, i, expected[provider.name], machine)
+            chosen.append(provider)
+
     rows = []
-    for mode in machine.modes(copied.nbytes):
-        sets = copies(i, mode.sets)
-        calls = {
-            (one.name, pass_): [partial(operation.run, pass_, one.call, each) for each in sets]
-            for one, pass_ in itertools.product(chosen, operation.passes)
-        }
-        sources = [getattr(each, operation.copied).detach() for each in sets]
-        calls["copy", "copy"] = [partial(copy_into, torch.empty_like(source), source) for source in sources]
-        if mode.timing == "graph":
-            # A call that waits for the device cannot be captured: it has no times of this kind.
-            capturable = {key: of_sets for key, of_sets in calls.items() if not counts.get(key, {}).get("host_syncs")}
-            timed = measure_graphs(operation, machine, mode, capturable, expected, effort)
-        else:
-            timed = machine.measure(mode, calls, effort)
-        rows += [
-            Row(
-                op=operation.name,
-                shape=shape,
-                dtype=dtype,
-                provider=provider,
-                pass_=pass_,
-                **percentiles(us),
-                repeats=len(us),
-                bytes=2 * copied.nbytes if provider == "copy" else operation.bytes_moved(i, provider, pass_),
-                threads=torch.get_num_threads(),
-                cores_elsewhere=timed.cores_elsewhere,
-                timing=mode.timing,
-                cache=mode.cache,
-                **counts.get((provider, pass_), {}),
-                **facts,
-            )
-            for (provider, pass_), us in timed.samples.items()
-        ]
+    for mode in machine.modes(getattr(i, operation.copied).nbytes) if chosen else []:
+        with noted(failures, f"{mode.timing}, {mode.cache}"):
+            timed = measured(operation, machine, mode, chosen, counts, i, expected, effort, failures)
+            rows += [
+                Row(
+                    op=operation.name,
+                    shape=shape,
+                    dtype=dtype,
+                    provider=provider,
+                    pass_=pass_,
+                    **percentiles(us),
+                    repeats=len(us),
+                    bytes=bytes_of(operation, i, provider, pass_),
+                    threads=torch.get_num_threads(),
+                    cores_elsewhere=timed.cores_elsewhere,
+                    timing=mode.timing,
+                    cache=mode.cache,
+                    **counts.get((provider, pass_), {}),
+                    **facts,
+                )
+                for (provider, pass_), us in timed.samples.items()
+            ]
     return rows
+
+
+def bytes_of(operation: Operation, i: Inputs, provider: str, pass_: str) -> int:
+    return 2 * getattr(i, operation.copied).nbytes if provider == "copy" else operation.bytes_moved(i, provider, pass_)
+
+
+def measured(
+    operation: Operation,
+    machine: Cpu | Cuda,
+    mode: Mode,
+    chosen: Sequence[Provider],
+    counts: Mapping[tuple[str, str], dict[str, int | None]],
+    i: Inputs,
+    expected: dict[str, Outputs],
+    effort: Effort,
+    failures: list[str],
+) -> Measured:
+    """Every provider and pass, and the copy, in one mode. A graph adds what it holds to `counts`."""
+    sets = copies(i, mode.sets)
+    in_graph = mode.timing == "graph"
+    calls = {
+        (one.name, pass_): [
+            partial(operation.run, pass_, (in_graph and one.in_graph) or one.call, each) for each in sets
+        ]
+        for one, pass_ in itertools.product(chosen, operation.passes)
+    }
+    sources = [getattr(each, operation.copied).detach() for each in sets]
+    calls["copy", "copy"] = [partial(copy_into, torch.empty_like(source), source) for source in sources]
+    if not in_graph:
+        return machine.measure(mode, calls, effort)
+    # A call that waits for the device cannot be captured: it has no times of this kind.
+    capturable = {key: of_sets for key, of_sets in calls.items() if not counts.get(key, {}).get("host_syncs")}
+    captured = capture(operation, machine, mode, capturable, expected, failures)
+    for key in counts.keys() & captured.keys():
+        counts[key].update(captured[key].seen._asdict())
+    return machine.measure_captured(captured, effort)
 
 
 def copy_into(target: Tensor, source: Tensor) -> Outputs:
     return (target.copy_(source),)
 
 
-def measure_graphs(
+def capture(
     operation: Operation,
     machine: Cuda,
     mode: Mode,
     calls: dict[tuple[str, str], list[Callable[[], Outputs]]],
     expected: dict[str, Outputs],
-    effort: Effort,
-) -> Measured:
+    failures: list[str],
+) -> dict[tuple[str, str], Captured]:
     """Captures each series once; what its graph writes is filled with NaN, then checked after a replay."""
     times = graph_repeats(mode, calls["copy", "copy"][0]()[0].nbytes)
-    captured = {key: machine.capture(of_sets, times) for key, of_sets in calls.items()}
-    for (provider, pass_), graph in captured.items():
-        if provider == "copy":
-            continue
-        for output in itertools.chain(*graph.outputs):
-            output.fill_(math.nan)
-        graph.replay()
-        for outputs in graph.outputs:
-            check_outputs(operation, f"{provider} {pass_} in a graph", outputs, expected[provider])
-    return machine.measure_captured(captured, effort)
+    captured = {}
+    for (provider, pass_), of_sets in calls.items():
+        what = f"{provider} {pass_} in a graph"
+        with noted(failures, what):
+            graph = machine.capture(of_sets, times)
+            if provider != "copy":
+                overwrite(tuple(itertools.chain(*graph.outputs)))
+                graph.replay()
+                for outputs in graph.outputs:
+                    check_outputs(operation, what, outputs, expected[provider])
+            captured[provider, pass_] = graph
+    return captured
+
+
+@contextlib.contextmanager
+def noted(failures: list[str], what: str) -> Iterator[None]:
+    """What fails in here is left out; the rest of the run is worth having all the same."""
+    try:
+        yield
+    except WrongAnswer as error:
+        failures.append(f"wrong answer, not timed: {error}")
+    except Exception as error:
+        traceback.print_exc()
+        failures.append(f"{what}: left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    else:
+        return
+    print(failures[-1], file=sys.stderr, flush=True)
 
 
 def cold_starts(
@@ -249,17 +353,18 @@ def cold_starts(
 ) -> list[Row]:
     """Two rows a provider, each the wait for the first results, in `repeats` fresh processes.
 
-    "cold start" counts from the first import, "first call" from when everything but the provider is there. `module`:
-    the bench file whose `OPERATIONS` has the operation.
+    "cold start" counts from the first import, "first call" from when everything but the provider is there, with what
+    the profiler saw of a later call. `module`: the bench file whose `OPERATIONS` has the operation.
     """
     rows = []
     pass_ = operation.passes[-1]
     i = operation.make_inputs(shape, dtype, machine.device)
     for name in names:
         runs = [cold_start(module, operation.name, name, shape, dtype, machine.name) for _ in range(repeats)]
-        for timing, seconds in (
-            ("cold start", [run["finished"] for run in runs]),
-            ("first call", [run["finished"] - run["ready"] for run in runs]),
+        seen = DeviceCounts(**runs[-1].get("seen", {}))
+        for timing, seconds, counts in (
+            ("cold start", [run["finished"] for run in runs], DeviceCounts()),
+            ("first call", [run["finished"] - run["ready"] for run in runs], seen),
         ):
             rows.append(
                 Row(
@@ -275,6 +380,7 @@ def cold_starts(
                     cores_elsewhere=None,
                     timing=timing,
                     cache="cold",
+                    **counts._asdict(),
                     **facts,
                 )
             )
@@ -355,7 +461,9 @@ def main(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     parser.add_argument("--quick", action="store_true", help="few repeats: to see that it works, not for numbers")
     parser.add_argument("--libc-malloc", action="store_true", help="leave malloc as it is: adds luck with page faults")
-    parser.add_argument("--cold-starts", type=int, help="fresh processes per provider (default: 3 on cuda, 0 on cpu)")
+    parser.add_argument("--cold-starts", type=int, help="fresh processes per provider (default: 1 on cuda, 0 on cpu)")
+    parser.add_argument("--no-cases", action="store_true", help="cold starts alone")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after that; default: no end")
     parser.add_argument("--commit", help="what git would say, for a copy of the tree without it")
     args = parser.parse_args(argv)
     wanted = args.providers or [name for name in providers if name not in MACHINES[args.device].lacks]
@@ -363,8 +471,9 @@ def main(
         parser.exit(2, f"{module}: --device cuda: torch {torch.__version__} finds no usable CUDA device\n")
     if "triton" in wanted and importlib.util.find_spec("triton") is None:
         parser.exit(2, f"{module}: triton is not installed; name the others with --providers\n")
-    if "triton" in wanted and args.device == "cpu":
-        parser.exit(2, f"{module}: triton runs on --device cuda alone\n")
+    for name in wanted:
+        if name in MACHINES[args.device].lacks:
+            parser.exit(2, f"{module}: {name} runs on --device cuda alone\n")
 
     torch.set_num_threads(args.threads)
     machine = Cpu(args.libc_malloc) if args.device == "cpu" else MACHINES[args.device]()
@@ -374,6 +483,23 @@ def main(
         f"flowdppo_ops {facts['flowdppo_ops']} at {facts['commit']}  {facts['environment']}".rstrip()
     )
     rows: list[Row] = []
+    failures: list[str] = []
+    end = time.monotonic() + 60 * args.minutes
+
+    def in_time(what: str) -> bool:
+        if time.monotonic() < end:
+            return True
+        print(f"\nno time left for {what}")
+        return False
+
+    def names_of(operation: Operation, shape: tuple[int, ...], dtype: str) -> list[str]:
+        """Who was named; else all, but for those that a case of this kind is not worth the time of."""
+
+        def worthwhile(name: str) -> bool:
+            sizes = None if args.providers else machine.seldom.get(name)
+            return sizes is None or (dtype == operation.dtypes[0] and shape in map(SIZES.get, sizes))
+
+        return [name for name in operation.providers if name in wanted and worthwhile(name)]
 
     def add(new: list[Row]) -> None:
         rows.extend(new)
@@ -383,22 +509,35 @@ def main(
     shapes = args.sizes or [SIZES[name] for name in machine.sizes]
     repeats = machine.cold_starts if args.cold_starts is None else args.cold_starts
     for operation in map(operations.get, args.ops):
-        names = [name for name in operation.providers if name in wanted]
         cases = list(itertools.product(shapes, [name for name in operation.dtypes if name in args.dtypes]))
-        for shape, dtype in cases:
-            effort = machine.quick if args.quick else machine.full
-            try:
-                with machine.session():
-                    new = bench(operation, shape, dtype, effort, facts, machine, names)
-            except WrongAnswer as error:
-                sys.exit(f"{module}: wrong answer, not timed: {error}")
-            print(reports(new), flush=True)
-            add(new)
+        for shape, dtype in [] if args.no_cases else cases:
+            case = f"{operation.name} {list(shape)} {dtype}"
+            if not in_time(case):
+                continue
+            start, effort = time.monotonic(), machine.quick if args.quick else machine.full
+            of_case: list[str] = []
+            with noted(of_case, case), machine.session():
+                names = names_of(operation, shape, dtype)
+                new = bench(operation, shape, dtype, effort, facts, machine, names, of_case)
+                if new:
+                    add(new)
+                    print(reports(new))
+            print(f"  {time.monotonic() - start:.0f} s for this case", flush=True)
+            failures += [f"{case}: {failure}" for failure in of_case]
         if repeats > 0 and cases:
             shape, dtype = cases[0]
-            new = cold_starts(module, operation, shape, dtype, repeats, facts, machine, names)
-            print(f"\n{operation.name} {list(shape)} {dtype}: seconds to the first results in a fresh process")
-            for row in new:
-                print(f"  {row.timing:<12}{row.provider:<16}{row.p50_us / 1e6:8.2f}")
-            add(new)
+            case = f"{operation.name} {list(shape)} {dtype}"
+            print(f"\n{case}: seconds to the first results in a fresh process")
+            for name in names_of(operation, shape, dtype):
+                if args.providers is None and name in machine.seldom:  # a minute or so a process
+                    continue
+                if not in_time(f"the cold start of {name}"):
+                    continue
+                with noted(failures, f"{case}: cold start of {name}"):
+                    new = cold_starts(module, operation, shape, dtype, repeats, facts, machine, [name])
+                    for row in new:
+                        print(f"  {row.timing:<12}{row.provider:<16}{row.p50_us / 1e6:8.2f}", flush=True)
+                    add(new)
+    if failures:
+        sys.exit("\n".join(f"{module}: {failure}" for failure in failures))
     return rows

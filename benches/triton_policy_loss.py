@@ -11,79 +11,37 @@ For a row of `N` latent elements, with `mu` the new mean, `mu°` the old, `x'` t
 With STEP the mean is that of Flow-SDE, `mu = a x + b v`, formed from the model's output `v` and the sample `x` as they
 are read; `a`, `b` and `std` come from the row's sigmas in every program, and the gradient is multiplied by `b`.
 
-Forward, one launch: a row is split over SPLITS programs, each leaves (sum of d, sum of p) in `partials`; the program
-that draws the last ticket adds them up in a fixed order and ends with the loss. A second kernel for that would cost a
-launch (1 to 2 us inside a CUDA graph) beside a forward of 3 us. Backward, one launch: reads `mu` (or `v` and `x`) and
-`x'`, writes the gradient in the dtype of `mu` or `v`; a blocked row is written without being read.
+Forward, one launch: each program leaves (sum of d, sum of p), the last one ends with the loss (`triton_rows.py`).
+Backward, one launch: reads `mu` (or `v` and `x`) and `x'`, writes the gradient in the dtype of `mu` or `v`; a blocked
+row is written without being read.
 
 For the benches alone. Against `flowdppo_ops` it leaves out the log-prob, all metrics, every check and every option. It
-needs contiguous latents and one stream at a time (the tickets are shared by all calls on a device).
+needs contiguous latents and one stream at a time.
 """
 
 from __future__ import annotations
-
-import functools
-import os
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-MAX_SPLITS = 256
-_EPILOGUE_TILE = 4096  # partials that the last program adds up at once: 32 a thread
-
-# Blocks of 8 to 32 elements a thread: 1 to 8 loads of 16 bytes in flight per tensor. STAGES 3 loads ahead through
-# shared memory (cp.async), 1 leaves that to the occupancy. `_worthwhile` leaves 24 of them for a size; to compile one
-# takes 0.4 s of cold start.
-_FORWARD = [
-    triton.Config({"BLOCK": block, "SPLITS": splits, "STAGES": stages}, num_warps=warps)
-    for block, warps in ((1024, 4), (2048, 4), (4096, 8), (8192, 8))
-    for stages in (1, 3)
-    for splits in (1, 2, 4, 8, 16, 32, 64, 128, 256)
-]
-_BACKWARD = [
-    triton.Config({"BLOCK": block}, num_warps=warps)
-    for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8))
-]
-# L2-cold, as Triton's own; for a third of its time, as 24 candidates of 125 ms each are 3 s of cold start.
-_TIMED = functools.partial(triton.testing.do_bench, warmup=10, rep=30)
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU nothing can be tuned: the first one is taken
-
-
-def _worthwhile(configs, arguments, **_):
-    """Keeps the splits that make one, two or four programs per multiprocessor, none of them without work."""
-    rows, numel = arguments["rows"], arguments["numel"]
-    processors = torch.cuda.get_device_properties(arguments["source"].device).multi_processor_count
-
-    def wanted(config) -> set[int]:
-        most = min(MAX_SPLITS, _power_of_2_up_to(triton.cdiv(numel, config.kwargs["BLOCK"])))
-        return {min(most, _power_of_2_up_to(max(1, waves * processors // rows))) for waves in (1, 2, 4)}
-
-    return [config for config in configs if config.kwargs["SPLITS"] in wanted(config)]
-
-
-def _power_of_2_up_to(n: int) -> int:
-    return 1 << (n.bit_length() - 1)
-
-
-@triton.jit
-def _flow_sde(sigma, sigma_next, noise_level, sigma_max):
-    """`a`, `b` and the variance of a step."""
-    dt = sigma_next - sigma
-    q_squared = noise_level * noise_level * sigma / (1.0 - tl.where(sigma == 1.0, sigma_max, sigma))
-    a = 1.0 + q_squared / (2.0 * sigma) * dt
-    b = (1.0 + q_squared * (1.0 - sigma) / (2.0 * sigma)) * dt
-    return a, b, -q_squared * dt
-
-
-@triton.autotune(
-    configs=_FORWARD[:1] if _INTERPRETED else _FORWARD,
-    key=["rows", "numel", "STEP"],
-    prune_configs_by={"early_config_prune": _worthwhile},
-    do_bench=_TIMED,
+from triton_rows import (
+    BLOCKS,
+    MAX_SPLITS,
+    SPLIT,
+    Schedule,
+    flow_sde,
+    is_last,
+    need_contiguous,
+    share,
+    summed,
+    ticket_of,
+    tile_rows,
+    tuned,
 )
+
+
+@tuned(SPLIT, "STEP")
 @triton.jit
 def _forward_kernel(
     source,  # [rows, numel] fp32, bf16 or fp16, as the next three: mean, or with STEP the model's output
@@ -110,13 +68,9 @@ def _forward_kernel(
     STEP: tl.constexpr,
 ):
     program = tl.program_id(0)
-    row, split = program // SPLITS, program % SPLITS
-    base = row.to(tl.int64) * numel
-    span = tl.cdiv(tl.cdiv(numel, SPLITS), BLOCK) * BLOCK
-    begin = split * span
-    end = tl.minimum(begin + span, numel)
+    row, base, begin, end = share(program, numel, BLOCK, SPLITS)
     if STEP:
-        a, b, _ = _flow_sde(tl.load(sigma + row), tl.load(sigma_next + row), noise_level, sigma_max)
+        a, b, _ = flow_sde(tl.load(sigma + row), tl.load(sigma_next + row), noise_level, sigma_max)
 
     drift_squared = tl.zeros([BLOCK], dtype=tl.float32)
     drift_innovation = tl.zeros([BLOCK], dtype=tl.float32)
@@ -134,22 +88,17 @@ def _forward_kernel(
     tl.store(partials + program, tl.sum(drift_squared, axis=0))
     tl.store(partials + rows * SPLITS + program, tl.sum(drift_innovation, axis=0))
 
-    tl.debug_barrier()  # the ticket is drawn by one thread: the others' stores must have been made before it
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == rows * SPLITS - 1:
+    if is_last(ticket, rows * SPLITS):
         total = tl.zeros([TILE_ROWS], dtype=tl.float32)
         for first in range(0, rows, TILE_ROWS):
             r = first + tl.arange(0, TILE_ROWS)
             here = r < rows
-            at = r[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-            # .cg: from the L2, where the other multiprocessors' stores are
-            d = tl.load(partials + at, mask=here[:, None], other=0.0, cache_modifier=".cg")
-            p = tl.load(partials + rows * SPLITS + at, mask=here[:, None], other=0.0, cache_modifier=".cg")
-            d = tl.sum(d, axis=1) / numel
-            p = tl.sum(p, axis=1) / numel
+            d = summed(partials, r, here, SPLITS) / numel
+            p = summed(partials + rows * SPLITS, r, here, SPLITS) / numel
             advantage = tl.load(advantages + r, mask=here, other=0.0)
             if STEP:
                 now, following = tl.load(sigma + r, mask=here, other=0.5), tl.load(sigma_next + r, mask=here, other=0.0)
-                _shift, slope, variance = _flow_sde(now, following, noise_level, sigma_max)
+                _shift, slope, variance = flow_sde(now, following, noise_level, sigma_max)
             else:
                 deviation = tl.load(std + r, mask=here, other=1.0)
                 slope, variance = 1.0, deviation * deviation
@@ -169,11 +118,7 @@ def _forward_kernel(
         tl.store(ticket, 0)
 
 
-@triton.autotune(
-    configs=_BACKWARD[:1] if _INTERPRETED else _BACKWARD,
-    key=["rows", "numel", "STEP"],
-    do_bench=_TIMED,
-)
+@tuned(BLOCKS, "STEP")
 @triton.jit
 def _backward_kernel(
     source,  # as in the forward
@@ -202,23 +147,11 @@ def _backward_kernel(
         coefficient *= tl.load(grad_loss)
         mu = tl.load(source + base + column, mask=inside, other=0.0).to(tl.float32)
         if STEP:
-            a, b, _ = _flow_sde(tl.load(sigma + row), tl.load(sigma_next + row), noise_level, sigma_max)
+            a, b, _ = flow_sde(tl.load(sigma + row), tl.load(sigma_next + row), noise_level, sigma_max)
             mu = a * tl.load(sample + base + column, mask=inside, other=0.0).to(tl.float32) + b * mu
         x = tl.load(prev_sample + base + column, mask=inside, other=0.0).to(tl.float32)
         grad = coefficient * (x - mu)
     tl.store(grad_source + base + column, grad.to(grad_source.dtype.element_ty), mask=inside)
-
-
-@functools.cache
-def _ticket(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-class _Schedule(NamedTuple):
-    sigma: Tensor  # [rows] fp32
-    sigma_next: Tensor
-    noise_level: float
-    sigma_max: float
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -231,7 +164,7 @@ class _PolicyLoss(torch.autograd.Function):
         partials = torch.empty(2 * rows * MAX_SPLITS, dtype=torch.float32, device=source.device)
         # What a kernel does not read must be a tensor all the same.
         ctx.step = schedule is not None
-        ctx.schedule = schedule or _Schedule(advantages, advantages, 0.0, 0.0)
+        ctx.schedule = schedule or Schedule(advantages, advantages, 0.0, 0.0)
         ctx.sample = source if sample is None else sample
 
         def grid(config):
@@ -249,10 +182,10 @@ class _PolicyLoss(torch.autograd.Function):
             loss,
             numbers,
             partials,
-            _ticket(source.device),
+            ticket_of(source.device),
             rows,
             numel,
-            TILE_ROWS=min(triton.next_power_of_2(rows), _EPILOGUE_TILE // MAX_SPLITS),
+            TILE_ROWS=tile_rows(rows),
             STEP=ctx.step,
         )
         ctx.save_for_backward(source, prev_sample, numbers)
@@ -292,10 +225,8 @@ def loss_and_numbers(
 
     `source` is the mean, with `std`; or the model's output, with `sample` and `schedule`.
     """
-    for latents in (source, sample, prev_sample, old_mean):
-        if latents is not None and not latents.is_contiguous():
-            raise ValueError("triton_policy_loss: latents must be contiguous")
-    schedule = None if schedule is None else _Schedule(*schedule)
+    need_contiguous(source, sample, prev_sample, old_mean)
+    schedule = None if schedule is None else Schedule(*schedule)
     loss, numbers = _PolicyLoss.apply(source, sample, prev_sample, old_mean, advantages, std, schedule, threshold)
     return loss, numbers.view(4, -1)
 

@@ -313,7 +313,7 @@ mod tests {
         assert_eq!(teams(16, 65_536), Some((16, 16)));
         assert_eq!(teams(2, 2_096_640), Some((1, 264)));
         assert_eq!(teams(16, 4_838_400), Some((1, 264)));
-        assert_eq!(teams(3000, 520), Some((250, 1)));
+        assert_eq!(teams(3000, 520), Some((264, 1)));
     }
 
     #[test]

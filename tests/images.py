@@ -149,9 +149,9 @@ def _loads_in_flight(loop: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    print(f"{'image':22}{'kernel':32}{'registers':>10}{'stack':>7}{'local':>7}{'loads':>7}{'stores':>8}{'code':>9}")
+    print(f"{'image':27}{'kernel':42}{'registers':>10}{'stack':>7}{'local':>7}{'loads':>7}{'stores':>8}{'code':>9}")
     for image_name, content in cubins().items():
         instructions = memory(content) if disassembler() else {}
         for kernel, r in sorted(resources(content).items()):
             m = instructions.get(kernel, ("",) * 3)
-            print(f"{image_name:22}{kernel:32}{r.registers:10}{r.stack:7}{m[0]:7}{m[1]:7}{m[2]:8}{r.code:9}")
+            print(f"{image_name:27}{kernel:42}{r.registers:10}{r.stack:7}{m[0]:7}{m[1]:7}{m[2]:8}{r.code:9}")

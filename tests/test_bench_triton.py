@@ -1,4 +1,4 @@
-"""The Triton rival of the benches: its answers through Triton's interpreter, and that it compiles for a GPU.
+"""The Triton rivals of the benches: their answers through Triton's interpreter, and that they compile for a GPU.
 
 Each in a process of its own: Triton decides at import whether it interprets, and only one backend can be had.
 """
@@ -26,14 +26,24 @@ THRESHOLD = 1e-3
 # blocks and remainders; the interpreter takes the one configuration it is given instead of tuning.
 ANSWER = """
 import sys
-import torch, triton
+import torch, triton, triton_rows
 import triton_policy_loss as bench
+import triton_sde_step as sde
 file, threshold = sys.argv[1], float(sys.argv[2])
 answers = []
 for case in torch.load(file):
     block, splits, stages = case["config"]
-    bench._forward_kernel.configs = [triton.Config({"BLOCK": block, "SPLITS": splits, "STAGES": stages})]
-    bench._backward_kernel.configs = [triton.Config({"BLOCK": block})]
+    for module in (bench, sde):
+        module._forward_kernel.configs = [triton.Config({"BLOCK": block, "SPLITS": splits, "STAGES": stages})]
+        module._backward_kernel.configs = [triton.Config({"BLOCK": block})]
+    if "noise" in case:
+        step = [case[name] for name in ("sigma", "sigma_next", "noise_level", "sigma_max")]
+        output = case["output"].requires_grad_()
+        drawn = sde.triton_sde_draw(output.detach(), case["sample"], case["noise"], *step)
+        replayed = sde.triton_sde_replay(output, case["sample"], drawn[0], *step)
+        torch.autograd.backward(replayed, (case["grad_log_prob"], case["grad_mean"]))
+        answers.append(dict(drawn=drawn, replayed=[one.detach() for one in replayed], grad=output.grad))
+        continue
     mean = case["mean"].requires_grad_()
     if "sample" in case:
         schedule = (case["sigma"], case["sigma_next"], case["noise_level"], case["sigma_max"])
@@ -49,7 +59,7 @@ for case in torch.load(file):
         again, numbers = bench.loss_and_numbers(*latents, case["advantages"], std.reshape(-1), None, threshold)
     (3 * loss).backward()
     ratio, kl, keep, _ = numbers.detach()
-    tickets = bench._ticket(mean.device).item()
+    tickets = triton_rows.ticket_of(mean.device).item()
     answers.append(dict(loss=loss.detach(), again=again.detach(), grad=mean.grad, ratio=ratio, kl=kl, keep=keep != 0,
                         tickets=tickets))
 torch.save(answers, file + ".answers")
@@ -105,6 +115,24 @@ def draw_step(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Ten
     return case | schedule | policy | {"sample": sample}
 
 
+def draw_sde(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`sde_step`: the output of the dtype under test, the sample of another, the rest float32. The first sigma is 1."""
+    generator = torch.Generator().manual_seed(0)
+    output, sample, noise, grad_mean = (torch.randn(shape, generator=generator) for _ in range(4))
+    rows, sigma = shape[0], torch.linspace(1.0, 0.3, shape[0])
+    return {
+        "output": output.to(dtype),
+        "sample": sample.to({torch.float32: torch.float16}.get(dtype, torch.float32)),
+        "noise": noise,
+        "sigma": sigma,
+        "sigma_next": sigma - 0.1,
+        "noise_level": 0.7,
+        "sigma_max": 0.95,
+        "grad_log_prob": torch.linspace(-1.0, 2.0, rows) * sample[0].numel(),  # both parts of the gradient count
+        "grad_mean": grad_mean,
+    }
+
+
 def on_policy() -> dict[str, torch.Tensor]:
     case = draw((5, 33), torch.float32)
     return case | {"mean": case["old_mean"].clone()}
@@ -127,7 +155,7 @@ def process(program: str, *arguments: str, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
+def answered(tmp_path_factory):
     """`[(inputs, answer)]`, from one interpreter for all: its start takes longer than the cases."""
     cases = [
         draw(shape, DTYPES[(at + turn) % 3]) | {"config": config}
@@ -140,11 +168,21 @@ def answers(tmp_path_factory):
         draw_step(shape, DTYPES[turn % 3]) | {"config": CONFIGS[turn % len(CONFIGS)]}
         for turn, shape in enumerate(SHAPES)
     ]
+    cases += [
+        draw_sde(shape, DTYPES[turn % 3]) | {"config": CONFIGS[(turn + 1) % len(CONFIGS)]}
+        for turn, shape in enumerate(SHAPES)
+    ]
     cases += [mixed | {"config": CONFIGS[1]}, on_policy() | {"config": CONFIGS[1]}]
     file = str(tmp_path_factory.mktemp("triton") / "cases.pt")
     torch.save(cases, file)
     process(ANSWER, file, str(THRESHOLD), TRITON_INTERPRET="1")
     return list(zip(cases, torch.load(file + ".answers"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def answers(answered):
+    """Of the losses."""
+    return [(case, answer) for case, answer in answered if "noise" not in case]
 
 
 def reference(case: dict[str, torch.Tensor], dtype: torch.dtype):
@@ -210,12 +248,38 @@ def test_same_bits_again_and_the_ticket_is_back(answers):
         assert answer["tickets"] == 0
 
 
+def test_sde_step_agrees_with_float64(answered):
+    steps = [(case, answer) for case, answer in answered if "noise" in case]
+    assert len(steps) == len(SHAPES)
+    for case, answer in steps:
+        what = f"shape {list(case['output'].shape)}, {case['output'].dtype}, BLOCK, SPLITS, STAGES {case['config']}"
+        prev_sample, log_prob, mean = answer["drawn"]
+        assert prev_sample.dtype == case["sample"].dtype, what
+        assert torch.equal(log_prob, answer["replayed"][0]), what  # scored as it is stored
+        assert torch.equal(mean, answer["replayed"][1]), what
+
+        output = case["output"].detach().double().requires_grad_()
+        schedule = {name: case[name].double() for name in ("sigma", "sigma_next")}
+        schedule |= {name: case[name] for name in ("noise_level", "sigma_max")}
+        sample, noise = case["sample"].double(), case["noise"].double()
+        drawn = flowdppo_ops.reference.sde_step(output.detach(), sample, noise=noise, **schedule)
+        truth = flowdppo_ops.reference.sde_step(output, sample, prev_sample=prev_sample.double(), **schedule)
+        torch.autograd.backward(
+            (truth.log_prob, truth.prev_sample_mean), (case["grad_log_prob"].double(), case["grad_mean"].double())
+        )
+        assert worst(prev_sample, drawn.prev_sample) <= 2e-6 + GRADIENT_ROUNDING[prev_sample.dtype], what
+        assert worst(log_prob, truth.log_prob.detach()) <= 2e-6, what
+        assert worst(mean, truth.prev_sample_mean.detach()) <= 2e-6, what
+        assert worst(answer["grad"], output.grad) <= 2e-6 + GRADIENT_ROUNDING[case["output"].dtype], what
+
+
 COMPILE = """
 import json, re
-import triton, triton_policy_loss as bench
+import triton, triton_policy_loss as bench, triton_sde_step as sde
 from triton.backends.compiler import GPUTarget
 
-LATENTS = ("source", "sample", "prev_sample", "old_mean", "grad_source")
+LATENTS = ("source", "sample", "prev_sample", "old_mean", "grad_source", "model_output", "other", "grad_output")
+WIDE = ("mean", "grad_mean")  # latents in fp32, whatever the others are
 SCALARS = {"rows": "i32", "numel": "i32", "ticket": "*i32"} | dict.fromkeys(
     ("threshold", "noise_level", "sigma_max"), "fp32"
 )
@@ -226,6 +290,7 @@ kernels = [
     for kernel, constants in ((bench._forward_kernel, FORWARD), (bench._backward_kernel, {}))
     for step in (False, True)
 ]
+kernels += [(sde._forward_kernel, FORWARD | {"DRAW": draw}) for draw in (False, True)] + [(sde._backward_kernel, {})]
 for kernel, constants in kernels:
     for dtype in ("fp32", "bf16", "fp16"):
         names, constants = kernel.fn.arg_names, {"BLOCK": 1024, **constants}
@@ -233,7 +298,7 @@ for kernel, constants in kernels:
         for at, name in enumerate(names):
             pointer = "*" + dtype if name in LATENTS else "*fp32"
             signature[name] = "constexpr" if name in constants else SCALARS.get(name, pointer)
-            if name in LATENTS or name == "numel":
+            if name in LATENTS or name in WIDE or name == "numel":
                 aligned[(at,)] = [["tt.divisibility", 16]]
         source = triton.compiler.ASTSource(
             fn=kernel.fn,
@@ -242,7 +307,8 @@ for kernel, constants in kernels:
             attrs=aligned,
         )
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-        found[f"{kernel.fn.__name__} {constants['STEP']} {dtype}"] = {
+        form = [constants[name] for name in ("STEP", "DRAW") if name in constants]
+        found[f"{kernel.fn.__module__}{kernel.fn.__name__} {form} {dtype}"] = {
             "loads": len(re.findall(r"ld\\.global\\S*\\.v4", ptx)),
             "stores": len(re.findall(r"st\\.global\\S*\\.v4", ptx)),
             "local": len(re.findall(r"\\.local", ptx)),
@@ -256,9 +322,16 @@ def test_compiles_for_hopper_with_16_byte_accesses(tmp_path):
     found = json.loads(process(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
     for dtype, vectors in (("fp32", 2), ("bf16", 1), ("fp16", 1)):
         for step in (False, True):
-            forward, backward = (found[f"_{pass_}_kernel {step} {dtype}"] for pass_ in ("forward", "backward"))
+            forward, backward = (
+                found[f"triton_policy_loss_{pass_}_kernel [{step}] {dtype}"] for pass_ in ("forward", "backward")
+            )
             assert forward == {"loads": (3 + step) * vectors, "stores": 0, "local": 0}
             assert backward == {"loads": (2 + step) * vectors, "stores": vectors, "local": 0}
+        for draw in (False, True):  # the mean and its gradient are fp32
+            forward = found[f"triton_sde_step_forward_kernel [{draw}] {dtype}"]
+            assert forward == {"loads": 3 * vectors, "stores": 2 + draw * vectors, "local": 0}
+        backward = found[f"triton_sde_step_backward_kernel [] {dtype}"]
+        assert backward == {"loads": 2 * 2 + vectors, "stores": vectors, "local": 0}
 
 
 @pytest.mark.parametrize(
@@ -274,11 +347,28 @@ def test_compiles_for_hopper_with_16_byte_accesses(tmp_path):
 )
 def test_tuning_is_about_grids_that_fill_the_device(monkeypatch, rows, numel, splits):
     monkeypatch.syspath_prepend(BENCHES)
-    bench = importlib.import_module("triton_policy_loss")
+    bench = importlib.import_module("triton_rows")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-    arguments = {"rows": rows, "numel": numel, "source": torch.empty(0)}
-    kept = bench._worthwhile(bench._FORWARD, arguments)
+    arguments = {"rows": rows, "numel": numel, "partials": torch.empty(0)}
+    kept = bench.worthwhile(bench.SPLIT, arguments)
     assert {config.kwargs["SPLITS"] for config in kept} == splits
-    assert {config.kwargs["BLOCK"] for config in kept} == {config.kwargs["BLOCK"] for config in bench._FORWARD}
+    assert {config.kwargs["BLOCK"] for config in kept} == {config.kwargs["BLOCK"] for config in bench.SPLIT}
     for config in kept:
         assert config.kwargs["SPLITS"] <= max(1, numel // config.kwargs["BLOCK"] + 1)
+
+
+PROVIDERS = """
+import torch, runner
+import bench_policy_loss, bench_sde_step
+operations = bench_policy_loss.OPERATIONS | bench_sde_step.OPERATIONS
+with_rival = [operation for operation in operations.values() if "triton" in operation.providers]
+for operation in with_rival:
+    i = operation.make_inputs((4, 2, 8, 8), "fp32", torch.device("cpu"))
+    runner.check(operation, *operation.make_providers(["triton"]), i, operation.expected(i, "triton"))
+print(*(operation.name for operation in with_rival))
+"""
+
+
+def test_the_benches_hand_it_what_it_takes():
+    checked = process(PROVIDERS, TRITON_INTERPRET="1").split()
+    assert checked == ["policy_loss", "step_loss", "sde_step_sample", "sde_step_replay"]

@@ -242,6 +242,22 @@ def test_check_refuses_each_wrong_result(runner, case, suite):
         refused(lambda i: eager(i)[:-1], "wrong: 2 results, wanted 3")
 
 
+def test_check_refuses_memory_that_is_written_once(runner, case):
+    """In the first call and the second, but not in the third: as graphs that are recorded and not replayed leave it."""
+    operation, i, expected, eager = case("bench_sde_step", "sde_step_sample", "fp32")
+    kept, calls = eager(i), []
+
+    def call(i):
+        calls.append(i)
+        for old, new in zip(kept, eager(i), strict=True):
+            old.copy_(new) if len(calls) < 3 else None
+        return kept
+
+    with pytest.raises(runner.WrongAnswer, match="kept: next sample is nan away"):
+        runner.check(operation, runner.Provider("kept", call), i, expected)
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_check_needs_the_mask_and_the_std(runner, bench, case, monkeypatch, dtype):
     operation, i, expected, eager = case("bench_policy_loss", "policy_loss", dtype)
@@ -439,7 +455,7 @@ def fake_cuda(devices, harness, skipping: str = ""):
         def costs(self, call, reset):
             call()
             reset()
-            return devices.Costs(launches=3, sync_warnings=0, stream_syncs=1, dtoh_copies=1, peak_bytes=4096)
+            return devices.Costs(sync_warnings=0, peak_bytes=4096)
 
         def capture(self, calls, times):
             FakeCuda.captures += 1
@@ -452,7 +468,8 @@ def fake_cuda(devices, harness, skipping: str = ""):
                             for kept, new in zip(static, call(), strict=True):
                                 kept.copy_(new.detach())
 
-            return devices.Captured(replay, outputs, times * len(calls))
+            seen = devices.DeviceCounts(launches=3, stream_syncs=1, dtoh_copies=1)
+            return devices.Captured(replay, outputs, times * len(calls), seen)
 
     return FakeCuda
 
@@ -505,6 +522,8 @@ def test_who_waits_for_the_device_is_not_captured(bench, on_fake_cuda):
         timings.setdefault(row.provider, set()).add(row.timing)
     assert timings["eager"] == {"call", "host"}
     assert timings["fused"] == {"graph", "call", "host"}
+    assert {row.launches for row in rows if row.provider == "fused"} == {3}
+    assert {(row.launches, row.sync_warnings) for row in rows if row.provider == "eager"} == {(None, 0)}
 
 
 @needs_cxx
@@ -512,6 +531,146 @@ def test_replay_that_writes_nothing_is_a_wrong_answer(bench, on_fake_cuda):
     on_fake_cuda(skipping="forward+backward")
     with pytest.raises(SystemExit, match=r"eager forward\+backward in a graph: loss is nan away"):
         run(bench, *ARGUMENTS, "--threads", str(torch.get_num_threads()), "--sizes", "8x64")
+
+
+def with_provider(bench, monkeypatch, **providers):
+    """`policy_loss` with these beside the eager chain."""
+    operation = bench.OPERATIONS["policy_loss"]
+    both = {"eager": operation.providers["eager"], **providers}
+    monkeypatch.setitem(bench.OPERATIONS, "policy_loss", replace(operation, providers=both))
+
+
+ALL_ON_CUDA = ["--device", "cuda", "--quick", "--cold-starts", "0", "--sizes", "8x64", "--dtypes", "fp32"]
+
+
+@needs_cxx
+def test_graphs_of_its_own_are_not_captured(bench, on_fake_cuda, monkeypatch):
+    """In a graph the same kernels without them take their place; both answers are checked first."""
+    fake, called = on_fake_cuda(), []
+
+    def noted(kind):
+        def call(i):
+            called.append(kind)
+            return bench.trainer_loss(i)
+
+        return call
+
+    counted = {}
+    measured, captured = fake.measure, fake.measure_captured
+
+    def measure(machine, mode, series, effort):
+        called.clear()
+        result = measured(machine, mode, series, effort)
+        counted[mode.timing] = set(called)
+        return result
+
+    def measure_captured(machine, series, effort):
+        called.clear()
+        result = captured(machine, series, effort)
+        counted["graph"] = set(called)
+        return result
+
+    monkeypatch.setattr(fake, "measure", measure)
+    monkeypatch.setattr(fake, "measure_captured", measure_captured)
+    with_provider(bench, monkeypatch, compile_max=lambda: (noted("replays"), noted("plain")))
+    rows = run(bench, *ALL_ON_CUDA, "--providers", "eager", "compile_max", "--threads", str(torch.get_num_threads()))
+    assert counted == {"graph": {"plain"}, "call": {"replays"}, "host": {"replays"}}
+    own = [row for row in rows if row.provider == "compile_max"]
+    assert len(own) == 2 * 5
+    assert {(row.launches, row.peak_bytes, row.ops) for row in own} == {(3, None, None)}
+    assert {row.peak_bytes for row in rows if row.provider == "eager"} == {4096}
+
+
+@pytest.mark.parametrize("wrong", ["replays", "plain"])
+def test_both_of_its_answers_are_checked(runner, bench, case, wrong):
+    operation, i, expected, eager = case("bench_policy_loss", "policy_loss", "fp32")
+    calls = {"replays": eager, "plain": eager, wrong: lambda i: (2 * eager(i)[0],)}
+    provider = runner.Provider("compile_max", calls["replays"], calls["plain"])
+    with pytest.raises(runner.WrongAnswer, match=r"compile_max( for a graph)?: loss is 1\.0e"):
+        runner.checked_and_counted(operation, provider, i, expected, runner.Cpu())
+
+
+def test_a_step_begins_before_each_call_of_tuned_graphs(runner, bench, sde_bench, monkeypatch):
+    happened = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: happened.append("step"))
+    call, in_graph = runner.max_autotuned(lambda mode: lambda _: happened.append(mode))()
+    call(None)
+    in_graph(None)
+    assert happened == ["step", "max-autotune", "max-autotune-no-cudagraphs"]
+    for operation in (bench.OPERATIONS | sde_bench.OPERATIONS).values():
+        assert len(operation.providers["compile_max"]()) == 2  # torch.compile refuses a mode that it does not know
+
+
+@needs_cxx
+def test_who_cannot_run_is_left_out_and_named(bench, on_fake_cuda, monkeypatch, tmp_path):
+    """The others have their rows all the same; a run that is not whole ends with status 1."""
+    file = tmp_path / "rows.json"
+    fake = on_fake_cuda()
+    capture = fake.capture
+
+    def broken():
+        def call(i):
+            raise RuntimeError("no kernel image\nand many lines more")
+
+        return call
+
+    def refuse_eager_backward(machine, calls, times):
+        if len(calls[0]()) == 2 and calls[0].args[1] is bench.trainer_loss:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return capture(machine, calls, times)
+
+    monkeypatch.setattr(fake, "capture", refuse_eager_backward)
+    with_provider(bench, monkeypatch, triton=broken, fused=bench.OPERATIONS["policy_loss"].providers["fused"])
+    with pytest.raises(SystemExit) as stopped:
+        run(bench, *ALL_ON_CUDA, "--threads", str(torch.get_num_threads()), "--json", str(file))
+    assert str(stopped.value).splitlines() == [
+        "bench_policy_loss: policy_loss [8, 64] fp32: triton: left out: RuntimeError: no kernel image",
+        *[
+            "bench_policy_loss: policy_loss [8, 64] fp32: eager forward+backward in a graph: left out: RuntimeError: "
+            "operation not permitted when stream is capturing"
+        ]
+        * 2,
+    ]
+    rows = {(row["provider"], row["pass"], row["timing"]) for row in json.loads(file.read_text())}
+    assert {provider for provider, _, _ in rows} == {"eager", "fused", "copy"}
+    assert ("eager", "forward+backward", "graph") not in rows
+    assert {("eager", "forward", "graph"), ("eager", "forward+backward", "call"), ("copy", "copy", "graph")} <= rows
+
+
+def test_who_tunes_for_long_is_tried_on_some_sizes(bench, runner, on_fake_cuda, monkeypatch):
+    fake, tried = on_fake_cuda(), []
+    monkeypatch.setattr(fake, "seldom", {"compile_max": ("small",)})
+    eager = bench.OPERATIONS["policy_loss"].providers["eager"]
+    with_provider(bench, monkeypatch, compile_max=lambda: (eager(), eager()))
+    monkeypatch.setattr(
+        runner, "bench", lambda operation, shape, dtype, *more: tried.append((shape, dtype, more[3])) or []
+    )
+    arguments = ["--device", "cuda", "--cold-starts", "0", "--threads", str(torch.get_num_threads())]
+    run(bench, *arguments, "--sizes", "small", "8x64")
+    both = ["eager", "compile_max"]
+    cases = [((4, 8), "fp32", both), ((4, 8), "bf16", ["eager"]), ((8, 64), "fp32", ["eager"])]
+    assert tried == [*cases, ((8, 64), "bf16", ["eager"])]
+    tried.clear()
+    run(bench, *arguments, "--sizes", "8x64", "--dtypes", "bf16", "--providers", "compile_max")
+    assert tried == [((8, 64), "bf16", ["compile_max"])]
+
+
+def test_when_time_is_up_what_is_left_is_named(bench, on_fake_cuda, capsys):
+    on_fake_cuda()
+    arguments = [*ALL_ON_CUDA, "--providers", "eager", "--threads", str(torch.get_num_threads())]
+    assert run(bench, *arguments, "--minutes", "0", "--cold-starts", "1") == []
+    out = capsys.readouterr().out
+    assert "no time left for policy_loss [8, 64] fp32\n" in out
+    assert "no time left for the cold start of eager\n" in out
+
+
+def test_cold_starts_alone(runner, bench, monkeypatch):
+    monkeypatch.setattr(runner, "cold_start", lambda *_: {"ready": 2.0, "finished": 3.0})
+    arguments = ["--no-cases", "--cold-starts", "1", "--sizes", "4x8", "--dtypes", "fp32"]
+    rows = run(bench, *arguments, "--threads", str(torch.get_num_threads()))
+    assert [(row.provider, row.timing, row.p50_us) for row in rows] == [
+        (name, *one) for name in ("eager", "compile", "fused") for one in (("cold start", 3e6), ("first call", 1e6))
+    ]
 
 
 @pytest.fixture
@@ -562,6 +721,14 @@ def test_host_clock_waits_outside_the_sample(devices, harness):
     assert len(samples) == 2
 
 
+def test_every_set_is_called_twice_before_the_clock_runs(devices, harness):
+    machine, called = fake_cuda(devices, harness)(), []
+    machine.event_clock = lambda call, repeats: pytest.fail("timed") if len(called) < 6 else [1.0] * repeats
+    series = {"a": [partial(called.append, 0), partial(called.append, 1)], "b": [partial(called.append, 2)]}
+    machine.measure(devices.Mode("call", "cold", 2), series, harness.Effort(1, 1.0, 0.0))
+    assert called == [0, 1, 2, 0, 1, 2]
+
+
 def test_input_sets_take_turns(devices):
     turns = []
     call = devices._in_turn([lambda: turns.append(0), lambda: turns.append(1)])
@@ -584,11 +751,54 @@ def test_copies_share_no_memory(runner, bench):
 
 def test_launches_and_waits_are_counted_from_a_profile(devices):
     cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
-    events = [("aten::mean", cpu), ("cudaLaunchKernel", cpu), ("reduce_kernel", cuda), ("Memcpy DtoH (Device)", cuda)]
-    events += [("cudaStreamSynchronize", cpu), ("cudaDeviceSynchronize", cpu), ("Memset (Device)", cuda)]
-    assert devices.count_events(events) == {"launches": 3, "stream_syncs": 1, "dtoh_copies": 1}
-    unseen = {"launches": None, "stream_syncs": None, "dtoh_copies": None}
-    assert devices.count_events(event for event in events if event[1] == cpu) == unseen
+    seen = [("aten::mean", cpu), ("cudaLaunchKernel", cpu), ("reduce_kernel", cuda), ("Memcpy DtoH (Device)", cuda)]
+    seen += [("cudaStreamSynchronize", cpu), ("cudaDeviceSynchronize", cpu), ("Memset (Device)", cuda)]
+    events = [SimpleNamespace(name=name, device_type=kind, is_user_annotation=False) for name, kind in seen]
+    # What a compiled region is called: once on the host, once as the range of its kernels.
+    events += [SimpleNamespace(name="Region: 0/0", device_type=kind, is_user_annotation=True) for kind in (cpu, cuda)]
+    assert devices.count_events(events) == (3, 1, 1)
+    assert devices.count_events(event for event in events if event.device_type == cpu) == (None, None, None)
+
+
+def test_launches_are_the_nodes_of_a_graph(devices, monkeypatch):
+    kernel, copy, fill, empty, event = 0, 1, 2, 5, 7
+    assert devices.count_nodes([kernel, fill, kernel, empty, kernel, fill, kernel, event], 2) == (3, 0, 0)
+    assert devices.count_nodes([kernel, copy], 1) == (2, 0, None)  # to where is not known
+    assert devices.count_nodes([kernel] * 3, 2) == (None, 0, 0)  # the calls were not alike
+    assert devices.count_nodes(None, 1) == (None, 0, None)
+
+    class Driver:
+        refuses = ""
+
+        def cuGraphGetNodes(self, graph, nodes, count):
+            assert graph.value == 0x1234
+            if nodes is None:
+                count._obj.value = 3
+            else:
+                assert len(nodes) == count._obj.value == 3
+                nodes[:] = [0x10, 0x20, 0x30]
+            return 1 if self.refuses == "nodes" else 0
+
+        def cuGraphNodeGetType(self, node, kind):
+            kind._obj.value = {0x10: kernel, 0x20: copy, 0x30: event}[node.value]
+            return 1 if self.refuses == "type" else 0
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", {"libcuda.so.1": Driver()}.get)
+    assert devices.node_types(0x1234) == [kernel, copy, event]
+    for refused in ("nodes", "type"):
+        monkeypatch.setattr(Driver, "refuses", refused)
+        assert devices.node_types(0x1234) is None
+
+
+def test_the_profiler_looks_at_one_later_call(devices, monkeypatch):
+    """On a CPU it sees nothing of a device; that the calls before are made is seen."""
+    machine = devices.Cuda.__new__(devices.Cuda)
+    happened = []
+    monkeypatch.setattr(devices.Cuda, "synchronize", lambda _: happened.append("wait"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CUDA is not available
+        assert machine.profiled(lambda: happened.append("call")) == (None, None, None)
+    assert happened == ["call", "call", "wait", "call", "wait"]
 
 
 class FakeEvent:
@@ -619,7 +829,6 @@ def test_events_stand_between_calls_and_the_first_call_is_not_timed(devices, mon
     assert FakeEvent.calls == 5
 
 
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_costs_are_those_of_one_call_beyond_what_was_there(devices, monkeypatch):
     machine = devices.Cuda.__new__(devices.Cuda)
     machine.device = torch.device("cpu")
@@ -644,7 +853,7 @@ def test_costs_are_those_of_one_call_beyond_what_was_there(devices, monkeypatch)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: setattr(memory, "peak", memory.now))
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     costs = machine.costs(call, reset)
-    assert (costs.peak_bytes, costs.sync_warnings, costs.launches) == (300, 2, None)
+    assert costs == (2, 300)
     assert modes == ["warn", "default"]
 
 
@@ -668,6 +877,16 @@ def test_cold_start_is_a_process_with_empty_caches(runner, bench, monkeypatch):
     assert (total.provider, total.pass_, total.repeats) == ("fused", "forward+backward", 1)
 
 
+def test_first_call_has_what_the_profiler_saw(runner, bench, monkeypatch):
+    seen = {"launches": 146, "stream_syncs": 29, "dtoh_copies": 13}
+    monkeypatch.setattr(runner, "cold_start", lambda *_: {"ready": 2.0, "finished": 3.0, "seen": seen})
+    operation = bench.OPERATIONS["policy_loss"]
+    machine = runner.Cpu()
+    total, call = runner.cold_starts("", operation, (4, 8), "fp32", 1, machine.facts(), machine, ("eager",))
+    assert (call.timing, call.launches, call.stream_syncs, call.dtoh_copies) == ("first call", 146, 29, 13)
+    assert (total.timing, total.launches) == ("cold start", None)
+
+
 def test_cold_start_that_fails_says_why(harness):
     module = importlib.import_module("cold_start")
     with pytest.raises(RuntimeError, match=r"cold start of nobody ended with status 1:\n(.|\n)*KeyError: 'nobody'"):
@@ -679,6 +898,7 @@ def test_cold_start_that_fails_says_why(harness):
     [
         (["--device", "cuda"], "--device cuda: torch .* finds no usable CUDA device"),
         (["--providers", "triton"], "triton (runs on --device cuda alone|is not installed.*)"),
+        (["--providers", "compile_max"], "compile_max runs on --device cuda alone"),
     ],
 )
 def test_what_cannot_run_is_one_line_and_status_2(bench, monkeypatch, capsys, arguments, message):
