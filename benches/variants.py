@@ -203,16 +203,17 @@ VARIANTS = [
     Variant(
         "min_part=2048",
         {"MIN_PART": 2048},
-        "sd35 fp32 0.5 us slower: 512 blocks do not fit at once (396); flux forward 5 % slower: a block's sums and "
-        "ticket, 1.5 us, come after every 2048 elements",
-        ("sd35", "flux"),
+        "sd35 fp32 0.5 us slower: 512 blocks do not fit at once (396); flux and wan forward 5 % slower: a block's sums "
+        "and ticket, 1.5 us, come after every 2048 elements",
+        ("sd35", "flux", "wan"),
         ("loss_f32", "step", "sample"),
     ),
     Variant(
         "min_part=8192",
         {"MIN_PART": 8192},
-        "sd35 1 us slower: 128 blocks, one to a multiprocessor, 24 KB under way; flux 0.5 us faster: half the tickets",
-        ("sd35", "flux"),
+        "sd35 1 us slower: 128 blocks, one to a multiprocessor, 24 KB under way; flux and wan 0.5 us faster: half "
+        "the tickets",
+        ("sd35", "flux", "wan"),
         ("loss_f32", "step", "sample"),
     ),
     Variant(
