@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from devices import Cuda
-from harness import Row, WrongAnswer, percentiles, write_json
-from runner import SIZES, Operation, Provider, check, copies, copy_into, measure_graphs
+from harness import Effort, Row, WrongAnswer, percentiles, write_json
+from runner import SIZES, Operation, Provider, bytes_of, check, measured, noted
 from torch import Tensor
 from variants import CASES, DEFAULT, LEFT_OUT, VARIANTS, Case, Variant, called, compile_all, table
 
@@ -143,65 +143,54 @@ def tune(
     variants: Sequence[Variant],
     module: Callable[[str, Variant], Module],
     machine: Cuda,
-    quick: bool,
+    effort: Effort,
     facts: dict[str, str],
-    failed: list[str],
+    failures: list[str],
 ) -> list[Row]:
     """One case and shape: a row per mode, pass and provider, which are the variants, the package, and the copy.
 
-    `variants`: the default first. One that cannot be launched or gives a wrong answer is not timed, and goes to
-    `failed`; without the default nothing is.
+    `variants`: the default first, without which nothing is timed. Of another that cannot be launched, or gives a wrong
+    answer, `failures` says so.
     """
     case = CASES[name]
     one = torch.ones((), device=machine.device)  # given, so that nothing is launched between forward and backward
     operation: Operation = importlib.import_module(case.bench).OPERATIONS[case.operation]
-    operation = dataclasses.replace(operation, cotangents=lambda _: [one])
+    operation = dataclasses.replace(operation, name=f"tune {name}", cotangents=lambda _: [one])
     i = operation.make_inputs(shape, case.dtype, machine.device)
-    expected = operation.expected(i, case.peer)
-    peers = [Provider(case.peer, operation.providers[case.peer]())]
-    check(operation, peers[0], i, expected)
-    wanted: list[Tensor] = []
+    package = Provider(case.peer, operation.providers[case.peer]())
+    expected, wanted = operation.expected(i, case.peer), []
+    check(operation, package, i, expected)
+    peers = [package]
     for variant in variants:
-        try:
+        with noted(failures, variant.name):
             peer = provider(case, operation, variant, module(case.unit, variant))
             check(operation, peer, i, expected)
             got = results(operation, peer, i)
             wanted = wanted or got
             compare(variant, operation, wanted, got)
             peers.append(peer)
-        except (WrongAnswer, RuntimeError) as error:
-            if variant is DEFAULT:
-                raise
-            said_who = isinstance(error, WrongAnswer)
-            failed.append(f"{name} {list(shape)}: {'' if said_who else f'{variant.name}: '}{error}")
-            for tickets in TICKETS.values():  # it may have left some
-                tickets.zero_()
+            continue
+        if variant is DEFAULT:
+            return []
+        for tickets in TICKETS.values():  # it may have left some
+            tickets.zero_()
 
     rows = []
-    copied: Tensor = getattr(i, operation.copied)
-    for mode in machine.modes(copied.nbytes):
+    right = dict.fromkeys((peer.name for peer in peers), expected)
+    for mode in machine.modes(getattr(i, operation.copied).nbytes):
         if mode.timing != "graph":
             continue
-        sets = copies(i, mode.sets)
-        calls = {
-            (peer.name, pass_): [partial(operation.run, pass_, peer.call, each) for each in sets]
-            for peer in peers
-            for pass_ in operation.passes
-        }
-        sources = [getattr(each, operation.copied).detach() for each in sets]
-        calls["copy", "copy"] = [partial(copy_into, torch.empty_like(source), source) for source in sources]
-        right = dict.fromkeys((peer.name for peer in peers), expected)
-        timed = measure_graphs(operation, machine, mode, calls, right, machine.quick if quick else machine.full)
+        timed = measured(operation, machine, mode, peers, {}, i, right, effort, failures)
         rows += [
             Row(
-                op=f"tune {name}",
+                op=operation.name,
                 shape=shape,
                 dtype=case.dtype,
                 provider=peer,
                 pass_=pass_,
                 **percentiles(us),
                 repeats=len(us),
-                bytes=2 * copied.nbytes if peer == "copy" else operation.bytes_moved(i, case.peer, pass_),
+                bytes=bytes_of(operation, i, "copy" if peer == "copy" else case.peer, pass_),
                 threads=torch.get_num_threads(),
                 cores_elsewhere=timed.cores_elsewhere,
                 timing=mode.timing,
@@ -308,23 +297,23 @@ def main(argv: list[str] | None = None) -> list[Row]:
         return modules[unit, variant.name]
 
     rows: list[Row] = []
-    failed: list[str] = []
+    failures: list[str] = []
+    effort = machine.quick if args.quick else machine.full
     for name in args.cases:
         for size in args.sizes or DEFAULT.sizes:
             concerned = [v for v in chosen if name in v.cases and (args.sizes or size in v.sizes)]
             if not concerned:
                 continue
-            try:
-                with machine.session():
-                    rows += tune(name, SIZES[size], [DEFAULT, *concerned], module, machine, args.quick, facts, failed)
-            except WrongAnswer as error:  # in a graph
-                failed.append(f"{name} {size}: {error}")
+            of_case: list[str] = []
+            with machine.session(), noted(of_case, "nothing timed"):
+                rows += tune(name, SIZES[size], [DEFAULT, *concerned], module, machine, effort, facts, of_case)
+            failures += [f"{name} {size}: {failure}" for failure in of_case]
             print(f"{name} {size}: {len(concerned)} variants", flush=True)
             if args.json:
                 write_json(rows, args.json)  # after each case: a run that is cut short leaves what it has
     print(table(chosen, rows))
-    if failed:
-        sys.exit("\n".join(["tune: not timed:", *failed]))
+    if failures:
+        sys.exit("\n".join(f"tune: {failure}" for failure in failures))
     return rows
 
 

@@ -70,29 +70,29 @@ def launches_of(driver: Driver, call) -> list[Seen]:
 def same_launches() -> None:
     """The default's are the package's own, and nothing comes between them; others differ as they say. Every variant has
     a row for each pass."""
-    driver, timed, seen = Driver(), tune.measure_graphs, {}
+    driver, capture, seen = Driver(), runner.capture, {}
 
-    def look(operation, machine, mode, calls, expected, effort):
+    def look(operation, machine, mode, calls, *others):
         for (name, pass_), sets in calls.items():
             seen[operation.name, name, pass_] = launches_of(driver, sets[0])
-        return timed(operation, machine, mode, calls, expected, effort)
+        return capture(operation, machine, mode, calls, *others)
 
-    tune.measure_graphs = look
+    runner.capture = look
     rows = run("--only", "dependent", "blocks=8", "min_part=2048", "--cases", "loss_f32", "step_residual", "sample")
     for operation, peer, passes in (
-        ("policy_loss", "fused", ("forward", "forward+backward")),
-        ("step_loss", "fused_residual", ("forward", "forward+backward")),
-        ("sde_step_sample", "fused", ("forward",)),
+        ("tune loss_f32", "fused", ("forward", "forward+backward")),
+        ("tune step_residual", "fused_residual", ("forward", "forward+backward")),
+        ("tune sample", "fused", ("forward",)),
     ):
         for pass_ in passes:
             assert seen[operation, "default", pass_] == seen[operation, peer, pass_], (operation, pass_)
-    both = seen["policy_loss", "dependent", "forward+backward"]
+    both = seen["tune loss_f32", "dependent", "forward+backward"]
     assert [(launch.kernel, launch.is_dependent) for launch in both] == [
         ("policy_loss_forward_f32", False),
         ("policy_loss_backward_f32", True),
     ]
-    assert [launch.splits for launch in seen["policy_loss", "default", "forward"]] == [3]
-    assert [launch.splits for launch in seen["sde_step_sample", "min_part=2048", "forward"]] == [5]
+    assert [launch.splits for launch in seen["tune loss_f32", "default", "forward"]] == [3]
+    assert [launch.splits for launch in seen["tune sample", "min_part=2048", "forward"]] == [5]
     assert {(row.op, row.provider, row.pass_) for row in rows if row.provider == "blocks=8"} == {
         ("tune loss_f32", "blocks=8", "forward"),
         ("tune loss_f32", "blocks=8", "forward+backward"),
@@ -118,8 +118,8 @@ def wrong_answers() -> None:
     refused(
         SystemExit,
         lambda: run("--only", *names, "--cases", "loss_f32"),
-        "tune: not timed:\nloss_f32 [3, 9001]: threads=128: CUDA_ERROR_INVALID_VALUE",
-        "\nloss_f32 [3, 9001]: blocks=8: loss is",
+        "tune: loss_f32 tiny: threads=128: left out: RuntimeError: CUDA_ERROR_INVALID_VALUE",
+        "tune: loss_f32 tiny: wrong answer, not timed: blocks=8: loss is",
     )
     assert {row.provider for row in timed} == {"copy", "fused", "default", "blocks=32"}
 
