@@ -8,12 +8,13 @@ graphs cannot be captured on the default one, and autograd would tie a capture t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import math
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch import Tensor
 CACHES = 3  # cold: what moves before an input comes again, in sizes of the L2; one size is not enough, it is not LRU
 MOST_SETS = 64  # a latent tensor of less than 1.4 MB on an H200 has no cold form: its cost is the call's
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cuStreamSynchronize", "cuEventSynchronize")
+KERNEL, COPY, FILL = 0, 1, 2  # nodes of a graph, as the driver numbers their types
 
 
 class Mode(NamedTuple):
@@ -43,23 +45,30 @@ class Mode(NamedTuple):
 class Costs(NamedTuple):
     """Of one call; None where it cannot be counted."""
 
-    launches: int | None = None  # kernels, copies and fills on the device
     sync_warnings: int | None = None  # operations that PyTorch knows to wait for the device
-    stream_syncs: int | None = None  # waits of the host that the profiler saw, from whatever library
-    dtoh_copies: int | None = None
     peak_bytes: int | None = None  # allocated at once, beyond what was there before the call
+
+
+class DeviceCounts(NamedTuple):
+    """Of one call; None where it cannot be counted."""
+
+    launches: int | None = None  # kernels, copies and fills on the device
+    stream_syncs: int | None = None  # waits of the host, from whatever library
+    dtoh_copies: int | None = None
 
 
 class Captured(NamedTuple):
     replay: Call
     outputs: list[tuple[Tensor, ...]]  # of each input set, where every replay writes them
     calls: int
+    seen: DeviceCounts = DeviceCounts()
 
 
 class Cpu:
     name = "cpu"
     device = torch.device("cpu")
     lacks = ("triton", "compile_max")
+    seldom: Mapping[str, tuple[str, ...]] = {}
     sizes = ("sd35", "rows", "flux", "wan", "small")
     full, quick = FULL, QUICK
     cold_starts = 0
@@ -82,6 +91,9 @@ class Cpu:
     def costs(self, _call: Call, _reset: Call) -> Costs:
         return Costs()
 
+    def profiled(self, _call: Call) -> DeviceCounts:
+        return DeviceCounts()
+
     def measure(self, _mode: Mode, series: Mapping[Any, list[Call]], effort: Effort) -> Measured:
         return measure({key: calls[0] for key, calls in series.items()}, effort)
 
@@ -96,10 +108,12 @@ class Cpu:
 class Cuda:
     name = "cuda"
     lacks = ()
+    # Tunes for a minute or so: unless it is named, tried on an image's latents and beyond the L2, in the first dtype.
+    seldom: Mapping[str, tuple[str, ...]] = {"compile_max": ("sd35", "video")}
     sizes = ("sd35", "flux", "video", "small", "wan", "video64")  # what matters most comes first, see `--minutes`
     # A device's clock is steadier than a shared machine's: half the rounds, half the time in each, and no libgomp.
     full, quick = Effort(rounds=10, block_us=5_000, settle_us=2_000), QUICK
-    cold_starts = 3
+    cold_starts = 1
 
     def __init__(self):
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -130,11 +144,13 @@ class Cuda:
 
     def capture(self, calls: list[Call], times: int) -> Captured:
         """All calls in one graph, `times` over. Each has been made before: no compiling or tuning in a capture."""
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph, stream=self._stream):
             for _ in range(times):
                 outputs = [tuple(output.detach() for output in call()) for call in calls]
-        return Captured(graph.replay, outputs, times * len(calls))
+        graph.instantiate()
+        total = times * len(calls)
+        return Captured(graph.replay, outputs, total, count_nodes(node_types(graph.raw_cuda_graph()), total))
 
     def measure(self, mode: Mode, series: Mapping[Any, list[Call]], effort: Effort) -> Measured:
         clock = self.host_clock if mode.timing == "host" else self.event_clock
@@ -198,20 +214,52 @@ class Cuda:
                 call()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+        self.synchronize()
         sync_warnings = sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+        return Costs(sync_warnings, peak_bytes)
+
+    def profiled(self, call: Call) -> DeviceCounts:
+        """Once a process, and not where anything is timed.
+
+        From the second session on the profiler loses kernels of a session's beginning, one more each time
+        (https://github.com/pytorch/pytorch/issues/192021), and what it leaves behind slows a process by 10 to 20 %
+        (https://github.com/pytorch/pytorch/pull/146604).
+        """
+        for _ in range(2):
+            call()
         self.synchronize()
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
             call()
             self.synchronize()
-        return Costs(
-            sync_warnings=sync_warnings,
-            peak_bytes=peak_bytes,
-            **count_events(profiler.events()),
-        )
+        return count_events(profiler.events())
 
 
-def count_events(events) -> dict[str, int | None]:
+def node_types(graph: int) -> list[int] | None:
+    """Of a `CUgraph`; None where the driver does not say."""
+    driver, raw = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(graph)
+    count, one = ctypes.c_size_t(), ctypes.c_int()
+    if driver.cuGraphGetNodes(raw, None, ctypes.byref(count)) != 0:
+        return None
+    nodes, types = (ctypes.c_void_p * count.value)(), []
+    if driver.cuGraphGetNodes(raw, nodes, ctypes.byref(count)) != 0:
+        return None
+    for node in nodes:
+        if driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(one)) != 0:
+            return None
+        types.append(one.value)
+    return types
+
+
+def count_nodes(types: Sequence[int] | None, calls: int) -> DeviceCounts:
+    """Of each of `calls` calls in a graph. None of them waited: a capture cannot. Where copies go is not looked up."""
+    if types is None:
+        return DeviceCounts(stream_syncs=0)
+    launches = sum(one in (KERNEL, COPY, FILL) for one in types)
+    return DeviceCounts(launches // calls if launches % calls == 0 else None, 0, None if COPY in types else 0)
+
+
+def count_events(events: Iterable[Any]) -> DeviceCounts:
     """Of a profile; all None when it saw nothing of the device.
 
     A range that somebody annotated on the host, as torch.compile does, is shown on the device as well: nothing ran.
@@ -219,12 +267,12 @@ def count_events(events) -> dict[str, int | None]:
     events = [event for event in events if not event.is_user_annotation]
     on_device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     if not on_device:
-        return {"launches": None, "stream_syncs": None, "dtoh_copies": None}
-    return {
-        "launches": len(on_device),
-        "stream_syncs": sum(event.name in WAITS for event in events),
-        "dtoh_copies": sum(name.startswith("Memcpy DtoH") for name in on_device),
-    }
+        return DeviceCounts()
+    return DeviceCounts(
+        launches=len(on_device),
+        stream_syncs=sum(event.name in WAITS for event in events),
+        dtoh_copies=sum(name.startswith("Memcpy DtoH") for name in on_device),
+    )
 
 
 def graph_repeats(mode: Mode, tensor_bytes: int) -> int:

@@ -116,7 +116,7 @@ class Row:
     # output to its gradient (bench_training_step.py).
     timing: str = "call"
     cache: str = "warm"
-    launches: int | None = None  # this and the next four: `devices.Costs` of one call
+    launches: int | None = None  # this and the next four: `devices.Costs` and `DeviceCounts` of one call
     sync_warnings: int | None = None
     stream_syncs: int | None = None
     dtoh_copies: int | None = None

@@ -39,8 +39,10 @@ class Case:
         self.modes = list(dict.fromkeys((row.timing, row.cache) for row in rows))
         self.series = list(dict.fromkeys((row.pass_, row.provider) for row in rows))
         # Only kernel times can be subtracted: in a call from Python host and device overlap.
-        if any(timing == "graph" for timing, _ in self.modes):
-            self.series += [("backward", provider) for pass_, provider in self.series if pass_ == "forward"]
+        providers = dict.fromkeys(row.provider for row in rows)
+        self.series += [
+            ("backward", one) for one in providers if any(self.cost(mode, "backward", one) for mode in self.modes)
+        ]
         self.series.sort(key=lambda one: PASSES.index(one[0]))
 
     def _any_row(self, pass_: str, provider: str) -> Row | None:
@@ -124,10 +126,16 @@ def case_table(rows: list[Row]) -> list[str]:
 
 
 def fresh_table(rows: list[Row]) -> list[str]:
+    """Seconds; and what the profiler saw of a later call, if it saw anything."""
     seconds = {(row.provider, row.timing): row.p50_us / 1e6 for row in rows}
-    lines = [_line(["provider", "from the first import, s", "the call itself, s"]), _line(["---", "--:", "--:"])]
+    profiled = {row.provider: (row.launches, row.stream_syncs, row.dtoh_copies) for row in rows if row.launches}
+    head = ["provider", "from the first import, s", "the call itself, s"]
+    head += ["launches", "waits", "copies to host"] if profiled else []
+    lines = [_line(head), _line(["---"] + ["--:"] * (len(head) - 1))]
     for provider in dict.fromkeys(row.provider for row in rows):
-        lines.append(_line([provider, *(_format(seconds.get((provider, timing)), "{:.2f}") for timing in FRESH)]))
+        cells = [provider, *(_format(seconds.get((provider, timing)), "{:.2f}") for timing in FRESH)]
+        cells += map(str, profiled.get(provider, "???")) if profiled else []
+        lines.append(_line(cells))
     return lines
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from cold_start import cold_start
 from counting import Counts, count
-from devices import Cpu, Cuda, Mode, graph_repeats
+from devices import Captured, Cpu, Cuda, DeviceCounts, Mode, graph_repeats
 from harness import Effort, Measured, Row, WrongAnswer, percentiles, write_json
 from torch import Tensor
 
@@ -166,6 +166,7 @@ def check(operation: Operation, provider: Provider, i: Inputs, expected: Outputs
             raise WrongAnswer(f"{provider.name}: {len(outputs)} results, wanted {len(expected)}")
         check_outputs(operation, provider.name, outputs, expected)
         overwrite(outputs)
+        del outputs  # a graph that is recorded or replayed in the next call finds nothing of this one alive
 
 
 def overwrite(outputs: Outputs) -> None:
@@ -270,13 +271,13 @@ def measured(
     machine: Cpu | Cuda,
     mode: Mode,
     chosen: Sequence[Provider],
-    counts: Mapping[tuple[str, str], Mapping[str, int | None]],
+    counts: Mapping[tuple[str, str], dict[str, int | None]],
     i: Inputs,
     expected: dict[str, Outputs],
     effort: Effort,
     failures: list[str],
 ) -> Measured:
-    """Every provider and pass, and the copy, in one mode."""
+    """Every provider and pass, and the copy, in one mode. A graph adds what it holds to `counts`."""
     sets = copies(i, mode.sets)
     in_graph = mode.timing == "graph"
     calls = {
@@ -291,22 +292,24 @@ def measured(
         return machine.measure(mode, calls, effort)
     # A call that waits for the device cannot be captured: it has no times of this kind.
     capturable = {key: of_sets for key, of_sets in calls.items() if not counts.get(key, {}).get("host_syncs")}
-    return measure_graphs(operation, machine, mode, capturable, expected, effort, failures)
+    captured = capture(operation, machine, mode, capturable, expected, failures)
+    for key in counts.keys() & captured.keys():
+        counts[key].update(captured[key].seen._asdict())
+    return machine.measure_captured(captured, effort)
 
 
 def copy_into(target: Tensor, source: Tensor) -> Outputs:
     return (target.copy_(source),)
 
 
-def measure_graphs(
+def capture(
     operation: Operation,
     machine: Cuda,
     mode: Mode,
     calls: dict[tuple[str, str], list[Callable[[], Outputs]]],
     expected: dict[str, Outputs],
-    effort: Effort,
     failures: list[str],
-) -> Measured:
+) -> dict[tuple[str, str], Captured]:
     """Captures each series once; what its graph writes is filled with NaN, then checked after a replay."""
     times = graph_repeats(mode, calls["copy", "copy"][0]()[0].nbytes)
     captured = {}
@@ -320,12 +323,12 @@ def measure_graphs(
                 for outputs in graph.outputs:
                     check_outputs(operation, what, outputs, expected[provider])
             captured[provider, pass_] = graph
-    return machine.measure_captured(captured, effort)
+    return captured
 
 
 @contextlib.contextmanager
 def noted(failures: list[str], what: str) -> Iterator[None]:
-    """What fails in here is left out; the rest of a run on a machine that is lent by the minute is worth having."""
+    """What fails in here is left out; the rest of the run is worth having all the same."""
     try:
         yield
     except WrongAnswer as error:
@@ -350,17 +353,18 @@ def cold_starts(
 ) -> list[Row]:
     """Two rows a provider, each the wait for the first results, in `repeats` fresh processes.
 
-    "cold start" counts from the first import, "first call" from when everything but the provider is there. `module`:
-    the bench file whose `OPERATIONS` has the operation.
+    "cold start" counts from the first import, "first call" from when everything but the provider is there, with what
+    the profiler saw of a later call. `module`: the bench file whose `OPERATIONS` has the operation.
     """
     rows = []
     pass_ = operation.passes[-1]
     i = operation.make_inputs(shape, dtype, machine.device)
     for name in names:
         runs = [cold_start(module, operation.name, name, shape, dtype, machine.name) for _ in range(repeats)]
-        for timing, seconds in (
-            ("cold start", [run["finished"] for run in runs]),
-            ("first call", [run["finished"] - run["ready"] for run in runs]),
+        seen = DeviceCounts(**runs[-1].get("seen", {}))
+        for timing, seconds, counts in (
+            ("cold start", [run["finished"] for run in runs], DeviceCounts()),
+            ("first call", [run["finished"] - run["ready"] for run in runs], seen),
         ):
             rows.append(
                 Row(
@@ -376,6 +380,7 @@ def cold_starts(
                     cores_elsewhere=None,
                     timing=timing,
                     cache="cold",
+                    **counts._asdict(),
                     **facts,
                 )
             )
@@ -487,7 +492,7 @@ def main(
     )
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes, help="default: all the operation has")
     parser.add_argument("--providers", nargs="+", choices=providers, help="default: all that operation and device have")
-    parser.add_argument("--cold-starts", type=int, help="fresh processes per provider (default: 3 on cuda, 0 on cpu)")
+    parser.add_argument("--cold-starts", type=int, help="fresh processes per provider (default: 1 on cuda, 0 on cpu)")
     parser.add_argument("--no-cases", action="store_true", help="cold starts alone")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after that; default: no end")
     args = parser.parse_args(argv)
@@ -503,6 +508,15 @@ def main(
         print(f"\nno time left for {what}")
         return False
 
+    def names_of(operation: Operation, shape: tuple[int, ...], dtype: str) -> list[str]:
+        """Who was named; else all, but for those that a case of this kind is not worth the time of."""
+
+        def worthwhile(name: str) -> bool:
+            sizes = None if args.providers else machine.seldom.get(name)
+            return sizes is None or (dtype == operation.dtypes[0] and shape in map(SIZES.get, sizes))
+
+        return [name for name in operation.providers if name in wanted and worthwhile(name)]
+
     def add(new: list[Row]) -> None:
         rows.extend(new)
         if args.json:
@@ -511,7 +525,6 @@ def main(
     shapes = args.sizes or [SIZES[name] for name in machine.sizes]
     repeats = machine.cold_starts if args.cold_starts is None else args.cold_starts
     for operation in map(operations.get, args.ops):
-        names = [name for name in operation.providers if name in wanted]
         cases = list(itertools.product(shapes, [name for name in operation.dtypes if name in args.dtypes]))
         for shape, dtype in [] if args.no_cases else cases:
             case = f"{operation.name} {list(shape)} {dtype}"
@@ -520,6 +533,7 @@ def main(
             start, effort = time.monotonic(), machine.quick if args.quick else machine.full
             of_case: list[str] = []
             with noted(of_case, case), machine.session():
+                names = names_of(operation, shape, dtype)
                 new = bench(operation, shape, dtype, effort, facts, machine, names, of_case)
                 if new:
                     add(new)
@@ -530,7 +544,9 @@ def main(
             shape, dtype = cases[0]
             case = f"{operation.name} {list(shape)} {dtype}"
             print(f"\n{case}: seconds to the first results in a fresh process")
-            for name in names:
+            for name in names_of(operation, shape, dtype):
+                if args.providers is None and name in machine.seldom:  # a minute or so a process
+                    continue
                 if not in_time(f"the cold start of {name}"):
                     continue
                 with noted(failures, f"{case}: cold start of {name}"):

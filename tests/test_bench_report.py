@@ -87,6 +87,13 @@ def test_table(report, rows):
     assert got["backward", "fused"] == ["40.0", "75%", "", "", "", "", "", ""]
 
 
+def test_who_has_no_backward_has_no_line_of_it(report, rows):
+    got = cells(report.tables([row for row in rows if (row.provider, row.pass_) != ("fused", "forward+backward")]))
+    assert ("backward", "eager") in got
+    assert ("forward", "fused") in got
+    assert ("backward", "fused") not in got
+
+
 def test_what_the_dispatcher_counted(report, rows):
     seen = {"ops": 40, "latent_ops": 12, "host_syncs": 3, "latent_allocations": 9, "bytes_moved": 7500}
     got = cells(report.tables([replace(row, **seen) if row.provider == "eager" else row for row in rows]))
@@ -119,7 +126,10 @@ def test_operations_are_kept_apart(report, rows):
 def test_fresh_processes_have_a_table_of_seconds(report, rows):
     table = report.tables(rows)
     assert "fresh process, caches empty, median of 9" in table
-    assert "| fused | 2.50 | 0.25 |" in table
+    assert "| fused | 2.50 | 0.25 | 2 | 3 | 4 |" in table
+    bare = [replace(row, launches=None, provider=f"not {row.provider}") for row in rows[7:]]
+    assert "| not fused | 2.50 | 0.25 | ? | ? | ? |" in report.tables([*rows, *bare])
+    assert "| not fused | 2.50 | 0.25 |\n" in report.tables(bare)
 
 
 def test_counts_that_failed_are_not_zeros(report, rows):

@@ -455,7 +455,7 @@ def fake_cuda(devices, harness, skipping: str = ""):
         def costs(self, call, reset):
             call()
             reset()
-            return devices.Costs(launches=3, sync_warnings=0, stream_syncs=1, dtoh_copies=1, peak_bytes=4096)
+            return devices.Costs(sync_warnings=0, peak_bytes=4096)
 
         def capture(self, calls, times):
             FakeCuda.captures += 1
@@ -468,7 +468,8 @@ def fake_cuda(devices, harness, skipping: str = ""):
                             for kept, new in zip(static, call(), strict=True):
                                 kept.copy_(new.detach())
 
-            return devices.Captured(replay, outputs, times * len(calls))
+            seen = devices.DeviceCounts(launches=3, stream_syncs=1, dtoh_copies=1)
+            return devices.Captured(replay, outputs, times * len(calls), seen)
 
     return FakeCuda
 
@@ -521,6 +522,8 @@ def test_who_waits_for_the_device_is_not_captured(bench, on_fake_cuda):
         timings.setdefault(row.provider, set()).add(row.timing)
     assert timings["eager"] == {"call", "host"}
     assert timings["fused"] == {"graph", "call", "host"}
+    assert {row.launches for row in rows if row.provider == "fused"} == {3}
+    assert {(row.launches, row.sync_warnings) for row in rows if row.provider == "eager"} == {(None, 0)}
 
 
 @needs_cxx
@@ -570,7 +573,7 @@ def test_graphs_of_its_own_are_not_captured(bench, on_fake_cuda, monkeypatch):
     monkeypatch.setattr(fake, "measure", measure)
     monkeypatch.setattr(fake, "measure_captured", measure_captured)
     with_provider(bench, monkeypatch, compile_max=lambda: (noted("replays"), noted("plain")))
-    rows = run(bench, *ALL_ON_CUDA, "--threads", str(torch.get_num_threads()))
+    rows = run(bench, *ALL_ON_CUDA, "--providers", "eager", "compile_max", "--threads", str(torch.get_num_threads()))
     assert counted == {"graph": {"plain"}, "call": {"replays"}, "host": {"replays"}}
     own = [row for row in rows if row.provider == "compile_max"]
     assert len(own) == 2 * 5
@@ -632,6 +635,24 @@ def test_who_cannot_run_is_left_out_and_named(bench, on_fake_cuda, monkeypatch, 
     assert {provider for provider, _, _ in rows} == {"eager", "fused", "copy"}
     assert ("eager", "forward+backward", "graph") not in rows
     assert {("eager", "forward", "graph"), ("eager", "forward+backward", "call"), ("copy", "copy", "graph")} <= rows
+
+
+def test_who_tunes_for_long_is_tried_on_some_sizes(bench, runner, on_fake_cuda, monkeypatch):
+    fake, tried = on_fake_cuda(), []
+    monkeypatch.setattr(fake, "seldom", {"compile_max": ("small",)})
+    eager = bench.OPERATIONS["policy_loss"].providers["eager"]
+    with_provider(bench, monkeypatch, compile_max=lambda: (eager(), eager()))
+    monkeypatch.setattr(
+        runner, "bench", lambda operation, shape, dtype, *more: tried.append((shape, dtype, more[3])) or []
+    )
+    arguments = ["--device", "cuda", "--cold-starts", "0", "--threads", str(torch.get_num_threads())]
+    run(bench, *arguments, "--sizes", "small", "8x64")
+    both = ["eager", "compile_max"]
+    cases = [((4, 8), "fp32", both), ((4, 8), "bf16", ["eager"]), ((8, 64), "fp32", ["eager"])]
+    assert tried == [*cases, ((8, 64), "bf16", ["eager"])]
+    tried.clear()
+    run(bench, *arguments, "--sizes", "8x64", "--dtypes", "bf16", "--providers", "compile_max")
+    assert tried == [((8, 64), "bf16", ["compile_max"])]
 
 
 def test_when_time_is_up_what_is_left_is_named(bench, on_fake_cuda, capsys):
@@ -735,9 +756,49 @@ def test_launches_and_waits_are_counted_from_a_profile(devices):
     events = [SimpleNamespace(name=name, device_type=kind, is_user_annotation=False) for name, kind in seen]
     # What a compiled region is called: once on the host, once as the range of its kernels.
     events += [SimpleNamespace(name="Region: 0/0", device_type=kind, is_user_annotation=True) for kind in (cpu, cuda)]
-    assert devices.count_events(events) == {"launches": 3, "stream_syncs": 1, "dtoh_copies": 1}
-    unseen = {"launches": None, "stream_syncs": None, "dtoh_copies": None}
-    assert devices.count_events(event for event in events if event.device_type == cpu) == unseen
+    assert devices.count_events(events) == (3, 1, 1)
+    assert devices.count_events(event for event in events if event.device_type == cpu) == (None, None, None)
+
+
+def test_launches_are_the_nodes_of_a_graph(devices, monkeypatch):
+    kernel, copy, fill, empty, event = 0, 1, 2, 5, 7
+    assert devices.count_nodes([kernel, fill, kernel, empty, kernel, fill, kernel, event], 2) == (3, 0, 0)
+    assert devices.count_nodes([kernel, copy], 1) == (2, 0, None)  # to where is not known
+    assert devices.count_nodes([kernel] * 3, 2) == (None, 0, 0)  # the calls were not alike
+    assert devices.count_nodes(None, 1) == (None, 0, None)
+
+    class Driver:
+        refuses = ""
+
+        def cuGraphGetNodes(self, graph, nodes, count):
+            assert graph.value == 0x1234
+            if nodes is None:
+                count._obj.value = 3
+            else:
+                assert len(nodes) == count._obj.value == 3
+                nodes[:] = [0x10, 0x20, 0x30]
+            return 1 if self.refuses == "nodes" else 0
+
+        def cuGraphNodeGetType(self, node, kind):
+            kind._obj.value = {0x10: kernel, 0x20: copy, 0x30: event}[node.value]
+            return 1 if self.refuses == "type" else 0
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", {"libcuda.so.1": Driver()}.get)
+    assert devices.node_types(0x1234) == [kernel, copy, event]
+    for refused in ("nodes", "type"):
+        monkeypatch.setattr(Driver, "refuses", refused)
+        assert devices.node_types(0x1234) is None
+
+
+def test_the_profiler_looks_at_one_later_call(devices, monkeypatch):
+    """On a CPU it sees nothing of a device; that the calls before are made is seen."""
+    machine = devices.Cuda.__new__(devices.Cuda)
+    happened = []
+    monkeypatch.setattr(devices.Cuda, "synchronize", lambda _: happened.append("wait"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CUDA is not available
+        assert machine.profiled(lambda: happened.append("call")) == (None, None, None)
+    assert happened == ["call", "call", "wait", "call", "wait"]
 
 
 class FakeEvent:
@@ -768,7 +829,6 @@ def test_events_stand_between_calls_and_the_first_call_is_not_timed(devices, mon
     assert FakeEvent.calls == 5
 
 
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_costs_are_those_of_one_call_beyond_what_was_there(devices, monkeypatch):
     machine = devices.Cuda.__new__(devices.Cuda)
     machine.device = torch.device("cpu")
@@ -793,7 +853,7 @@ def test_costs_are_those_of_one_call_beyond_what_was_there(devices, monkeypatch)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: setattr(memory, "peak", memory.now))
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     costs = machine.costs(call, reset)
-    assert (costs.peak_bytes, costs.sync_warnings, costs.launches) == (300, 2, None)
+    assert costs == (2, 300)
     assert modes == ["warn", "default"]
 
 
@@ -815,6 +875,16 @@ def test_cold_start_is_a_process_with_empty_caches(runner, bench, monkeypatch):
     assert (total.timing, call.timing) == ("cold start", "first call")
     assert 0 < call.p50_us < total.p50_us
     assert (total.provider, total.pass_, total.repeats) == ("fused", "forward+backward", 1)
+
+
+def test_first_call_has_what_the_profiler_saw(runner, bench, monkeypatch):
+    seen = {"launches": 146, "stream_syncs": 29, "dtoh_copies": 13}
+    monkeypatch.setattr(runner, "cold_start", lambda *_: {"ready": 2.0, "finished": 3.0, "seen": seen})
+    operation = bench.OPERATIONS["policy_loss"]
+    machine = runner.Cpu()
+    total, call = runner.cold_starts("", operation, (4, 8), "fp32", 1, machine.facts(), machine, ("eager",))
+    assert (call.timing, call.launches, call.stream_syncs, call.dtoh_copies) == ("first call", 146, 29, 13)
+    assert (total.timing, total.launches) == ("cold start", None)
 
 
 def test_cold_start_that_fails_says_why(harness):
