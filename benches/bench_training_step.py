@@ -160,13 +160,11 @@ def check(batch: MicroBatch, chain: Chain) -> None:
         seen.append(output)
         poison(output)
 
-    for _ in range(CHECKED_CALLS):
-        seen.clear()
-        outputs = batch.run(chain, forwarded, seen.append)
-        output, gradient = seen
-        expected = CHAINS.expected(batch.inputs._replace(model_output=output.requires_grad_()), chain.name)
-        check_outputs(CHAINS, chain.name, (*outputs, gradient), expected)
-        overwrite((*outputs, gradient))
+    outputs = batch.run(chain, forwarded, seen.append)
+    output, gradient = seen
+    expected = CHAINS.expected(batch.inputs._replace(model_output=output.requires_grad_()), chain.name)
+    check_outputs(CHAINS, chain.name, (*outputs, gradient), expected)
+    overwrite((*outputs, gradient))
 
 
 # ---- times and counts ------------------------------------------------------------------------------------------------
@@ -219,7 +217,8 @@ def bench(
     chains = [fixed]
     for chain in others:
         with noted(failures, chain.name):
-            check(batch, chain)
+            for _ in range(CHECKED_CALLS):
+                check(batch, chain)
             whole[chain.name] = counts(chain, partial(batch.run, chain), batch.forget, elements, machine)
             call = partial(CHAINS.run, PASS, chain.call, i)
             alone[chain.name] = counts(chain, call, partial(CHAINS.forget, i), elements, machine)
@@ -289,7 +288,7 @@ def report(rows: Sequence[Row]) -> str:
         "",
         f"{first.op} {list(first.shape)} {first.dtype}  {first.environment}",
         f"  {'provider':<16}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'host ms':>10}{'beyond ms':>11}{'share':>8}"
-        f"{'chain ms':>10}{'share':>8}{'ops':>7}{'syncs':>7}{'launches':>10}{'waits':>7}{'peak MB':>9}",
+        f"{'chain ms':>10}{'share':>8}{'ops':>7}{'syncs':>7}{'warnings':>10}{'peak MB':>9}",
     ]
     for name in (FIXED, *found):
         step, share = by["call", name], found.get(name)
@@ -309,7 +308,7 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def counted(step: Row, fixed: Row | None) -> str:
-    """Operators, waits, launches and memory of a step, or what it has beyond `fixed`; empty where nothing was seen."""
+    """Operators, waits and memory of a step, or what it has beyond `fixed`; empty where nothing was seen."""
 
     def cell(of: Callable[[Row], int | None], width: int, unit: float = 1) -> str:
         number, less = of(step), of(fixed) if fixed else 0
@@ -317,10 +316,7 @@ def counted(step: Row, fixed: Row | None) -> str:
             return " " * width
         return f"{(number - less) / unit:{'+' if fixed else ''}{width}.0f}"
 
-    def waits(row: Row) -> int | None:
-        return max((n for n in (row.sync_warnings, row.stream_syncs) if n is not None), default=None)
-
-    columns = ((lambda row: row.ops, 7), (lambda row: row.host_syncs, 7), (lambda row: row.launches, 10), (waits, 7))
+    columns = ((lambda row: row.ops, 7), (lambda row: row.host_syncs, 7), (lambda row: row.sync_warnings, 10))
     return "".join(cell(*column) for column in columns) + cell(lambda row: row.peak_bytes, 9, 1e6)
 
 

@@ -140,11 +140,11 @@ def test_on_a_gpu_the_host_has_rows_too(bench, stand_in, monkeypatch, tmp_path, 
     ]
     assert set(recorded) == {"side"}
     step = next(row for row in rows if (row.timing, row.provider) == ("call", "fused"))
-    assert (step.launches, step.sync_warnings, step.stream_syncs, step.peak_bytes) == (3, 0, 1, 4096)
+    assert (step.sync_warnings, step.peak_bytes) == (0, 4096)
     chain = next(row for row in rows if (row.timing, row.provider) == ("chain", "fused"))
     assert chain.p50_us > 0
     fixed, fused = (line.split() for line in capsys.readouterr().out.splitlines()[4:6])
-    assert (fixed[-3:], fused[-3:]) == (["3", "1", "0"], ["+0", "+0", "+0"])  # launches, waits, megabytes
+    assert (fixed[-2:], fused[-2:]) == (["0", "0"], ["+0", "+0"])  # waits that PyTorch warned of, megabytes
 
 
 # ---- the share -------------------------------------------------------------------------------------------------------
