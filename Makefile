@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find src python kernels -type f -name '*.*' ! -name '*.so' ! -name '*.pyc' 2>/dev/null) build.rs .cargo/config.toml
 export CARGO_TERM_COLOR := never
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench gpu sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m flowdppo_ops demo
@@ -40,13 +40,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
-# On a machine with an NVIDIA GPU and compute-sanitizer.
+# On a machine with an NVIDIA GPU; compute-sanitizer and ncu for their stages. `benches/on_gpu.py --list` has them all.
+gpu: $(VENV)/.test
+	$(BIN)/python benches/on_gpu.py gpu-out
+
 sanitize: $(VENV)/.test
-	for tool in memcheck racecheck synccheck initcheck; do for unit in policy_loss sde_step; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    --kernel-name kns=$$unit $(BIN)/python -m pytest -q -m gpu tests/test_gpu*.py \
-	    -k "options or dtypes or sizes or alignment" || exit 1; \
-	done; done
+	$(BIN)/python benches/on_gpu.py gpu-out sanitize
 
 clean:
-	rm -rf $(VENV) target dist demo-out
+	rm -rf $(VENV) target dist demo-out gpu-out

@@ -188,7 +188,14 @@ OLD_FORMS = {"fused_output": "old_output", "fused_residual": "old_residual"}
 _KEYWORDS = {"old_mean": "old_prev_sample_mean", "old_output": "old_model_output", "old_residual": "old_residual"}
 
 
-def make_step_inputs(sampler: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> StepInputs:
+def make_step_inputs(
+    sampler: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    device: torch.device,
+    model: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> StepInputs:
+    """`model`: sample and timestep to its output; random numbers stand in for one. The old policy is made around it."""
     of_output = {"fp32": torch.float32, "bf16+fp32": torch.bfloat16}[dtype]
     generator = torch.Generator(device).manual_seed(0)
     schedule = trainer_chain.shifted_schedule(device)
@@ -196,13 +203,14 @@ def make_step_inputs(sampler: str, shape: tuple[int, ...], dtype: str, device: t
     noise_level, sigma_max = schedule.sigmas.new_tensor(NOISE_LEVEL).double(), schedule.sigmas[1].double()
     coefficients = reference.transition(sampler, at.sigma.double(), at.sigma_next.double(), noise_level, sigma_max)
     a, b, std = (row.float() for row in coefficients)
-    sample, old_output = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
-    old_output = old_output.to(of_output)
-    old_mean = wide(a, shape) * sample + wide(b, shape) * old_output
+    sample, output = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+    output = (model(sample, at.timestep) if model else output).to(of_output)
     rows = draw_rows(shape, std, generator)
+    old_output = (output - rows.drift / wide(b, shape)).to(of_output)
+    old_mean = wide(a, shape) * sample + wide(b, shape) * old_output
     prev_sample = old_mean + rows.action
     return StepInputs(
-        model_output=(old_output + rows.drift / wide(b, shape)).to(of_output).requires_grad_(),
+        model_output=output.requires_grad_(),
         sample=sample,
         prev_sample=prev_sample,
         old_mean=old_mean,

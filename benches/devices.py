@@ -97,6 +97,13 @@ class Cpu:
     def measure(self, _mode: Mode, series: Mapping[Any, list[Call]], effort: Effort) -> Measured:
         return measure({key: calls[0] for key, calls in series.items()}, effort)
 
+    def mark(self) -> int:
+        """A moment of a call, for `elapsed_us`."""
+        return time.perf_counter_ns()
+
+    def elapsed_us(self, start: int, end: int) -> float:
+        return (end - start) / 1000
+
 
 class Cuda:
     name = "cuda"
@@ -168,7 +175,17 @@ class Cuda:
             call()
             event.record()
         self.synchronize()
-        return [1000 * start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+        return [self.elapsed_us(*pair) for pair in itertools.pairwise(events)]
+
+    def mark(self) -> torch.cuda.Event:
+        """A moment on the stream. Autograd's threads call this too, and have a current stream of their own."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def elapsed_us(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """After `synchronize`."""
+        return 1000 * start.elapsed_time(end)
 
     def host_clock(self, call: Call, repeats: int) -> list[float]:
         """Microseconds until each call returns. The device is idle before: a full queue would make the host wait."""

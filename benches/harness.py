@@ -112,7 +112,9 @@ class Row:
     environment: str
     date: str
     cores_elsewhere: float | None  # processors busy with anything but this process while it was measured
-    timing: str = "call"  # see `devices.Mode`; "cold start" and "first call": in a process of its own
+    # See `devices.Mode`. "cold start" and "first call": in a process of its own. "chain": of a call, from the model's
+    # output to its gradient (bench_training_step.py).
+    timing: str = "call"
     cache: str = "warm"
     launches: int | None = None  # this and the next four: `devices.Costs` and `DeviceCounts` of one call
     sync_warnings: int | None = None

@@ -414,11 +414,15 @@ def report(rows: list[Row], title: str = "") -> str:
     if ("fused", last) in p50:
         two_copies = p50["fused", last] / (2 * copy.p50_us)
         lines.append(f"  fused {last} takes {two_copies:.2f} times as long as two copies of one tensor")
-    if (copy.cores_elsewhere or 0.0) > MAX_CORES_ELSEWHERE:
-        lines.append(
-            f"  NOT QUIET: {copy.cores_elsewhere} processors were busy with something else; quote none of this"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines + not_quiet(rows))
+
+
+def not_quiet(rows: list[Row]) -> list[str]:
+    """A line for the end of a table, if something else ran meanwhile."""
+    most = max(row.cores_elsewhere or 0.0 for row in rows)
+    if most <= MAX_CORES_ELSEWHERE:
+        return []
+    return [f"  NOT QUIET: {most} processors were busy with something else; quote none of this"]
 
 
 def reports(rows: list[Row]) -> str:
@@ -442,6 +446,37 @@ def parse_size(text: str) -> tuple[int, ...]:
     return shape
 
 
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """What every bench in one process takes: where to run, how long, and where the rows go."""
+    parser.add_argument("--device", choices=MACHINES, default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (default 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--quick", action="store_true", help="few repeats: to see that it works, not for numbers")
+    parser.add_argument("--libc-malloc", action="store_true", help="leave malloc as it is: adds luck with page faults")
+    parser.add_argument("--commit", help="what git would say, for a copy of the tree without it")
+
+
+def set_up(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, wanted: Sequence[str]
+) -> tuple[Cpu | Cuda, dict[str, str]]:
+    """The machine and its facts, printed; ends the process where it, or a provider that is `wanted`, is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, f"{parser.prog}: --device cuda: torch {torch.__version__} finds no usable CUDA device\n")
+    if "triton" in wanted and importlib.util.find_spec("triton") is None:
+        parser.exit(2, f"{parser.prog}: triton is not installed; name the others with --providers\n")
+    for name in wanted:
+        if name in MACHINES[args.device].lacks:
+            parser.exit(2, f"{parser.prog}: {name} runs on --device cuda alone\n")
+    torch.set_num_threads(args.threads)
+    machine = Cpu(args.libc_malloc) if args.device == "cpu" else MACHINES[args.device]()
+    facts = machine.facts() | ({"commit": args.commit} if args.commit else {})
+    print(
+        f"{facts['device']}, {args.threads} threads, torch {facts['torch']}, "
+        f"flowdppo_ops {facts['flowdppo_ops']} at {facts['commit']}  {facts['environment']}".rstrip()
+    )
+    return machine, facts
+
+
 def main(
     module: str, summary: str, operations: Mapping[str, Operation], usual: Sequence[str], argv: list[str] | None
 ) -> list[Row]:
@@ -450,38 +485,19 @@ def main(
     dtypes = list(dict.fromkeys(name for one in every for name in one.dtypes))
     providers = list(dict.fromkeys(name for one in every for name in one.providers))
     parser = argparse.ArgumentParser(prog=module, description=summary)
-    parser.add_argument("--device", choices=MACHINES, default="cpu")
+    add_machine_options(parser)
     parser.add_argument("--ops", nargs="+", choices=operations, default=list(usual), help=f"default: {' '.join(usual)}")
     parser.add_argument(
         "--sizes", nargs="+", type=parse_size, help=f"of {', '.join(SIZES)}, or AxBxC; default: those of the device"
     )
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes, help="default: all the operation has")
     parser.add_argument("--providers", nargs="+", choices=providers, help="default: all that operation and device have")
-    parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (default 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
-    parser.add_argument("--quick", action="store_true", help="few repeats: to see that it works, not for numbers")
-    parser.add_argument("--libc-malloc", action="store_true", help="leave malloc as it is: adds luck with page faults")
     parser.add_argument("--cold-starts", type=int, help="fresh processes per provider (default: 1 on cuda, 0 on cpu)")
     parser.add_argument("--no-cases", action="store_true", help="cold starts alone")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after that; default: no end")
-    parser.add_argument("--commit", help="what git would say, for a copy of the tree without it")
     args = parser.parse_args(argv)
     wanted = args.providers or [name for name in providers if name not in MACHINES[args.device].lacks]
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.exit(2, f"{module}: --device cuda: torch {torch.__version__} finds no usable CUDA device\n")
-    if "triton" in wanted and importlib.util.find_spec("triton") is None:
-        parser.exit(2, f"{module}: triton is not installed; name the others with --providers\n")
-    for name in wanted:
-        if name in MACHINES[args.device].lacks:
-            parser.exit(2, f"{module}: {name} runs on --device cuda alone\n")
-
-    torch.set_num_threads(args.threads)
-    machine = Cpu(args.libc_malloc) if args.device == "cpu" else MACHINES[args.device]()
-    facts = machine.facts() | ({"commit": args.commit} if args.commit else {})
-    print(
-        f"{facts['device']}, {args.threads} threads, torch {facts['torch']}, "
-        f"flowdppo_ops {facts['flowdppo_ops']} at {facts['commit']}  {facts['environment']}".rstrip()
-    )
+    machine, facts = set_up(parser, args, wanted)
     rows: list[Row] = []
     failures: list[str] = []
     end = time.monotonic() + 60 * args.minutes

@@ -144,6 +144,12 @@ def test_the_single_pass_with_emulated_kernels(driver, kernels, scenario):
     harness.run(scenario, driver, kernels=kernels, script="single_pass.py")
 
 
+@needs_images
+@pytest.mark.parametrize("scenario", ["every_kernel_is_launched", "a_mix_left_out", "a_wrong_answer"])
+def test_the_script_that_launches_every_kernel(driver, kernels, scenario):
+    harness.run(scenario, driver, kernels=kernels, script="launched.py")
+
+
 def test_a_device_that_is_not_there(driver):
     harness.run("no_such_device", driver)
 

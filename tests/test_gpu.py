@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from cases import CELLS, DTYPES, LAYOUTS, OBJECTIVES, SIZES, VARIANTS, draw, mask_cells
+from gpu_api import loss, moved
 from parity import equal_bits, run, three_way
 
 import flowdppo_ops
-from flowdppo_ops import FlowDPPO, PolicyLoss, _native
+from flowdppo_ops import FlowDPPO, _native
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,17 +29,6 @@ pytestmark = [
 SOURCES = ("sample", "sample and old", "log_prob")
 GPU_DTYPES = {name: dtypes for name, dtypes in DTYPES.items() if "float64" not in name}
 objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-
-
-def moved(arguments: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
-    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
-
-
-def loss(**arguments: Any) -> PolicyLoss:
-    """The loss on the GPU for arguments on the CPU, where the suite compares; gradients go back the same way."""
-    result = flowdppo_ops.loss(**moved(arguments))
-    assert result.loss.is_cuda
-    return PolicyLoss(result.loss.cpu(), result._numbers.cpu(), result._row_shape, result._has_kl, result._has_ref)
 
 
 def leaf(arguments: dict[str, Any]) -> torch.Tensor:

@@ -5,16 +5,15 @@ Run with `pytest -m gpu`. Collected everywhere; without a GPU every test is skip
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from gpu_api import moved, sde_step
 from parity import equal_bits
 from sde_step_cases import FLOAT32_DTYPES, LAYOUTS, SAMPLERS, draw, run, three_way
 from torch import Tensor
 
 import flowdppo_ops
-from flowdppo_ops import SdeStep, _native
+from flowdppo_ops import _native
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,17 +23,6 @@ pytestmark = [
 
 dtypes = pytest.mark.parametrize("dtypes", FLOAT32_DTYPES.values(), ids=FLOAT32_DTYPES)
 both_ways = pytest.mark.parametrize("replay", [False, True], ids=["drawn", "replay"])
-
-
-def moved(arguments: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
-    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
-
-
-def sde_step(**arguments: Any) -> SdeStep:
-    """The step on the GPU for arguments on the CPU, where the suite compares; gradients go back the same way."""
-    result = flowdppo_ops.sde_step(**moved(arguments))
-    assert result.log_prob.is_cuda
-    return SdeStep(*(None if t is None else t.cpu() for t in result))
 
 
 # ---- parity with the float64 reference -------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from cases import SIZES
+from gpu_api import moved
+from gpu_api import step_loss as on_gpu
 from parity import equal_bits, run, three_way
 from step_cases import OLD_FORMS, REF_FORMS, SAMPLERS, STEP_DTYPES, STEP_OBJECTIVES, draw_step, step_mask_cells
-from test_gpu import assert_same, moved, pytestmark  # noqa: F401
+from test_gpu import assert_same, pytestmark  # noqa: F401
 from test_step_loss import (  # noqa: F401
     test_a_float16_residual_is_on_policy,
     test_a_residual_of_a_deterministic_row_is_not_looked_at,
@@ -37,13 +39,6 @@ from flowdppo_ops._torch import FAMILY
 DPPO, GRPO, GUARD = (STEP_OBJECTIVES[name] for name in ("dppo", "grpo", "guard"))
 objectives = pytest.mark.parametrize("objective", [DPPO, GRPO, GUARD], ids=["dppo", "grpo", "guard"])
 OUTPUTS = ("model_output", "uncond_output")
-
-
-def on_gpu(**arguments: Any) -> PolicyLoss:
-    """The loss on the GPU for arguments on the CPU, where the suite compares; gradients go back the same way."""
-    result = flowdppo_ops.step_loss(**moved(arguments))
-    assert result.loss.is_cuda
-    return PolicyLoss(result.loss.cpu(), result._numbers.cpu(), result._row_shape, result._has_kl, result._has_ref)
 
 
 @pytest.fixture

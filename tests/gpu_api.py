@@ -1,0 +1,36 @@
+"""The public functions on a GPU for arguments on the CPU, where the suite compares; gradients go back the same way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+import flowdppo_ops
+from flowdppo_ops import PolicyLoss, SdeStep
+
+DEVICE = "cuda"
+
+
+def moved(arguments: dict[str, Any], device: str | None = None) -> dict[str, Any]:
+    """`device`: by default `DEVICE`."""
+    return {name: v.to(device or DEVICE) if isinstance(v, Tensor) else v for name, v in arguments.items()}
+
+
+def loss(**arguments: Any) -> PolicyLoss:
+    return brought_back(flowdppo_ops.loss(**moved(arguments)))
+
+
+def step_loss(**arguments: Any) -> PolicyLoss:
+    return brought_back(flowdppo_ops.step_loss(**moved(arguments)))
+
+
+def sde_step(**arguments: Any) -> SdeStep:
+    result = flowdppo_ops.sde_step(**moved(arguments))
+    assert result.log_prob.device.type == DEVICE
+    return SdeStep(*(None if t is None else t.cpu() for t in result))
+
+
+def brought_back(result: PolicyLoss) -> PolicyLoss:
+    assert result.loss.device.type == DEVICE
+    return PolicyLoss(result.loss.cpu(), result._numbers.cpu(), result._row_shape, result._has_kl, result._has_ref)
