@@ -23,13 +23,15 @@ SWITCH = "FLOWDPPO_OPS_SINGLE_PASS"
 @pytest.fixture(autouse=True)
 def launched(monkeypatch) -> list[int]:
     """The rows of every single pass; all calls take it where they can."""
-    launched, launch = [], _native.policy_loss_single_cuda
+    launched, launch = [], _native.policy_loss_forward_cuda
 
     def watched(*arguments: Any) -> None:
         launch(*arguments)
-        launched.append(arguments[4])
+        _, _, _, _, rows, _, _, _, _, gradients_ahead, *_ = arguments
+        if gradients_ahead is not None:
+            launched.append(rows)
 
-    monkeypatch.setattr(_native, "policy_loss_single_cuda", watched)
+    monkeypatch.setattr(_native, "policy_loss_forward_cuda", watched)
     monkeypatch.setenv(SWITCH, "1")
     return launched
 

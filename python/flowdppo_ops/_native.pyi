@@ -78,6 +78,7 @@ def policy_loss_forward_cuda(
     objective: Objective,
     options: Options,
     out: tuple[int, int],
+    gradients_ahead: tuple[Array | None, Array | None] | None,
     shard_sums: int | None,
     partials: Memory,
     tickets: Memory,
@@ -85,20 +86,6 @@ def policy_loss_forward_cuda(
 def policy_loss_single_workspace_cuda(
     target: Target, arrays: Latents, forms: tuple[str, str] | None, rows: int, numel: int
 ) -> tuple[int, int, bool] | None: ...
-def policy_loss_single_cuda(
-    target: Target,
-    arrays: Latents,
-    vectors: Vectors,
-    schedule: Schedule | None,
-    rows: int,
-    numel: int,
-    objective: Objective,
-    options: Options,
-    out: tuple[int, int],
-    gradients: tuple[Array | None, Array | None],
-    partials: Memory,
-    tickets: Memory,
-) -> None: ...
 def policy_loss_shard_sums_cuda(
     target: Target,
     arrays: Latents,

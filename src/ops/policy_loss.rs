@@ -116,42 +116,31 @@ pub fn shard_sums_len(rows: usize) -> Option<usize> {
     rows.checked_mul(SUMS)?.checked_add(1)
 }
 
-/// As `forward`, on a GPU: puts the work on the stream and returns.
+/// As `forward`, on a GPU: puts the work on the stream and returns. `gradients_ahead`: in a single pass, for rows of one
+/// coefficient of which there is a `policy_loss_single::plan`.
 pub fn forward_on_gpu(
     target: Target,
     problem: &Problem<'_, Gpu>,
     latents: &Latents<'_, Gpu>,
     outputs: &Outputs<'_, Gpu>,
+    gradients_ahead: Option<&Targets<'_, Gpu>>,
     sums: Option<View<'_, Gpu>>,
     workspace: &Workspace<'_>,
 ) -> Result<(), Error> {
     check_on_gpu(problem, latents)?;
-    gpu::forward(target, problem, latents, outputs, sums, workspace)
-}
-
-/// As `forward_on_gpu`, in a single pass that forms the gradients for a `grad_loss` of 1 too. Takes what has one
-/// coefficient a row, and a `policy_loss_single::plan`.
-pub fn forward_single_on_gpu(
-    target: Target,
-    problem: &Problem<'_, Gpu>,
-    latents: &Latents<'_, Gpu>,
-    outputs: &Outputs<'_, Gpu>,
-    gradients: &Targets<'_, Gpu>,
-    workspace: &Workspace<'_>,
-) -> Result<(), Error> {
-    check_on_gpu(problem, latents)?;
+    let Some(gradients) = gradients_ahead else {
+        return gpu::forward(target, problem, latents, outputs, sums, workspace);
+    };
     check_gradients_on_gpu(gradients, latents)?;
     let one_coefficient = latents.prev_sample.is_some()
         && (gradients.output.is_some() || problem.step.is_some())
         && problem.log_prob.is_none()
         && !problem.has_ref
         && !matches!(problem.objective, Objective::GrpoGuard { .. });
-    match problem.divisor() {
-        Some(_) if one_coefficient => {
-            policy_loss_single::forward(target, problem, latents, outputs, gradients, workspace)
-        }
-        _ => Err(Error::Missing { name: "a coefficient that a row has by itself" }),
+    if !one_coefficient || sums.is_some() || !matches!(problem.reduction, Reduction::Mean | Reduction::Sum) {
+        return Err(Error::Missing { name: "a coefficient that a row has by itself" });
     }
+    policy_loss_single::forward(target, problem, latents, outputs, gradients, workspace)
 }
 
 /// As `shard_sums`, on a GPU: puts the work on the stream and returns.

@@ -10,8 +10,8 @@ use crate::cuda::policy_loss::Workspace;
 use crate::error::Error;
 use crate::objective::{Clip, Density, KlDivisor, Mask, Objective, Problem, Reduction, fields, numbers_len};
 use crate::ops::policy_loss::{
-    Backward, Latents, Outputs, backward, backward_on_gpu, forward, forward_on_gpu, forward_single_on_gpu,
-    latent_names, loss_len, shard_sums, shard_sums_len, shard_sums_on_gpu,
+    Backward, Latents, Outputs, backward, backward_on_gpu, forward, forward_on_gpu, latent_names, loss_len, shard_sums,
+    shard_sums_len, shard_sums_on_gpu,
 };
 use crate::plan::gradient_ahead;
 use crate::tensor::{Dtype, View, ViewMut};
@@ -342,7 +342,8 @@ pub fn policy_loss_workspace_cuda(
     Ok(py.detach(|| guarded(find))?)
 }
 
-/// As `policy_loss_forward`, on a GPU. `partials` and `tickets`: address and elements; the tickets are 0.
+/// As `policy_loss_forward`, on a GPU. `gradients_ahead` is for what `policy_loss_single_workspace_cuda` takes.
+/// `partials` and `tickets`: address and elements; the tickets are 0.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn policy_loss_forward_cuda(
@@ -356,6 +357,7 @@ pub fn policy_loss_forward_cuda(
     objective: ObjectiveTuple<'_>,
     options: Options<'_>,
     out: (usize, usize),
+    gradients_ahead: Option<Gradients>,
     shard_sums: Option<usize>,
     partials: Memory,
     tickets: Memory,
@@ -363,13 +365,15 @@ pub fn policy_loss_forward_cuda(
     let target = Target { device: target.0, stream: target.1 };
     let sums_len = sums_elements(rows)?;
     // SAFETY: the contract of the boundary, see `mod.rs`.
-    let (latents, problem, outputs, sums, workspace) = unsafe {
+    let (latents, problem, outputs, ahead, sums, workspace) = unsafe {
         let (latents, problem) = problem(arrays, vectors, schedule, rows, numel, false, objective, options)?;
+        let ahead = gradients_ahead.map(|arrays| targets(arrays, rows, numel)).transpose()?;
         let outputs = outputs(&problem, out)?;
         let sums = shard_sums.map(|address| View::new("shard_sums", address, Dtype::F64, sums_len)).transpose()?;
-        (latents, problem, outputs, sums, workspace(partials, tickets)?)
+        (latents, problem, outputs, ahead, sums, workspace(partials, tickets)?)
     };
-    Ok(py.detach(|| guarded(|| forward_on_gpu(target, &problem, &latents, &outputs, sums, &workspace)))?)
+    let work = || forward_on_gpu(target, &problem, &latents, &outputs, ahead.as_ref(), sums, &workspace);
+    Ok(py.detach(|| guarded(work))?)
 }
 
 /// Address and elements.
@@ -407,35 +411,6 @@ pub fn policy_loss_single_workspace_cuda(
         Ok(Some((partials, tickets, target.is_capturing()?)))
     };
     Ok(py.detach(|| guarded(find))?)
-}
-
-/// As `policy_loss_forward_cuda`, in a single pass: the gradients for a `grad_loss` of 1 as well.
-#[pyfunction]
-#[allow(clippy::too_many_arguments)]
-pub fn policy_loss_single_cuda(
-    py: Python<'_>,
-    target: (usize, usize),
-    arrays: LatentArrays,
-    vectors: Vectors,
-    schedule: Option<ScheduleTuple<'_>>,
-    rows: usize,
-    numel: usize,
-    objective: ObjectiveTuple<'_>,
-    options: Options<'_>,
-    out: (usize, usize),
-    gradients: Gradients,
-    partials: Memory,
-    tickets: Memory,
-) -> PyResult<()> {
-    let target = Target { device: target.0, stream: target.1 };
-    // SAFETY: the contract of the boundary, see `mod.rs`.
-    let (latents, problem, outputs, gradients, workspace) = unsafe {
-        let (latents, problem) = problem(arrays, vectors, schedule, rows, numel, false, objective, options)?;
-        let outputs = outputs(&problem, out)?;
-        (latents, problem, outputs, targets(gradients, rows, numel)?, workspace(partials, tickets)?)
-    };
-    let work = || forward_single_on_gpu(target, &problem, &latents, &outputs, &gradients, &workspace);
-    Ok(py.detach(|| guarded(work))?)
 }
 
 /// As `policy_loss_shard_sums`, on a GPU.

@@ -172,7 +172,7 @@ def single(
     arguments = problem(rows, numel, dtypes, None, schedule, objective, options)
     workspace = partials or (64 * KiB, 1 << 20), tickets or (80 * KiB, 2 * rows + 1)
     gradients = (1 << 24, dtypes[0] if dtypes else "float32"), None
-    _native.policy_loss_single_cuda(target, *arguments, (32 * KiB, 48 * KiB), gradients, *workspace)
+    _native.policy_loss_forward_cuda(target, *arguments, (32 * KiB, 48 * KiB), gradients, None, *workspace)
 
 
 def every_entry_point() -> None:

@@ -120,12 +120,9 @@ def _forward(
         _native.policy_loss_forward(
             *arguments[:5], call.double, *arguments[5:], out, gradients, sums_at, torch.get_num_threads()
         )
-    elif ahead is None:
-        with _workspace(call, target, not operator) as workspace:
-            _native.policy_loss_forward_cuda(target, *arguments, out, sums_at, *workspace)
     else:
-        with _cuda.Workspace(advantages, target, *ahead.workspace, may_keep=True) as workspace:
-            _native.policy_loss_single_cuda(target, *arguments, out, gradients, *workspace)
+        with _workspace(call, target, not operator, ahead) as workspace:
+            _native.policy_loss_forward_cuda(target, *arguments, out, gradients, sums_at, *workspace)
     return loss, numbers
 
 
@@ -158,8 +155,10 @@ def _arguments(call: LossCall) -> tuple:
     )
 
 
-def _workspace(call: LossCall, target: _cuda.Target, may_keep: bool) -> _cuda.Workspace:
+def _workspace(call: LossCall, target: _cuda.Target, may_keep: bool, ahead: _Ahead | None = None) -> _cuda.Workspace:
     settings, advantages = call.settings, call.vectors.advantages
+    if ahead is not None:
+        return _cuda.Workspace(advantages, target, *ahead.workspace, may_keep)
     rows = advantages.numel()
     needs_batch_means = settings.objective == "grpo_guard" and not settings.per_row_scale
     numel = _latent_elements(call.latents, rows)
