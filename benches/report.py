@@ -153,13 +153,19 @@ def tables(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], file: Path) -> None:
-    """Share of the copy's bandwidth in the first mode of each case: a line of panels per run, a panel per pass."""
+    """Share of the copy's bandwidth in the first mode of each case: a line of panels per run, a panel per pass.
+
+    Cases without a copy, those of a training step, are not in it; with no other there is no plot.
+    """
+    measured = {(run_of(row), _case_key(row)) for row in rows if row.provider == "copy"}
+    runs = grouped((row for row in rows if (run_of(row), _case_key(row)) in measured), run_of)
+    if not runs:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = grouped((row for row in rows if row.timing not in FRESH), run_of)
     passes = ("forward", "forward+backward")
     figure, axes = pyplot.subplots(len(runs), 2, figsize=(14, 4.5 * len(runs)), squeeze=False, sharey="row")
     for line, (run, of_run) in zip(axes, runs.items(), strict=True):

@@ -183,3 +183,17 @@ def test_a_file_without_rows_is_one_line_and_status_2(report, tmp_path, capsys, 
         report.main([str(file)])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("report: no rows of a bench: ")
+
+
+def test_cases_without_a_copy_have_no_place_in_a_plot(report, rows, tmp_path, monkeypatch):
+    """Of a training step: its transformer moves bytes that nobody counts."""
+    pyplot, drawn = pytest.importorskip("matplotlib.pyplot"), []
+    step = [replace(row, op="training_step") for row in rows if row.provider != "copy"]
+    report.plot(step, tmp_path / "plot.png")
+    assert not (tmp_path / "plot.png").exists()
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    report.plot([*step, *rows], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    (figure,) = drawn
+    (label,) = figure.axes[0].get_xticklabels()
+    assert label.get_text().startswith("policy_loss ")
