@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from bench_training_step import shares
 from harness import Row, read_json
 from report import FRESH, GOAL, Case, grouped
 
@@ -298,11 +299,40 @@ def plot(rows: list[Row], file: Path) -> None:
     pyplot.close(figure)
 
 
+# ---- a training step -------------------------------------------------------------------------------------------------
+
+STEPS = {"training_step": "all parameters", "training_step_attention": "the attention alone"}
+STEP_NOT_MEASURED = "On a GPU it is not measured yet: `python benches/bench_training_step.py --device cuda`."
+CHAINS = {"eager": "eager", "compile": "compiled", "fused": "fused", "fused_residual": "fused, residual"}
+
+
+def training_step(rows: list[Row]) -> str:
+    """The time from the model's output to its gradient, and its share of the step."""
+    rows = newest(row for row in rows if row.op in STEPS)
+    missing = "" if any(on_gpu(row) for row in rows) else STEP_NOT_MEASURED
+    if not rows:
+        return paragraph(missing)
+    lines = []
+    for of_case in grouped(rows, lambda row: (row.device, row.shape, row.op)).values():
+        found, step = shares(of_case), next(row for row in of_case if (row.timing, row.provider) == ("call", "fixed"))
+        times = [
+            f"{found[name].chain_us / 1e3:.2f} ms, {found[name].chain:.1%}" if name in found else "" for name in CHAINS
+        ]
+        layers, heads, parameters = (fact.partition("=")[2] for fact in step.environment.split()[-3:])
+        model = f"{int(parameters) / 1e6:.1f} million, {layers} layers of {heads}"
+        lines.append(
+            [step.device, model, f"`{list(step.shape)}`", STEPS[step.op], f"{step.p50_us / 1e3:.0f} ms", *times]
+        )
+    head = ["", "parameters", "latents", "trained", "step without", *CHAINS.values()]
+    return table(head, "llll" + "r" * (len(head) - 4), lines) + (f"\n{paragraph(missing)}" if missing else "")
+
+
 # ---- the README ------------------------------------------------------------------------------------------------------
 
 PLACES: dict[str, Callable[[list[Row]], str]] = {
     "loss on a CPU": loss_on_cpu,
     "step_loss on a CPU": step_loss_on_cpu,
+    "training step": training_step,
     "GPU": gpu,
 }
 

@@ -212,3 +212,18 @@ def test_the_plot_is_there_when_there_are_rows_of_a_gpu(figures, image, monkeypa
     assert "<svg" in first
     figures.main(["--write"])
     assert figures.PLOT.read_text() == first
+
+
+def test_share_of_a_training_step(figures, row):
+    facts = {"op": "training_step", "shape": (8, 16, 32, 32), "dtype": "bf16+fp32", "cache": "warm"}
+    facts["environment"] = "malloc=kept layers=2 heads=4x32 parameters=1250000"
+    times = {"call": {"fixed": 95e3, "eager": 100e3}, "chain": {"fixed": 20.0, "eager": 2020.0}}
+    rows = [row(provider, us, timing=timing, **facts) for timing, of in times.items() for provider, us in of.items()]
+    text = figures.training_step(rows)
+    line = line_of(text, "Fake GPU", "1.2 million, 2 layers of 4x32", "`[8, 16, 32, 32]`", "all parameters")
+    assert line == ["95 ms", "2.00 ms, 2.0%", "", "", ""]
+    missing = figures.paragraph(figures.STEP_NOT_MEASURED)
+    assert text.endswith(f"\n\n{missing}")
+    assert figures.training_step([]) == missing
+    facts["environment"] = f"driver=1 {facts['environment']}"
+    assert missing not in figures.training_step([replace(one, environment=facts["environment"]) for one in rows])
