@@ -36,9 +36,9 @@ from flowdppo_ops import PolicyLoss, _native
 Check = tuple[str, Callable[[], object]]
 
 # A warp per row up to 512 elements, then a block, then several, of an even and of an uneven last part.
-SIZES = (1, 7, 512, 513, 4097, 12_293)
+SIZES = (1, 7, 512, 513, 8195)
 ODD_SIZES = (1000, 4099)
-SINGLE_SIZES = (520, 12_296)  # whole vectors
+SINGLE_SIZES = (520, 8200)  # whole vectors
 SHARDS = (3, 600, 4400)
 # Of outputs, samples, and the old and the reference policy (with `sde_step` the residual).
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
