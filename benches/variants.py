@@ -259,7 +259,7 @@ def compiled(unit: str, defines: tuple[str, ...], arch: str) -> Compiled:
     from cuda.bindings import nvrtc
 
     version = "{}.{}".format(*called(nvrtc.nvrtcVersion()))
-    options = [f"--gpu-architecture={arch}", "--std=c++17", *defines]
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "--fmad=false", *defines]  # as build.rs
     (name, text), *headers = ((name.encode(), text.encode()) for name, text in sources(unit).items())
     contents, names = [text for _, text in headers], [name for name, _ in headers]
     program = called(nvrtc.nvrtcCreateProgram(text, name, len(headers), contents, names))
