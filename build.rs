@@ -25,6 +25,10 @@ use libloading::{Library, Symbol};
 /// PTX of the lowest is what a driver compiles for generations that do not exist yet.
 const ARCHS: [&str; 7] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80"];
 
+/// Of NVRTC and nvcc. No product is fused with a sum but where the kernels say `fmaf`: their twins on the CPU round
+/// both, and of a residual that is given back, `u / std - residual` would be the product's rounding, not 0.
+const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-Ikernels"];
+
 const REQUIREMENT: &str = "nvidia-cuda-nvrtc-cu12==12.9.86";
 
 /// Through the metadata, because `nvidia` may be a namespace package or a regular one.
@@ -224,7 +228,8 @@ fn wheel() -> Outcome<PathBuf> {
 fn run_nvcc(nvcc: &OsString, job: &Job, target: &Path) -> Outcome<()> {
     let kind = if job.is_ptx() { "--ptx" } else { "--cubin" };
     let output = Command::new(nvcc)
-        .args([kind, "-std=c++17", "-Ikernels", "-arch", &job.arch, "-o"])
+        .args(OPTIONS)
+        .args([kind, "-arch", &job.arch, "-o"])
         .args([target, &job.source])
         .output()
         .map_err(|error| format!("{}: {error}", nvcc.to_string_lossy()))?;
@@ -288,7 +293,7 @@ impl Nvrtc {
     fn compile(&self, job: &Job) -> Outcome<Vec<u8>> {
         let source = fs::read_to_string(&job.source).map_err(|error| error.to_string())?;
         let name = job.source.to_string_lossy().into_owned();
-        let options = [format!("--gpu-architecture={}", job.arch), "--std=c++17".to_owned(), "-Ikernels".to_owned()];
+        let options = OPTIONS.map(str::to_owned).into_iter().chain([format!("--gpu-architecture={}", job.arch)]);
         let strings: Vec<CString> = [source, name]
             .into_iter()
             .chain(options)

@@ -230,11 +230,11 @@ LEFT_OUT = [
     Variant(
         "min_blocks=1",
         {"MIN_BLOCKS": 1},
-        "the same code; in one of 10 kernels more registers, 92 for 80, and no more loads",
+        "the same code; in two of 10 kernels more registers, 92 for 80 and 96 for 95, and no more loads",
         (),
         (),
     ),
-    Variant("min_blocks=3", {"MIN_BLOCKS": 3}, "spills in the kernels of a step: 48 local accesses", (), ()),
+    Variant("min_blocks=3", {"MIN_BLOCKS": 3}, "spills in the kernels of a step: 48 or 49 local accesses", (), ()),
     Variant("min_blocks=4", {"MIN_BLOCKS": 4}, "spills in 8 of 10 kernels: 11 to 212 local accesses", (), ()),
     Variant("wide_steps=2", {"WIDE_STEPS": 2}, "spills in the forward of `step`: 45 local accesses", (), ()),
 ]
@@ -259,7 +259,7 @@ def compiled(unit: str, defines: tuple[str, ...], arch: str) -> Compiled:
     from cuda.bindings import nvrtc
 
     version = "{}.{}".format(*called(nvrtc.nvrtcVersion()))
-    options = [f"--gpu-architecture={arch}", "--std=c++17", *defines]
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "--fmad=false", *defines]  # as build.rs
     (name, text), *headers = ((name.encode(), text.encode()) for name, text in sources(unit).items())
     contents, names = [text for _, text in headers], [name for name, _ in headers]
     program = called(nvrtc.nvrtcCreateProgram(text, name, len(headers), contents, names))

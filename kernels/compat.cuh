@@ -1,5 +1,6 @@
 // The seam between the compilers: NVRTC or nvcc for the GPU, g++ against tests/emulator/shim.h for the CPU emulator.
 //
+// Both compile what is written: a product and a sum are fused where it says `fmaf`, and nowhere else (--fmad=false).
 // What the emulator cannot run is reached only through the names defined here, each with a twin in the shim: shared
 // memory (the emulator hands out poisoned memory of the exact size), and a few instructions. The conversions are PTX
 // rather than cuda_fp16.h and cuda_bf16.h so that a build needs nothing beside NVRTC itself.

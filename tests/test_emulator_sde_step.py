@@ -10,7 +10,7 @@ import torch
 from compilers import needs_cxx
 from emulator import call, call_sde_step
 from emulator.build import Fault
-from emulator.call import start
+from emulator.call import EmulatedStepLoss, start
 from emulator.call_sde_step import EmulatedSdeStep
 from parity import equal_bits
 from sde_step_cases import FLOAT32_DTYPES, LAYOUTS, SAMPLERS, draw, run, three_way
@@ -103,6 +103,18 @@ def test_a_replay_of_the_stored_latent_has_the_same_bits(asan, dtypes, splits):
     drawn = run(step, arguments | {"noise": arguments["noise"].float()})
     del arguments["noise"]
     equal_bits(run(step, arguments | {"prev_sample": drawn["prev_sample"]}), drawn)
+
+
+@splits
+def test_a_recorded_policy_has_no_drift(asan, splits):
+    """`mu`, and the residual, are formed as `step_loss` forms them: given back as the old policy's, they have KL 0."""
+    arguments = draw((4, 300), replay=True, guidance=True)
+    step = EmulatedSdeStep(asan, splits=splits)(**arguments, residual_dtype=torch.float32)
+    del arguments["row_dims"]
+    for old in ({"old_prev_sample_mean": step.prev_sample_mean}, {"old_residual": step.residual}):
+        result = EmulatedStepLoss(asan, splits=splits)(**arguments, advantages=torch.ones(4), **old)
+        assert (result.kl == 0).all()
+        assert (result.ratio == 1).all()
 
 
 def test_any_order_of_blocks_and_threads_gives_the_same_bits(asan):

@@ -166,14 +166,15 @@ def test_a_deterministic_row_that_overflows_as_it_is_stored_has_no_residual():
 
 @samplers
 @pytest.mark.parametrize("guidance", [False, True])
-def test_a_recorded_mean_has_no_drift(sampler, guidance):
-    """`mu` is formed as `step_loss` forms it, so the mean recorded here, given back as the old one, has KL 0."""
+def test_a_recorded_policy_has_no_drift(sampler, guidance):
+    """`mu`, and the residual, are formed as `step_loss` forms them: given back as the old policy's, they have KL 0."""
     arguments = draw((4, 3000), sampler=sampler, replay=True, guidance=guidance)
-    mean = sde_step(**arguments).prev_sample_mean
+    step = sde_step(**arguments, residual_dtype=torch.float32)
     del arguments["row_dims"]
-    result = flowdppo_ops.step_loss(**arguments, advantages=torch.ones(4), old_prev_sample_mean=mean)
-    assert (result.kl == 0).all()
-    assert (result.ratio == 1).all()
+    for old in ({"old_prev_sample_mean": step.prev_sample_mean}, {"old_residual": step.residual}):
+        result = flowdppo_ops.step_loss(**arguments, advantages=torch.ones(4), **old)
+        assert (result.kl == 0).all()
+        assert (result.ratio == 1).all()
 
 
 # ---- determinism -----------------------------------------------------------------------------------------------------

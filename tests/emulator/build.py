@@ -15,7 +15,8 @@ from compilers import cxx
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels"
 
-# -ffp-contract=off: float64 arithmetic as the CPU backend's. The scheduler is built without sanitizers, see there.
+# -ffp-contract=off: nothing is fused but by `fmaf`, as build.rs has it for GPUs. The scheduler is built without
+# sanitizers, see there.
 _COMMON = ("-std=c++20", "-g", "-ffp-contract=off")
 _SANITIZERS = {
     "plain": ("-O2",),
