@@ -9,7 +9,9 @@ import flowdppo_ops
 from flowdppo_ops import reference
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):  # strict about options, pytest ends at one that nobody has
+        parser.addini("timeout", "seconds for a test; without pytest-timeout nobody counts them")
     parser.addoption(
         "--impl",
         choices=("fused", "reference"),

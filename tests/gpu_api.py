@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import flowdppo_ops
@@ -34,3 +35,9 @@ def sde_step(**arguments: Any) -> SdeStep:
 def brought_back(result: PolicyLoss) -> PolicyLoss:
     assert result.loss.device.type == DEVICE
     return PolicyLoss(result.loss.cpu(), result._numbers.cpu(), result._row_shape, result._has_kl, result._has_ref)
+
+
+def requested_bytes(which: str = "current") -> int:
+    """What PyTorch's allocator has been asked for: "current", or the "peak" since it was reset. Its `memory_allocated`
+    counts blocks, which are up to 1 MiB longer: 1.6 % of 64 MB."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]

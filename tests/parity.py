@@ -76,7 +76,7 @@ def run(loss: Callable[..., PolicyLoss], arguments: dict[str, Any], upstream: fl
 
 def upstream_of(loss: Tensor) -> Tensor:
     """A different dyadic weight for every row of reduction="none", so that rows cannot be swapped unseen."""
-    weight = 1 + torch.arange(loss.numel()) % 5 / 4
+    weight = 1 + torch.arange(loss.numel(), device=loss.device) % 5 / 4
     return weight.reshape(loss.shape).to(loss.dtype)
 
 

@@ -122,7 +122,8 @@ def run(
 
 def upstream_of(result: Tensor) -> Tensor:
     """Dyadic numbers, another one for every row and for neighbouring elements, and of both signs."""
-    return (torch.arange(result.numel()) % 7 / 4 - 0.75).reshape(result.shape).to(result.dtype)
+    number = torch.arange(result.numel(), device=result.device)
+    return (number % 7 / 4 - 0.75).reshape(result.shape).to(result.dtype)
 
 
 def three_way(step: Callable[..., SdeStep], arguments: dict[str, Any], **options: Any) -> dict[str, Tensor | None]:

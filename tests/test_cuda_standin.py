@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from compilers import needs_cxx
 from standin import harness
 
 from flowdppo_ops import _native
+
+ROOT = Path(__file__).parent
 
 pytestmark = needs_cxx
 needs_images = pytest.mark.skipif(not _native.cuda_images(), reason="built without kernels (FLOWDPPO_KERNELS=none)")
@@ -148,6 +153,70 @@ def test_the_single_pass_with_emulated_kernels(driver, kernels, scenario):
 @pytest.mark.parametrize("scenario", ["every_kernel_is_launched", "a_mix_left_out", "a_wrong_answer"])
 def test_the_script_that_launches_every_kernel(driver, kernels, scenario):
     harness.run(scenario, driver, kernels=kernels, script="launched.py")
+
+
+# ---- a rehearsal of the tests marked gpu -----------------------------------------------------------------------------
+
+REHEARSED = """
+    any_alignment any_upstream cuda_graph generator graph_capture host_sync metadata_errors nothing_waits two_launches
+"""
+MISTAKES = """
+import pytest, torch, flowdppo_ops
+from cases import draw
+from gpu_api import moved
+pytestmark = pytest.mark.gpu
+x = torch.ones(3, requires_grad=True)
+
+def test_an_upstream_gradient_of_the_host():  # an upstream gradient on another device
+    there = x.detach().cuda().requires_grad_()
+    torch.autograd.grad(2 * there, there, torch.ones(3))
+
+def test_two_devices():  # tensors of two devices
+    x.cuda() + x
+
+def test_a_wait():  # item waits for the device
+    there = x.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    there.sum().item()
+
+def test_a_copy_into_a_capture():  # cuda waits for the device
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.cuda()
+
+def test_a_replay_of_other_values():  # assert -?\\d
+    arguments, graph = moved(draw()), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = flowdppo_ops.loss(**arguments)
+    before = result.loss.item()
+    arguments["prev_sample_mean"].add_(0.1)
+    graph.replay()
+    assert result.loss.item() == before
+
+def test_a_launch_too_many():  # assert 2 == 1
+    arguments = moved(draw())
+    flowdppo_ops.loss(**arguments)  # fills tickets
+    with torch.profiler.profile() as profile:
+        flowdppo_ops.loss(**arguments).loss * 2
+    assert len(profile.events()) == 1
+"""
+
+
+@needs_images
+def test_what_a_gpu_is_to_show_is_rehearsed(driver, kernels):
+    """Tests that were never run where they belong, without what is wrong with the tests themselves."""
+    files = [ROOT / f"test_gpu{name}.py" for name in ("", "_sde_step", "_single", "_step_loss")]
+    said = harness.rehearse(driver, kernels, "-k", " or ".join(REHEARSED.split()), *files)
+    assert re.fullmatch(r"=+ \d+ passed, \d+ deselected.*", said.splitlines()[-1]), said
+
+
+@needs_images
+def test_a_rehearsal_finds_mistakes(driver, kernels, tmp_path):
+    (tmp_path / "test_mistakes.py").write_text(MISTAKES)
+    given = "--tb=line", "-c", ROOT.parent / "pyproject.toml", tmp_path / "test_mistakes.py"
+    said = harness.rehearse(driver, kernels, *given)
+    found, wanted = re.findall(r"\n/.*?:\d+: (.*)", said), re.findall(r"\(\):  # (.*)", MISTAKES)
+    assert len(found) == len(wanted), said
+    assert all(map(re.search, wanted, found)), found
 
 
 def test_a_device_that_is_not_there(driver):

@@ -4,10 +4,14 @@ import json
 import subprocess
 import sys
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
+pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
+
+import matplotlib.image
 
 import flowdppo_ops
 from flowdppo_ops import reference

@@ -51,6 +51,26 @@ def run(
     script: str = "scenarios.py",
 ) -> None:
     """Runs a function of `script` in a process of its own: a process loads its driver and its modules only once."""
+    command = [sys.executable, str(HERE / script), scenario]
+    environment = surroundings(folder, capabilities, kernels)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, (
+        f"{scenario} on {capabilities} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    )
+
+
+def rehearse(folder: Path, kernels: Path, *arguments: str | Path) -> str:
+    """What pytest says of tests marked gpu, under `rehearsal`."""
+    command = [sys.executable, "-m", "pytest", "-p", "standin.rehearsal", "-p", "no:cacheprovider", "-m", "gpu"]
+    # One thread: two cost more than they save at these sizes.
+    environment = surroundings(folder, "90", kernels) | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
+    ).stdout
+
+
+def surroundings(folder: Path | None, capabilities: str, kernels: Path | None) -> dict[str, str]:
+    """Environment variables that lead to the stand-in."""
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = dict(os.environ, STANDIN_CAPABILITIES=capabilities, PYTHONPATH=path)
     environment.pop("LD_LIBRARY_PATH", None)
@@ -58,11 +78,7 @@ def run(
         environment["LD_LIBRARY_PATH"] = str(folder)
     if kernels is not None:
         environment["STANDIN_KERNELS"] = str(kernels)
-    command = [sys.executable, str(HERE / script), scenario]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, (
-        f"{scenario} on {capabilities} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
-    )
+    return environment
 
 
 class Driver:
