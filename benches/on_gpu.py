@@ -120,7 +120,9 @@ def suite() -> Stage:
     # Without a GPU every test is skipped, which pytest calls a success.
     is_there = [PYTHON, "-c", "import torch; print(torch.cuda.get_device_name())"]
     pytest = [PYTHON, "-m", "pytest", *options, str(ROOT / "tests")]
-    return Stage("suite", [Command("torch", is_there), Command("pytest", pytest)], 4.0, "the tests marked gpu")
+    # What the CPU computes is small, and on shared cores more threads only wait for one another.
+    commands = [Command("torch", is_there), Command("pytest", pytest, {"OMP_NUM_THREADS": "4"})]
+    return Stage("suite", commands, 4.0, "the tests marked gpu")
 
 
 def sanitize() -> Stage:
