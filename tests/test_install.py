@@ -30,7 +30,8 @@ assert "torch" not in sys.modules
 images = {}
 for unit, cc, is_ptx, _ in _native.cuda_images():
     images.setdefault(unit, []).append("%s_%d" % ("compute" if is_ptx else "sm", cc))
-assert sorted(images) in ([], ["policy_loss", "sde_step"]) and len(set(map(str, images.values()))) <= 1, images
+units = ["policy_loss", "policy_loss_single", "sde_step"]
+assert sorted(images) in ([], units) and len(set(map(str, images.values()))) <= 1, images
 print("images:", *images.get("policy_loss", []))
 """
 ALL_IMAGES = "images: sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_80"
