@@ -141,7 +141,10 @@ pub fn forward(
 ) -> Result<(), Error> {
     let is_step = problem.step.is_some();
     let plan = plan(target.device, latents, is_step, problem.rows, problem.numel)?;
-    let plan = plan.ok_or(Error::Missing { name: "a single pass for these latents" })?;
+    // The gradients are stored as whole vectors, too.
+    let aligned =
+        [address(&gradients.output), address(&gradients.uncond_output)].iter().all(|at| at.is_multiple_of(16));
+    let plan = plan.filter(|_| aligned).ok_or(Error::Missing { name: "a single pass for these latents" })?;
     let Kernels { device, kernels, room, .. } = self::kernels(target.device)?;
     let (partials, tickets) = plan.workspace(problem.rows);
     long_enough("partials", &workspace.partials, partials)?;
@@ -155,6 +158,6 @@ pub fn forward(
     };
     let grid = Grid { blocks: plan.blocks(), threads: GridPlan::THREADS, resident: Some(dynamic_bytes(*room)) };
     // SAFETY: addresses and lengths are those of views, whose contract the caller of `new` upheld; grid, splits and room
-    // are of one plan, which has looked at alignment and dtypes; the stream is `Target`'s.
+    // are of one plan, which has looked at dtypes and, as above, at alignment; the stream is `Target`'s.
     unsafe { launch(&kernels[variant(latents, is_step)], device, target.stream, grid, &arguments) }
 }

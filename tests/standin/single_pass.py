@@ -168,10 +168,11 @@ def single(
     options=OPTIONS,
     partials=None,
     tickets=None,
+    grad_at=1 << 24,
 ):
     arguments = problem(rows, numel, dtypes, None, schedule, objective, options)
     workspace = partials or (64 * KiB, 1 << 20), tickets or (80 * KiB, 2 * rows + 1)
-    gradients = (1 << 24, dtypes[0] if dtypes else "float32"), None
+    gradients = (grad_at, dtypes[0] if dtypes else "float32"), None
     _native.policy_loss_forward_cuda(target, *arguments, (32 * KiB, 48 * KiB), gradients, None, *workspace)
 
 
@@ -198,6 +199,7 @@ def bad_arguments() -> None:
     f32, bf16 = "float32", "bfloat16"
     refused(ValueError, partial(single, numel=601), "a single pass for these latents")
     refused(ValueError, partial(single, dtypes=(f32, None, None, bf16, f32, None)), "a single pass for these latents")
+    refused(ValueError, partial(single, grad_at=(1 << 24) + 8), "a single pass for these latents")
     refused(ValueError, partial(single, dtypes=(f32, None, None, f32, f32, f32)), "a coefficient")
     refused(ValueError, partial(single, options=("gaussian", "mean", "kept_mean", 0.0)), "a coefficient")
     refused(ValueError, partial(single, objective=GRPOGuard()), "a coefficient")
