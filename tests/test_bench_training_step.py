@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_benches import FIELDS, fake_cuda
+from test_bench_cuda import fake_cuda
+from test_benches import FIELDS
 from torch import nn
 
 BENCHES = Path(__file__).parents[1] / "benches"

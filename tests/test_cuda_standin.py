@@ -1,6 +1,6 @@
 """The launcher end to end without a GPU: Python -> Rust -> driver calls -> embedded image, against a stand-in driver.
 
-`standin/libcuda.cpp` is the driver, `standin/scenarios.py` what is done and asserted; a process each.
+`standin/libcuda.cpp` is the driver, the other files of `standin` are what is done and asserted; a process each.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def test_driver_errors_become_exceptions(driver):
     "scenario", ["parity", "step_parity", "sharded_parity", "clip_limits", "kept_tickets", "float64_from_python"]
 )
 def test_loss_with_emulated_kernels(driver, kernels, scenario):
-    harness.run(scenario, driver, kernels=kernels)
+    harness.run(scenario, driver, kernels=kernels, script="emulated.py")
 
 
 @needs_images

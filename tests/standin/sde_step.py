@@ -7,8 +7,9 @@ import sys
 from itertools import product
 
 from flowdppo_ops import _native
+from standin.emulated import on_gpu
 from standin.harness import Driver
-from standin.scenarios import MULTIPROCESSORS, KiB, on_gpu, refused
+from standin.scenarios import MULTIPROCESSORS, KiB, refused
 
 MiB = 1 << 20
 F32, BF16, F16, F64 = "float32", "bfloat16", "float16", "float64"

@@ -7,8 +7,9 @@ import sys
 from functools import partial
 
 from flowdppo_ops import _native
+from standin.emulated import on_gpu
 from standin.harness import Driver
-from standin.scenarios import MULTIPROCESSORS, OPTIONS, SCHEDULE, KiB, arrays_at, on_gpu, problem, refused
+from standin.scenarios import MULTIPROCESSORS, OPTIONS, SCHEDULE, KiB, arrays_at, problem, refused
 
 SWITCH = "FLOWDPPO_OPS_SINGLE_PASS"
 SINGLE, BACKWARD, FORWARD = "policy_loss_single_", "policy_loss_backward_", "policy_loss_forward_"

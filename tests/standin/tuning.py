@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from cuda.bindings import driver as cuda
 from launch_arguments import Latents
-from test_benches import fake_cuda
+from test_bench_cuda import fake_cuda
 
+from standin.emulated import on_gpu
 from standin.harness import Driver, Launch
-from standin.scenarios import MULTIPROCESSORS, on_gpu, refused
+from standin.scenarios import MULTIPROCESSORS, refused
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benches"))  # its harness, not the one beside this file
 import devices
