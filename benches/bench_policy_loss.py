@@ -10,14 +10,13 @@ compared with float64 before anything is timed. See README.md beside this file.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import trainer_chain
-from runner import Inputs, Operation, Outputs, compiled, doubled, main, max_autotuned
+from runner import Operation, Outputs, compiled, doubled, main, max_autotuned
 from torch import Tensor
 from trainer_chain import NOISE_LEVEL, wide
 
@@ -118,19 +117,6 @@ def package_loss(loss: Callable, i: LossInputs) -> Outputs:
     return (loss(i.mean, i.old_mean, i.advantages, **policy).loss,)
 
 
-def in_single_pass(call: Callable[[Inputs], Outputs]) -> Callable[[Inputs], Outputs]:
-    """With the package's switch on: 1 us of a call, and no change where a single pass does not take the latents."""
-
-    def switched(i: Inputs) -> Outputs:
-        os.environ["FLOWDPPO_OPS_SINGLE_PASS"] = "1"
-        try:
-            return call(i)
-        finally:
-            del os.environ["FLOWDPPO_OPS_SINGLE_PASS"]
-
-    return switched
-
-
 def triton_loss() -> Callable[[LossInputs], Outputs]:
     from triton_policy_loss import triton_policy_loss
 
@@ -148,14 +134,11 @@ def loss_truth(i: LossInputs, _provider: str) -> Outputs:
 
 
 def loss_bytes(i: LossInputs, provider: str, pass_: str) -> int:
-    """Forward reads mean, old mean and sample; backward reads mean and sample and writes the gradient. A single pass
-    writes it in the forward.
+    """Forward reads mean, old mean and sample; backward reads mean and sample and writes the gradient.
 
     Row vectors are left out: 4 bytes beside 65536 elements.
     """
     forward = i.mean.nbytes + i.old_mean.nbytes + i.prev_sample.nbytes
-    if provider == "fused_single":
-        return forward + i.mean.nbytes
     return forward if pass_ == "forward" else forward + 2 * i.mean.nbytes + i.prev_sample.nbytes
 
 
@@ -299,8 +282,6 @@ def step_bytes(i: StepInputs, provider: str, pass_: str) -> int:
     """Forward reads output, sample, next sample and old policy; backward the first three, and writes the gradient."""
     source = i.model_output.nbytes + i.sample.nbytes + i.prev_sample.nbytes
     forward = source + getattr(i, OLD_FORMS.get(provider, "old_mean")).nbytes
-    if provider == "fused_single":
-        return forward + i.model_output.nbytes
     return forward if pass_ == "forward" else forward + source + i.model_output.nbytes
 
 
@@ -320,7 +301,6 @@ def step_operation(name: str, sampler: str) -> Operation:
             **({"triton": triton_step} if sampler == "flow_sde" else {}),
             "fused": fused("old_mean"),
             **{provider: fused(form) for provider, form in OLD_FORMS.items()},
-            "fused_single": lambda: in_single_pass(fused("old_mean")()),
         },
         expected=partial(step_truth, sampler),
         bytes_moved=step_bytes,
@@ -341,7 +321,6 @@ OPERATIONS = {
             "compile_max": max_autotuned(partial(compiled, trainer_loss)),
             "triton": triton_loss,
             "fused": lambda: partial(package_loss, flowdppo_ops.loss),
-            "fused_single": lambda: in_single_pass(partial(package_loss, flowdppo_ops.loss)),
         },
         expected=loss_truth,
         bytes_moved=loss_bytes,

@@ -67,7 +67,7 @@ class Captured(NamedTuple):
 class Cpu:
     name = "cpu"
     device = torch.device("cpu")
-    lacks = ("triton", "compile_max", "fused_single")
+    lacks = ("triton", "compile_max")
     seldom: Mapping[str, tuple[str, ...]] = {}
     sizes = ("sd35", "rows", "flux", "wan", "small")
     full, quick = FULL, QUICK

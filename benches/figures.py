@@ -28,7 +28,7 @@ BOTH = "forward+backward"
 OLD_POLICY = {"fused": "float32 mean", "fused_output": "bfloat16 model output", "fused_residual": "float16 residual"}
 OPERATIONS = ("policy_loss", "step_loss", "sde_step")  # and what begins so: other samplers
 PEERS = {"eager": "eager", "compile": "compiled", "compile_max": "max-autotune", "triton": "Triton"}
-SHOWN = PEERS | {"fused": "fused", "fused_single": "single pass"}
+SHOWN = PEERS | {"fused": "fused"}
 # What the table and the plot show: image latents, micro-batch 16, and what no L2 holds. `report.py` has all.
 IMAGES = {(16, 16, 64, 64): "SD3.5, 512 px", (16, 4096, 64): "FLUX, 1024 px"}
 TABLED = IMAGES | {(16, 16, 21, 90, 160): "video, 720p"}

@@ -1,4 +1,4 @@
-"""All that needs a GPU, in stages that each end on their own: tests, sanitizer, figures, tuning, profile.
+"""All that needs a GPU, in stages that each end on their own: tests, sanitizer, figures, profile.
 
     python benches/on_gpu.py OUT                       # everything; OUT gets a log and the rows of each stage
     python benches/on_gpu.py OUT suite sanitize        # some stages; "bench" is all of its parts
@@ -168,11 +168,6 @@ def parts(operation: Operation) -> list[tuple[list[str], float]]:
     return out
 
 
-def tune(out: Path, options: list[str]) -> Stage:
-    argv = script("benches", "tune.py", "--json", out / "tune.json", *options)
-    return Stage("tune", [Command("tune", argv)], 8.0, "settings of the kernels, side by side")
-
-
 # Those of `ncu --list-sections`: bytes and throughput, L2 hits and sectors a request, occupancy, stall reasons.
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables", "LaunchStats", "Occupancy")
 SECTIONS += ("SchedulerStats", "WarpStateStats")
@@ -194,7 +189,7 @@ def step(out: Path, options: list[str]) -> Stage:
 
 def all_stages(out: Path, commit: str | None) -> list[Stage]:
     options = ["--commit", commit] if commit else []
-    measuring = *bench(out, options), tune(out, options), profile(out), step(out, options)
+    measuring = *bench(out, options), profile(out), step(out, options)
     return [machine(), suite(), sanitize(), *measuring]
 
 

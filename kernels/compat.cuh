@@ -6,31 +6,11 @@
 // rather than cuda_fp16.h and cuda_bf16.h so that a build needs nothing beside NVRTC itself.
 #pragma once
 
-#include "tuning.cuh"
-
 #ifdef FLOWDPPO_EMULATOR
 #include "shim.h"
 #else
 
 #define SHARED(type, name, count) __shared__ type name[count]
-#define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-
-// For a thread that waits until another block has changed `*address`.
-__device__ __forceinline__ unsigned poll(const unsigned* address) {
-  unsigned value;
-  asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-__device__ __forceinline__ void pause() { __nanosleep(20); }
-
-// Programmatic dependent launch, which is sm_90's: a launch may begin when all blocks of the one before have said so or
-// ended, and reads what that one wrote after it has waited. Without the attribute at launch both do nothing.
-__device__ __forceinline__ void let_backward_launch() {
-  if constexpr (kDependentLaunch) asm volatile("griddepcontrol.launch_dependents;");
-}
-__device__ __forceinline__ void wait_for_forward() {
-  if constexpr (kDependentLaunch) asm volatile("griddepcontrol.wait;" ::: "memory");
-}
 
 // The lower and the upper half of a word, as float16.
 __device__ __forceinline__ float low_half_to_float(unsigned word) {

@@ -23,11 +23,9 @@ struct Gradients {
   Target<Source::kDtype> output, uncond;
   float guidance;
 
-  // `Call`: PolicyLossBackward or PolicyLossSingle.
-  template <class Call>
-  __device__ __forceinline__ Gradients(const Call& p, const Latents& latents, long long first, const StepRow& step)
-      : output(p.grad_output, latents.output.dtype, first),
-        uncond(Source::kIsStep ? p.grad_uncond : nullptr, latents.uncond.dtype, first),
+  __device__ __forceinline__ Gradients(const PolicyLossBackward& p, long long first, const StepRow& step)
+      : output(p.grad_output, p.latents.output.dtype, first),
+        uncond(Source::kIsStep ? p.grad_uncond : nullptr, p.latents.uncond.dtype, first),
         guidance(Source::kIsStep ? step.guidance : 1.f) {}
   __device__ __forceinline__ bool aligned() const { return output.aligned() && uncond.aligned(); }
   __device__ __forceinline__ void advance(long long elements) {

@@ -17,9 +17,7 @@
 //         and nothing else; kObjectiveAlone reads it, and no latents (splits == 0)
 // Backward, one launch: `policy_loss_backward_...` with the same names.
 //   in    the latents whose coefficients may not be zero, numbers, grad_loss (one number or one per row)
-//   out   grad_output, grad_uncond [rows, numel] in the dtypes of their latents; grad_log_prob [rows] f32. With
-//         `formed` they stand there already, for a grad_loss of 1
-// Both in one launch, for latents beyond the L2: `policy_loss_single_...`, see policy_loss_single.cu.
+//   out   grad_output, grad_uncond [rows, numel] in the dtypes of their latents; grad_log_prob [rows] f32
 // Outputs alias nothing; inputs may alias one another.
 //
 // Launch: blocks of kThreads, no dynamic shared memory, and a grid of
@@ -87,21 +85,10 @@ struct PolicyLossBackward {
   float* grad_log_prob;  // null: not wanted
   int old_form, ref_form;
   int splits;
-  int formed;  // needs a grad_loss that is one number
-  long long rows, numel;
-};
-
-// The gradient for a grad_loss of 1 as well: reduction mean or sum, no log-prob given, no reference policy, no
-// GRPO-Guard; all latents at multiples of 16 bytes, and so are their rows.
-struct PolicyLossSingle {
-  PolicyLossForward forward;  // splits >= 1; partials [rows, splits, 4]; tickets [2 rows + 1]
-  void* grad_output;          // null: not wanted
-  void* grad_uncond;          // null: not wanted
-  int room;                   // elements that a block keeps: at least a part, a multiple of 8 kThreads
   int pad;
+  long long rows, numel;
 };
 
 // The Rust side asserts the same numbers, so that a drift of either does not compile.
 static_assert(sizeof(Latents) == 96 && sizeof(Problem) == 480);
 static_assert(sizeof(PolicyLossForward) == 624 && sizeof(PolicyLossBackward) == 192);
-static_assert(sizeof(PolicyLossSingle) == 648);

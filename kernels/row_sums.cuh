@@ -9,9 +9,8 @@
 // 4 to 6 loads, and where a step has more than 32 elements: two of 48 spill. (The reference policy and the
 // unconditional output not counted.)
 template <class Source>
-constexpr bool kIsWide = sizeof(typename Source::Raw) > Source::kTensors * 16 || Source::kTensors* Source::kVector > 32;
-template <class Source>
-constexpr int kUnroll = kIsWide<Source> ? kWideSteps : kNarrowSteps;
+constexpr int kUnroll =
+    sizeof(typename Source::Raw) > Source::kTensors * 16 || Source::kTensors* Source::kVector > 32 ? 1 : 2;
 
 // The four sums of `RowSums` while elements are added up.
 enum Sum : int { kQ, kD, kCross, kF, kSums };

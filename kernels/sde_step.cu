@@ -70,7 +70,7 @@ struct Step {
     Pack<kAny, kVector> next;
   };
   // 6 words, or 8, are enough under way by themselves; twice 6 spill on sm_100 and sm_120.
-  static constexpr int kSteps = sizeof(Raw) > 5 * 16 ? kWideSteps : kNarrowSteps;
+  static constexpr int kSteps = sizeof(Raw) > 5 * 16 ? 1 : 2;
 
   __device__ __forceinline__ Step(const SdeStepForward& p, long long first, const StepRow& row)
       : output(p.output, first),
@@ -98,7 +98,7 @@ struct Step {
   __device__ __forceinline__ Raw load(int vector) const {
     return {output.template load<Cache::kStream, kVector>(vector),
             uncond.template load<Cache::kStream, kVector>(vector),
-            sample.template load<Cache::kStream, kVector>(vector), next.template load<kForwardLoads, kVector>(vector)};
+            sample.template load<Cache::kStream, kVector>(vector), next.template load<Cache::kKeep, kVector>(vector)};
   }
 
   __device__ __forceinline__ void vector(int vector, const Raw& raw) {
@@ -240,7 +240,7 @@ struct Gradient {
     Pack<kFloat32, kVector> grad_mean, mean;
     Pack<kNext, kVector> next;
   };
-  static constexpr int kSteps = kNarrowSteps;
+  static constexpr int kSteps = 2;
 
   __device__ __forceinline__ Gradient(const SdeStepBackward& p, long long first, float log_prob, double b,
                                       double guidance)
@@ -258,8 +258,8 @@ struct Gradient {
   }
 
   __device__ __forceinline__ Raw load(int vector) const {
-    return {grad_mean.template load<kBackwardLoads, kVector>(vector),
-            mean.template load<kBackwardLoads, kVector>(vector), next.template load<kBackwardLoads, kVector>(vector)};
+    return {grad_mean.template load<Cache::kStream, kVector>(vector),
+            mean.template load<Cache::kStream, kVector>(vector), next.template load<Cache::kStream, kVector>(vector)};
   }
 
   // What is absent was loaded as zeros.
@@ -291,7 +291,7 @@ struct Gradient {
 
 template <int kOutput, int kNext>
 __device__ __forceinline__ void backward(const SdeStepBackward& p) {
-  const Part part = part_of_thread<kBackwardReversed>(p.rows, p.numel, p.splits);
+  const Part part = part_of_thread(p.rows, p.numel, p.splits);
   if (part.count == 0) return;
   // All loads first: waiting for one after the other would cost a block 1 us before it streams.
   const float coefficient = p.numbers[kNumberLogProb * p.rows + part.row];
@@ -308,12 +308,13 @@ __device__ __forceinline__ void backward(const SdeStepBackward& p) {
 
 // ---- entry points --------------------------------------------------------------------------------------------------
 
+// Two blocks on a multiprocessor at least, as for policy_loss.
 #define SDE_STEP(variant, output, sample)                                      \
-  extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)           \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                    \
       sde_step_forward_##variant(const __grid_constant__ SdeStepForward p) {   \
     sde_step::forward<output, sample>(p);                                      \
   }                                                                            \
-  extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)           \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                    \
       sde_step_backward_##variant(const __grid_constant__ SdeStepBackward p) { \
     sde_step::backward<output, sample>(p);                                     \
   }

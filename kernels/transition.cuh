@@ -227,7 +227,7 @@ struct Step {
 
 // The sources that kernels are compiled for: X(name, source, dtypes...). What no typed one fits takes a mixed one,
 // which looks at the dtypes at run time.
-#define POLICY_LOSS_TYPED(X)                                  \
+#define POLICY_LOSS_SOURCES(X)                                \
   X(f32, Means, kFloat32, kFloat32)                           \
   X(bf16, Means, kBfloat16, kBfloat16)                        \
   X(f16, Means, kFloat16, kFloat16)                           \
@@ -238,8 +238,6 @@ struct Step {
   X(step_f16, Step, kFloat16, kFloat16, kFloat16)             \
   X(step_bf16_f32, Step, kBfloat16, kFloat32, kFloat32)       \
   X(step_bf16_f32_bf16, Step, kBfloat16, kFloat32, kBfloat16) \
-  X(step_bf16_f32_f16, Step, kBfloat16, kFloat32, kFloat16)
-
-#define POLICY_LOSS_MIXED(X)  \
-  X(mixed, Means, kAny, kAny) \
+  X(step_bf16_f32_f16, Step, kBfloat16, kFloat32, kFloat16)   \
+  X(mixed, Means, kAny, kAny)                                 \
   X(step_mixed, Step, kAny, kAny, kAny)

@@ -29,7 +29,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_backward, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_workspace_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_forward_cuda, module)?)?;
-    module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_single_workspace_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_shard_sums_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(python::policy_loss::policy_loss_backward_cuda, module)?)?;
     module.add("SDE_STEP_NUMBERS", ops::sde_step::NUMBERS)?;

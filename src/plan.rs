@@ -152,45 +152,6 @@ impl GridPlan {
     }
 }
 
-/// A grid whose blocks are all resident, so that they may wait for one another: `kernels/policy_loss_single.cu`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SinglePlan {
-    /// Blocks of a team, which share a row.
-    pub splits: u32,
-    /// Team t takes the rows t, t + teams, ...
-    pub teams: u32,
-}
-
-impl SinglePlan {
-    /// What a block's room, in elements, is a multiple of: vectors of 8 for every thread.
-    pub const ROOM_UNIT: usize = 8 * GridPlan::THREADS as usize;
-
-    /// None for rows that the blocks cannot keep between them, or that are too short to be worth a team. `resident`:
-    /// blocks; `room`: elements that a block keeps.
-    pub fn new(rows: usize, numel: usize, resident: usize, room: usize) -> Option<SinglePlan> {
-        if numel <= GridPlan::SHORT_ROW || !numel.is_multiple_of(8) || i32::try_from(rows).is_err() {
-            return None;
-        }
-        // With room for two parts a block reads all of its next row while this one is finished.
-        let least = [room / 2, room].map(|room| if room == 0 { usize::MAX } else { numel.div_ceil(room) });
-        let least = least.into_iter().find(|&splits| splits <= resident)?;
-        let splits = |teams: usize| (resident / teams).min(numel.div_ceil(GridPlan::MIN_PART));
-        // Turns times the length of one: 16 rows on 5 teams would take 4 turns, the last of a single row.
-        let cost = |teams: usize| rows.div_ceil(teams) * numel.div_ceil(splits(teams));
-        let teams = (1..=rows.min(resident / least)).rev().min_by_key(|&teams| cost(teams))?;
-        Some(SinglePlan { splits: splits(teams) as u32, teams: teams as u32 })
-    }
-
-    pub fn blocks(&self) -> u32 {
-        self.splits * self.teams
-    }
-
-    /// Length of the `[rows, splits, 4]` partial sums, and of the `[2 rows + 1]` tickets.
-    pub fn workspace(&self, rows: usize) -> (usize, usize) {
-        (rows * self.splits as usize * 4, 2 * rows + 1)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,46 +243,5 @@ mod tests {
         assert!(GridPlan::new(rows, 600, 1).is_err());
         assert!(GridPlan::new(rows - 1, 600, H200).is_ok());
         assert_eq!(GridPlan::new(rows, 1, H200), Err(Error::Grid { rows, numel: 1 }));
-    }
-
-    /// Two blocks on each of an H200's multiprocessors, of 104 KiB of float32 each.
-    const RESIDENT: usize = 2 * H200 as usize;
-    const ROOM: usize = 13 * SinglePlan::ROOM_UNIT;
-
-    #[test]
-    fn a_team_keeps_its_row_and_nobody_is_idle() {
-        for rows in [1, 2, 3, 16, 64, 700, 3000] {
-            for numel in [520, 4096, 65_536, 2_096_640, 4_838_400, RESIDENT * ROOM] {
-                let plan = SinglePlan::new(rows, numel, RESIDENT, ROOM).unwrap();
-                let part = numel.div_ceil(plan.splits as usize).next_multiple_of(64);
-                assert!(part <= ROOM, "{rows} x {numel}: {plan:?} has parts of {part}");
-                assert!(
-                    plan.teams as usize <= rows && plan.blocks() as usize <= RESIDENT,
-                    "{rows} x {numel}: {plan:?}"
-                );
-                let teams_at_work = rows.div_ceil(plan.teams as usize) * plan.teams as usize - rows;
-                let short = numel <= 16 * GridPlan::MIN_PART;
-                let idle = RESIDENT - plan.blocks() as usize + teams_at_work * plan.splits as usize;
-                assert!(short || rows < 16 || idle <= RESIDENT / 8, "{rows} x {numel}: {plan:?} leaves {idle} idle");
-            }
-        }
-    }
-
-    #[test]
-    fn teams_of_a_single_pass() {
-        let teams = |rows, numel| SinglePlan::new(rows, numel, RESIDENT, ROOM).map(|plan| (plan.teams, plan.splits));
-        assert_eq!(teams(16, 65_536), Some((16, 16)));
-        assert_eq!(teams(2, 2_096_640), Some((1, 264)));
-        assert_eq!(teams(16, 4_838_400), Some((1, 264)));
-        assert_eq!(teams(3000, 520), Some((264, 1)));
-    }
-
-    #[test]
-    fn a_single_pass_is_not_for_every_row() {
-        for numel in [0, 512, 65_532, RESIDENT * ROOM + 8] {
-            assert_eq!(SinglePlan::new(4, numel, RESIDENT, ROOM), None, "{numel}");
-        }
-        assert_eq!(SinglePlan::new(4, 4096, 0, ROOM), None);
-        assert_eq!(SinglePlan::new(4, 4096, RESIDENT, 0), None);
     }
 }

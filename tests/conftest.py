@@ -64,7 +64,7 @@ def fused_step(native):
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch):
     """A developer's FLOWDPPO_OPS_* do not decide what is tested, and no test leaves its thread count behind."""
-    for name in ("FLOWDPPO_OPS_BACKEND", "FLOWDPPO_OPS_CHECK", "FLOWDPPO_OPS_SINGLE_PASS", "FLOWDPPO_OPS_STRICT"):
+    for name in ("FLOWDPPO_OPS_BACKEND", "FLOWDPPO_OPS_CHECK", "FLOWDPPO_OPS_STRICT"):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     yield

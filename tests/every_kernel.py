@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 import time
 from collections import Counter
@@ -38,7 +37,6 @@ Check = tuple[str, Callable[[], object]]
 # A warp per row up to 512 elements, then a block, then several, of an even and of an uneven last part.
 SIZES = (1, 7, 512, 513, 8195)
 ODD_SIZES = (1000, 4099)
-SINGLE_SIZES = (520, 8200)  # whole vectors
 SHARDS = (3, 600, 4400)
 # Of outputs, samples, and the old and the reference policy (with `sde_step` the residual).
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -207,27 +205,6 @@ def of_shards() -> Iterator[Check]:
     distributed.destroy_process_group()
 
 
-# ---- the single pass -------------------------------------------------------------------------------------------------
-
-
-def of_single_pass() -> Iterator[Check]:
-    """With its switch on, and every mix of dtypes: what no typed kernel takes goes through two launches."""
-
-    def check(name: str, loss: Callable[..., PolicyLoss], arguments: dict[str, Any]) -> Check:
-        def switched() -> None:
-            with patch.dict(os.environ, {"FLOWDPPO_OPS_SINGLE_PASS": "1"}):
-                three_way(loss, arguments)
-
-        return name, switched
-
-    for seed, (numel, mix) in enumerate(itertools.product(SINGLE_SIZES, MIXES)):
-        name, shape = f"{numel} of {named(mix)} in a single pass", ((5,), (numel,))
-        yield check(f"loss, {name}", gpu_api.loss, draw(*shape, dtypes=loss_dtypes(mix), seed=seed))
-        options = {"guidance": seed % 2 == 0, "old_form": list(OLD_FORMS)[seed % 3], "deterministic": seed % 3 == 0}
-        arguments = draw_step(*shape, dtypes=step_dtypes(mix), seed=seed, **options)
-        yield check(f"step_loss, {name}", gpu_api.step_loss, arguments)
-
-
 # ---- sde_step --------------------------------------------------------------------------------------------------------
 
 
@@ -259,8 +236,7 @@ def of_sde_step() -> Iterator[Check]:
 
 
 def every_check() -> Iterator[Check]:
-    # The single pass last: a sanitizer may leave its blocks too little room to be resident, which ends the run.
-    return itertools.chain(of_loss(), of_step_loss(), of_odd_addresses(), of_shards(), of_sde_step(), of_single_pass())
+    return itertools.chain(of_loss(), of_step_loss(), of_odd_addresses(), of_shards(), of_sde_step())
 
 
 def failures(checks: Iterable[Check]) -> tuple[int, list[str]]:

@@ -64,14 +64,6 @@ class Backward(Structure):
         *fields(Latents, "latents"),
         *fields(RowVector, "grad_loss"),
         *fields(ctypes.c_size_t, "numbers grad_output grad_uncond grad_log_prob"),
-        *fields(ctypes.c_int, "old_form ref_form splits formed"),
+        *fields(ctypes.c_int, "old_form ref_form splits pad"),
         *fields(ctypes.c_longlong, "rows numel"),
-    ]
-
-
-class Single(Structure):
-    _fields_ = [
-        *fields(Forward, "forward"),
-        *fields(ctypes.c_size_t, "grad_output grad_uncond"),
-        *fields(ctypes.c_int, "room pad"),
     ]

@@ -124,32 +124,6 @@ def test_sde_step_with_emulated_kernels(driver, kernels, scenario):
 
 
 @needs_images
-@pytest.mark.parametrize("capability", ["80", "90", "100", "120", "200"])
-def test_every_entry_point_of_the_single_pass_is_in_its_image(driver, capability):
-    harness.run("every_entry_point", driver, capability, script="single_pass.py")
-
-
-@needs_images
-@pytest.mark.parametrize("scenario", ["grids", "bad_arguments"])
-def test_arguments_of_the_single_pass(driver, scenario):
-    harness.run(scenario, driver, script="single_pass.py")
-
-
-@needs_images
-@pytest.mark.parametrize("capability", ["86", "120"])
-def test_the_single_pass_in_little_shared_memory(driver, capability):
-    harness.run("small_shared_memory", driver, capability, script="single_pass.py")
-
-
-@needs_images
-@pytest.mark.parametrize(
-    "scenario", ["parity", "step_parity", "gradients_of_any_upstream", "what_takes_two_launches", "captured"]
-)
-def test_the_single_pass_with_emulated_kernels(driver, kernels, scenario):
-    harness.run(scenario, driver, kernels=kernels, script="single_pass.py")
-
-
-@needs_images
 @pytest.mark.parametrize("scenario", ["every_kernel_is_launched", "a_mix_left_out", "a_wrong_answer"])
 def test_the_script_that_launches_every_kernel(driver, kernels, scenario):
     harness.run(scenario, driver, kernels=kernels, script="launched.py")
@@ -157,9 +131,7 @@ def test_the_script_that_launches_every_kernel(driver, kernels, scenario):
 
 # ---- a rehearsal of the tests marked gpu -----------------------------------------------------------------------------
 
-REHEARSED = """
-    any_alignment any_upstream cuda_graph generator graph_capture host_sync metadata_errors nothing_waits two_launches
-"""
+REHEARSED = "any_alignment generator graph_capture host_sync metadata_errors two_launches"
 MISTAKES = """
 import pytest, torch, flowdppo_ops
 from cases import draw
@@ -204,7 +176,7 @@ def test_a_launch_too_many():  # assert 2 == 1
 @needs_images
 def test_what_a_gpu_is_to_show_is_rehearsed(driver, kernels):
     """Tests that were never run where they belong, without what is wrong with the tests themselves."""
-    files = [ROOT / f"test_gpu{name}.py" for name in ("", "_sde_step", "_single", "_step_loss")]
+    files = [ROOT / f"test_gpu{name}.py" for name in ("", "_sde_step", "_step_loss")]
     said = harness.rehearse(driver, kernels, "-k", " or ".join(REHEARSED.split()), *files)
     assert re.fullmatch(r"=+ \d+ passed, \d+ deselected.*", said.splitlines()[-1]), said
 

@@ -13,7 +13,7 @@ from flowdppo_ops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 CUBINS, ENTRY_POINTS = images.cubins(), dict(_native.cuda_entry_points())
-UNITS = ("policy_loss_single", "policy_loss", "sde_step")
+UNITS = ("policy_loss", "sde_step")
 
 
 def entry_points(unit: str) -> dict[str, int]:

@@ -30,7 +30,7 @@ assert "torch" not in sys.modules
 images = {}
 for unit, cc, is_ptx, _ in _native.cuda_images():
     images.setdefault(unit, []).append("%s_%d" % ("compute" if is_ptx else "sm", cc))
-units = ["policy_loss", "policy_loss_single", "sde_step"]
+units = ["policy_loss", "sde_step"]
 assert sorted(images) in ([], units) and len(set(map(str, images.values()))) <= 1, images
 print("images:", *images.get("policy_loss", []))
 """

@@ -98,7 +98,6 @@ def test_command_lines(run, tmp_path):
         "every_kernel.py",
         "bench_policy_loss.py",
         "bench_sde_step.py",
-        "tune.py",
         "launch_once.py",
         "bench_training_step.py",
     }

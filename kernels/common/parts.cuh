@@ -32,10 +32,8 @@ __device__ __forceinline__ Part part_of_block(long long row, long long numel, in
   return part;
 }
 
-// kReversed: the first block takes the last part.
-template <bool kReversed = false>
 __device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
-  const unsigned block = kReversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const unsigned block = blockIdx.x;
   if (splits > 0) return part_of_block(block / splits, numel, static_cast<int>(block % splits), splits);
   const int thread = threadIdx.x;
   Part part;

@@ -4,9 +4,9 @@
 #pragma once
 
 #include "common/numeric.cuh"
-#include "tuning.cuh"
 
 constexpr int kWarpSize = 32;
+constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads % kWarpSize == 0 && kWarps <= kWarpSize, "the first warp reduces one value of each warp");
 

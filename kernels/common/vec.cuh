@@ -5,20 +5,15 @@
 #pragma once
 
 #include "common/numeric.cuh"
-#include "tuning.cuh"
+
+enum class Cache {
+  kKeep,    // read-only path, ordinary life in the L2: the backward reads it again
+  kStream,  // evict first: nobody reads it again
+};
 
 template <Cache kCache>
 __device__ __forceinline__ uint4 load16(const uint4* address) {
   return kCache == Cache::kStream ? __ldcs(address) : __ldg(address);
-}
-
-// By name, as the loads: of a plain store the compiler no longer sees that it is to global memory.
-__device__ __forceinline__ void store16(uint4* address, uint4 value) {
-  if (kStores == Cache::kStream) {
-    __stcs(address, value);
-  } else {
-    __stwb(address, value);
-  }
 }
 
 template <int kDtype, int kCount>
@@ -36,11 +31,12 @@ struct Pack {
       if (kDtype != kAny || i < kVectors / 2 || dtype == kFloat32) raw[i] = load16<kCache>(vectors + i);
   }
 
+  // By name, as the loads: of a plain store the compiler no longer sees that it is to global memory.
   __device__ __forceinline__ void store(void* data, int dtype) const {
     uint4* vectors = static_cast<uint4*>(data);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-      if (kDtype != kAny || i < kVectors / 2 || dtype == kFloat32) store16(vectors + i, raw[i]);
+      if (kDtype != kAny || i < kVectors / 2 || dtype == kFloat32) __stwb(vectors + i, raw[i]);
   }
 
   // All elements at once: one branch on a run-time dtype for the pack, not one for each element.

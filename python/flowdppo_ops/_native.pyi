@@ -78,14 +78,10 @@ def policy_loss_forward_cuda(
     objective: Objective,
     options: Options,
     out: tuple[int, int],
-    gradients_ahead: tuple[Array | None, Array | None] | None,
     shard_sums: int | None,
     partials: Memory,
     tickets: Memory,
 ) -> None: ...
-def policy_loss_single_workspace_cuda(
-    target: Target, arrays: Latents, forms: tuple[str, str] | None, rows: int, numel: int
-) -> tuple[int, int, bool] | None: ...
 def policy_loss_shard_sums_cuda(
     target: Target,
     arrays: Latents,
@@ -109,7 +105,6 @@ def policy_loss_backward_cuda(
     numel: int,
     gradients: tuple[Array | None, Array | None],
     grad_log_prob: Array | None,
-    formed: bool,
 ) -> None: ...
 def sde_step_forward(
     arrays: StepLatents,

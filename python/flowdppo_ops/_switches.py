@@ -9,9 +9,7 @@ import torch
 # The mapping behind `os.environ`, keyed as the platform has it. A name that is not set costs 0.5 us in
 # `os.environ.get`, an exception raised and caught, and 0.05 us here: 6 % of a call on an image latent.
 _SETTINGS = getattr(os.environ, "_data", os.environ)
-_BACKEND, _CHECK, _SINGLE_PASS = (
-    os.environ.encodekey(f"FLOWDPPO_OPS_{name}") for name in ("BACKEND", "CHECK", "SINGLE_PASS")
-)
+_BACKEND, _CHECK = (os.environ.encodekey(f"FLOWDPPO_OPS_{name}") for name in ("BACKEND", "CHECK"))
 _REFERENCE, _ON = (os.environ.encodevalue(value) for value in ("reference", "1"))
 
 
@@ -23,11 +21,6 @@ def wants_reference() -> bool:
 def wants_checks() -> bool:
     """`FLOWDPPO_OPS_CHECK=1`."""
     return _is_set(_CHECK, _ON)
-
-
-def wants_single_pass() -> bool:
-    """`FLOWDPPO_OPS_SINGLE_PASS=1`."""
-    return _is_set(_SINGLE_PASS, _ON)
 
 
 def _is_set(name: bytes | str, value: bytes | str) -> bool:

@@ -88,8 +88,7 @@ def loss(
         RuntimeError: a device without a backend; `flowdppo_ops.reference.loss` runs there.
 
     Environment: `FLOWDPPO_OPS_BACKEND=reference` sends every call to `flowdppo_ops.reference.loss`.
-    `FLOWDPPO_OPS_CHECK=1` checks values too (finite, std > 0), which synchronises a GPU. `FLOWDPPO_OPS_SINGLE_PASS=1`
-    has a GPU form the gradient along with the loss, see the README.
+    `FLOWDPPO_OPS_CHECK=1` checks values too (finite, std > 0), which synchronises a GPU.
 
     Source: arXiv 2606.11025 (Flow-DPPO); verl-omni `FlowDPPOLoss`, `FlowGRPOLoss`, `GRPOGuardLoss` and `KLLoss`; UniRL
     `_flowdppo_kl_adv_loss`. `flowdppo_ops.reference` states every formula.

@@ -99,7 +99,6 @@ pub struct Device {
     /// Compute capability as one number: 90 for 9.0.
     pub capability: u32,
     pub multiprocessors: u32,
-    handle: sys::CUdevice,
     context: sys::CUcontext,
 }
 
@@ -130,14 +129,8 @@ impl Device {
             ordinal,
             capability: capability(handle)?,
             multiprocessors: multiprocessors.max(1).cast_unsigned(),
-            handle,
             context,
         })
-    }
-
-    /// Not negative: sizes and counts.
-    pub(super) fn attribute(&self, which: Attribute) -> Result<usize, Error> {
-        attribute(self.handle, which).map(|value| value.max(0).cast_unsigned() as usize)
     }
 
     /// Makes the device's context the current one of this thread for as long as the result lives.

@@ -56,8 +56,6 @@ impl Target {
 pub struct Grid {
     pub blocks: u32,
     pub threads: u32,
-    /// Of a cooperative launch, whose blocks are all resident, the bytes of dynamic shared memory of each.
-    pub resident: Option<u32>,
 }
 
 /// Puts one kernel on a stream and returns at once.
@@ -82,14 +80,6 @@ pub unsafe fn launch<Parameters>(
     let (stream, blocks, threads) = (ptr::without_provenance_mut(stream), (grid.blocks, 1, 1), (grid.threads, 1, 1));
     // SAFETY: the function is loaded and takes exactly these parameters by the contract of `Kernel::new`, in the
     // context that is current now; the rest is the contract of this function.
-    unsafe {
-        match grid.resident {
-            None => result::launch_kernel(kernel.function, blocks, threads, 0, stream, &mut arguments)
-                .during("cuLaunchKernel"),
-            Some(shared) => {
-                result::launch_cooperative_kernel(kernel.function, blocks, threads, shared, stream, &mut arguments)
-                    .during("cuLaunchCooperativeKernel")
-            }
-        }
-    }
+    unsafe { result::launch_kernel(kernel.function, blocks, threads, 0, stream, &mut arguments) }
+        .during("cuLaunchKernel")
 }

@@ -10,5 +10,4 @@ pub mod device;
 pub mod image;
 pub mod launch;
 pub mod policy_loss;
-pub mod policy_loss_single;
 pub mod sde_step;

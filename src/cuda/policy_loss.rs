@@ -74,7 +74,7 @@ enum Stage {
 /// `struct PolicyLossForward`
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ForwardArguments {
+struct ForwardArguments {
     latents: LatentArguments,
     problem: ProblemArgument,
     loss: usize,
@@ -99,7 +99,7 @@ struct BackwardArguments {
     old_form: i32,
     ref_form: i32,
     splits: i32,
-    formed: i32,
+    pad: i32,
     rows: i64,
     numel: i64,
 }
@@ -115,8 +115,8 @@ const _: () = assert!(size_of::<BackwardArguments>() == BACKWARD_BYTES);
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
 /// A kernel that knows its dtypes, or takes every mix.
-pub(super) struct Variant {
-    pub suffix: &'static str,
+struct Variant {
+    suffix: &'static str,
     /// Whether it takes model outputs, else means.
     is_step: bool,
     /// Of the outputs, the samples, and the old and the reference policy.
@@ -132,7 +132,7 @@ const fn step(suffix: &'static str, outputs: Dtype, samples: Dtype, policies: Dt
 }
 
 /// Those that take every mix come last.
-pub(super) const VARIANTS: [Variant; 13] = [
+const VARIANTS: [Variant; 13] = [
     means("f32", Dtype::F32, Dtype::F32),
     means("bf16", Dtype::Bf16, Dtype::Bf16),
     means("f16", Dtype::F16, Dtype::F16),
@@ -147,8 +147,6 @@ pub(super) const VARIANTS: [Variant; 13] = [
     Variant { suffix: "mixed", is_step: false, dtypes: None },
     Variant { suffix: "step_mixed", is_step: true, dtypes: None },
 ];
-/// Variants that know their dtypes.
-pub(super) const TYPED: usize = VARIANTS.len() - 2;
 const UNIT: &str = "policy_loss";
 
 /// Names of all entry points, forward and then backward, with the bytes of their only argument.
@@ -182,7 +180,7 @@ fn kernels(ordinal: usize) -> Result<&'static Kernels, Error> {
 }
 
 /// The variant for these latents; what is absent fits every variant.
-pub(super) fn variant(latents: &Latents<'_, Gpu>, is_step: bool) -> usize {
+fn variant(latents: &Latents<'_, Gpu>, is_step: bool) -> usize {
     let Latents { output, uncond_output, sample, prev_sample, old, reference } = *latents;
     let fits = |view: Option<View<'_, Gpu>>, dtype| view.is_none_or(|view| view.dtype() == dtype);
     let matching = |variant: &Variant| {
@@ -262,7 +260,7 @@ fn launch_forward(
     long_enough("tickets", &workspace.tickets, problem.rows + 1)?;
     let arguments =
         ForwardArguments { row_sums, stage, ..forward_arguments(problem, latents, outputs, workspace, plan.splits) };
-    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS, resident: None };
+    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
     let kernel = &forward[variant(latents, problem.step.is_some())];
     // SAFETY: addresses and lengths are those of views, whose contract the caller of `new` upheld; the grid and the
     // splits are of one plan; the stream is `Target`'s.
@@ -287,17 +285,17 @@ pub fn backward(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, 
         old_form: form_number(old_form),
         ref_form: form_number(ref_form),
         splits: plan.splits.cast_signed(),
-        formed: i32::from(call.formed),
+        pad: 0,
         rows: call.rows as i64,
         numel: call.numel as i64,
     };
-    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS, resident: None };
+    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
     let kernel = &backward[variant(latents, call.forms.is_some())];
     // SAFETY: as in `launch_forward`.
     unsafe { launch(kernel, device, target.stream, grid, &arguments) }
 }
 
-pub(super) fn address(view: &Option<ViewMut<'_, Gpu>>) -> usize {
+fn address(view: &Option<ViewMut<'_, Gpu>>) -> usize {
     view.as_ref().map_or(0, ViewMut::address)
 }
 
@@ -312,7 +310,7 @@ fn form_number(form: Form) -> i32 {
 }
 
 /// Of a launch that does all of a forward.
-pub(super) fn forward_arguments(
+fn forward_arguments(
     problem: &Problem<'_, Gpu>,
     latents: &Latents<'_, Gpu>,
     outputs: Option<&Outputs<'_, Gpu>>,

@@ -177,7 +177,7 @@ pub fn forward(
     };
     let outputs = [Some(step.model_output.dtype()), step.uncond_output.map(|view| view.dtype())];
     let kernel = &forward[variant(outputs, step.sample.dtype())];
-    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS, resident: None };
+    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
     // SAFETY: addresses and lengths are those of views, whose contract the caller of `new` upheld; the grid and the
     // splits are of one plan; the stream is `Target`'s.
     unsafe { launch(kernel, device, target.stream, grid, &arguments) }
@@ -205,7 +205,7 @@ pub fn backward(target: Target, call: &Backward<'_, Gpu>) -> Result<(), Error> {
         pad: 0,
     };
     let kernel = &backward[variant(dtypes, call.next.dtype())];
-    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS, resident: None };
+    let grid = Grid { blocks: plan.blocks, threads: GridPlan::THREADS };
     // SAFETY: as in `forward`.
     unsafe { launch(kernel, device, target.stream, grid, &arguments) }
 }

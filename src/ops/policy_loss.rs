@@ -9,7 +9,6 @@ use crate::cpu::policy_loss::{
 use crate::cpu::simd::Real;
 use crate::cuda::launch::Target;
 use crate::cuda::policy_loss::{self as gpu, Workspace};
-use crate::cuda::policy_loss_single;
 use crate::error::Error;
 use crate::objective::{BATCH_LEN, Field, Objective, POLICY_DIVISOR, Problem, Reduction, Sums, fields};
 use crate::plan::Plan;
@@ -116,31 +115,17 @@ pub fn shard_sums_len(rows: usize) -> Option<usize> {
     rows.checked_mul(SUMS)?.checked_add(1)
 }
 
-/// As `forward`, on a GPU: puts the work on the stream and returns. `gradients_ahead`: in a single pass, for rows of one
-/// coefficient of which there is a `policy_loss_single::plan`.
+/// As `forward`, on a GPU: puts the work on the stream and returns.
 pub fn forward_on_gpu(
     target: Target,
     problem: &Problem<'_, Gpu>,
     latents: &Latents<'_, Gpu>,
     outputs: &Outputs<'_, Gpu>,
-    gradients_ahead: Option<&Targets<'_, Gpu>>,
     sums: Option<View<'_, Gpu>>,
     workspace: &Workspace<'_>,
 ) -> Result<(), Error> {
     check_on_gpu(problem, latents)?;
-    let Some(gradients) = gradients_ahead else {
-        return gpu::forward(target, problem, latents, outputs, sums, workspace);
-    };
-    check_gradients_on_gpu(gradients, latents)?;
-    let one_coefficient = latents.prev_sample.is_some()
-        && (gradients.output.is_some() || problem.step.is_some())
-        && problem.log_prob.is_none()
-        && !problem.has_ref
-        && !matches!(problem.objective, Objective::GrpoGuard { .. });
-    if !one_coefficient || sums.is_some() || !matches!(problem.reduction, Reduction::Mean | Reduction::Sum) {
-        return Err(Error::Missing { name: "a coefficient that a row has by itself" });
-    }
-    policy_loss_single::forward(target, problem, latents, outputs, gradients, workspace)
+    gpu::forward(target, problem, latents, outputs, sums, workspace)
 }
 
 /// As `shard_sums`, on a GPU: puts the work on the stream and returns.
@@ -309,8 +294,6 @@ pub struct Backward<'a, Space = Host> {
     pub targets: Targets<'a, Space>,
     /// `[rows]`
     pub grad_log_prob: Option<ViewMut<'a, Space>>,
-    /// On a GPU: the targets hold the gradients for a `grad_loss` of 1 already, which is one number.
-    pub formed: bool,
 }
 
 pub fn backward(call: Backward<'_>, latents: &Latents<'_>, threads: usize) -> Result<(), Error> {
@@ -327,12 +310,7 @@ pub fn backward(call: Backward<'_>, latents: &Latents<'_>, threads: usize) -> Re
 pub fn backward_on_gpu(target: Target, call: &Backward<'_, Gpu>, latents: &Latents<'_, Gpu>) -> Result<(), Error> {
     check_backward(call, latents)?;
     refuse_float64(latents, call.forms)?;
-    check_gradients_on_gpu(&call.targets, latents)?;
-    gpu::backward(target, call, latents)
-}
-
-fn check_gradients_on_gpu(targets: &Targets<'_, Gpu>, latents: &Latents<'_, Gpu>) -> Result<(), Error> {
-    let Targets { output, uncond_output } = targets;
+    let Targets { output, uncond_output } = &call.targets;
     let pairs = [("grad_output", output, latents.output), ("grad_uncond_output", uncond_output, latents.uncond_output)];
     for (name, gradient, latent) in pairs {
         if let (Some(gradient), Some(latent)) = (gradient, latent)
@@ -343,7 +321,7 @@ fn check_gradients_on_gpu(targets: &Targets<'_, Gpu>, latents: &Latents<'_, Gpu>
             return Err(Error::Dtype { name, came, wanted });
         }
     }
-    Ok(())
+    gpu::backward(target, call, latents)
 }
 
 fn check_backward<Space: Copy>(call: &Backward<'_, Space>, latents: &Latents<'_, Space>) -> Result<(), Error> {

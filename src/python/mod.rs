@@ -122,8 +122,7 @@ pub fn cuda_images(py: Python<'_>) -> Vec<(&'static str, u32, bool, Bound<'_, Py
 /// The kernels that the launcher calls by name, and the bytes of the one argument it gives them.
 #[pyfunction]
 pub fn cuda_entry_points() -> Vec<(String, usize)> {
-    let policy_loss = cuda::policy_loss::entry_points().into_iter().chain(cuda::policy_loss_single::entry_points());
-    policy_loss.chain(cuda::sde_step::entry_points()).collect()
+    cuda::policy_loss::entry_points().into_iter().chain(cuda::sde_step::entry_points()).collect()
 }
 
 /// Of the embedded kernels, the one of each unit that a GPU of that capability gets: unit, capability, is PTX.

@@ -62,10 +62,6 @@ fn form(name: &'static str, came: &str) -> Result<Form, Error> {
     option(name, came, "mean, output, residual", Form::parse)
 }
 
-fn forms_of(forms: Option<(&str, &str)>) -> Result<Option<(Form, Form)>, Error> {
-    forms.map(|(old, reference)| Ok((form("old_form", old)?, form("ref_form", reference)?))).transpose()
-}
-
 /// # Safety
 /// As `vector`.
 unsafe fn step<'a, Space>(
@@ -218,7 +214,10 @@ unsafe fn gradients<'a, Space>(
     grad_log_prob: Option<Array>,
 ) -> Result<(Latents<'a, Space>, Backward<'a, Space>), Error> {
     let dtype = if double { Dtype::F64 } else { Dtype::F32 };
-    let forms = forms_of(forms)?;
+    let forms = match forms {
+        Some((old, reference)) => Some((form("old_form", old)?, form("ref_form", reference)?)),
+        None => None,
+    };
     let numbers_len = numbers_elements(rows, forms.is_some())?;
     let log_prob = |(address, dtype)| {
         // SAFETY: passed on from the caller.
@@ -231,8 +230,7 @@ unsafe fn gradients<'a, Space>(
         (latents, vector("grad_loss", grad_loss, rows)?, numbers, targets(gradients, rows, numel)?)
     };
     let grad_log_prob = grad_log_prob.map(log_prob).transpose()?;
-    let formed = false;
-    Ok((latents, Backward { rows, numel, double, grad_loss, numbers, forms, targets, grad_log_prob, formed }))
+    Ok((latents, Backward { rows, numel, double, grad_loss, numbers, forms, targets, grad_log_prob }))
 }
 
 /// Whether a forward on the CPU does well to form the gradient too, see `plan::gradient_ahead`.
@@ -342,8 +340,7 @@ pub fn policy_loss_workspace_cuda(
     Ok(py.detach(|| guarded(find))?)
 }
 
-/// As `policy_loss_forward`, on a GPU. `gradients_ahead` is for what `policy_loss_single_workspace_cuda` takes.
-/// `partials` and `tickets`: address and elements; the tickets are 0.
+/// As `policy_loss_forward`, on a GPU. `partials` and `tickets`: address and elements; the tickets are 0.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn policy_loss_forward_cuda(
@@ -357,7 +354,6 @@ pub fn policy_loss_forward_cuda(
     objective: ObjectiveTuple<'_>,
     options: Options<'_>,
     out: (usize, usize),
-    gradients_ahead: Option<Gradients>,
     shard_sums: Option<usize>,
     partials: Memory,
     tickets: Memory,
@@ -365,14 +361,13 @@ pub fn policy_loss_forward_cuda(
     let target = Target { device: target.0, stream: target.1 };
     let sums_len = sums_elements(rows)?;
     // SAFETY: the contract of the boundary, see `mod.rs`.
-    let (latents, problem, outputs, ahead, sums, workspace) = unsafe {
+    let (latents, problem, outputs, sums, workspace) = unsafe {
         let (latents, problem) = problem(arrays, vectors, schedule, rows, numel, false, objective, options)?;
-        let ahead = gradients_ahead.map(|arrays| targets(arrays, rows, numel)).transpose()?;
         let outputs = outputs(&problem, out)?;
         let sums = shard_sums.map(|address| View::new("shard_sums", address, Dtype::F64, sums_len)).transpose()?;
-        (latents, problem, outputs, ahead, sums, workspace(partials, tickets)?)
+        (latents, problem, outputs, sums, workspace(partials, tickets)?)
     };
-    let work = || forward_on_gpu(target, &problem, &latents, &outputs, ahead.as_ref(), sums, &workspace);
+    let work = || forward_on_gpu(target, &problem, &latents, &outputs, sums, &workspace);
     Ok(py.detach(|| guarded(work))?)
 }
 
@@ -389,28 +384,6 @@ unsafe fn workspace<'a>(partials: Memory, tickets: Memory) -> Result<Workspace<'
             tickets: ViewMut::new("tickets", tickets.0, Dtype::F32, tickets.1)?,
         })
     }
-}
-
-/// Whether a single pass takes these latents, and then the lengths of its partial sums and tickets, and whether the
-/// stream is being captured.
-#[pyfunction]
-pub fn policy_loss_single_workspace_cuda(
-    py: Python<'_>,
-    target: (usize, usize),
-    arrays: LatentArrays,
-    forms: Option<(&str, &str)>,
-    rows: usize,
-    numel: usize,
-) -> PyResult<Option<(usize, usize, bool)>> {
-    let (forms, target) = (forms_of(forms)?, Target { device: target.0, stream: target.1 });
-    // SAFETY: the contract of the boundary, see `mod.rs`.
-    let latents = unsafe { latents(arrays, rows, numel, forms) }?;
-    let find = || {
-        let plan = cuda::policy_loss_single::plan(target.device, &latents, forms.is_some(), rows, numel)?;
-        let Some((partials, tickets)) = plan.map(|plan| plan.workspace(rows)) else { return Ok(None) };
-        Ok(Some((partials, tickets, target.is_capturing()?)))
-    };
-    Ok(py.detach(|| guarded(find))?)
 }
 
 /// As `policy_loss_shard_sums`, on a GPU.
@@ -441,8 +414,7 @@ pub fn policy_loss_shard_sums_cuda(
     Ok(py.detach(|| guarded(|| shard_sums_on_gpu(target, &problem, &latents, &out, &workspace)))?)
 }
 
-/// As `policy_loss_backward`, on a GPU. `formed`: the gradients stand there already, for a `grad_loss` of 1; any other
-/// has them formed again.
+/// As `policy_loss_backward`, on a GPU.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn policy_loss_backward_cuda(
@@ -456,12 +428,10 @@ pub fn policy_loss_backward_cuda(
     numel: usize,
     gradients: Gradients,
     grad_log_prob: Option<Array>,
-    formed: bool,
 ) -> PyResult<()> {
     let target = Target { device: target.0, stream: target.1 };
     // SAFETY: the contract of the boundary, see `mod.rs`.
     let (latents, call) =
         unsafe { self::gradients(arrays, forms, grad_loss, numbers, rows, numel, false, gradients, grad_log_prob) }?;
-    let call = Backward { formed, ..call };
     Ok(py.detach(|| guarded(|| backward_on_gpu(target, &call, &latents)))?)
 }

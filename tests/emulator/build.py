@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from compilers import cxx
@@ -21,10 +20,8 @@ _COMMON = ("-std=c++20", "-g", "-ffp-contract=off")
 _SANITIZERS = {
     "plain": ("-O2",),
     "asan": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    # Threads are what TSan pays for, 0.6 ms each: two warps a block are enough for any race between warps.
-    "tsan": ("-O1", "-fsanitize=thread", "-DFLOWDPPO_THREADS=64"),
+    "tsan": ("-O1", "-fsanitize=thread"),
 }
-NOTHING_TUNED: Mapping[str, int | str] = MappingProxyType({})
 
 
 class Fault(NamedTuple):
@@ -35,25 +32,25 @@ class Fault(NamedTuple):
     new: str
 
 
+# Threads are what TSan pays for, 0.6 ms each: two warps a block are enough for any race between warps.
+FEWER_THREADS = Fault("common/reduce.cuh", "constexpr int kThreads = 256;", "constexpr int kThreads = 64;")
+
+
 def build(
-    folder: Path,
-    sanitizer: str = "plain",
-    fault: Fault | None = None,
-    alone: tuple[str, str] | None = None,
-    settings: Mapping[str, int | str] = NOTHING_TUNED,
+    folder: Path, sanitizer: str = "plain", fault: Fault | None = None, alone: tuple[str, str] | None = None
 ) -> Path:
     """The server (server.cpp) as an executable in `folder`, an empty one of its own.
 
     `alone`: unit and variant of the only kernels, enough where a planted fault is looked for: most of the time to
-    compile is the others'. `settings`: of kernels/tuning.cuh, without FLOWDPPO_.
+    compile is the others'.
     """
     kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
-    flags += tuple(f"-DFLOWDPPO_{name}={value}" for name, value in settings.items())
-    if fault or alone:
+    edits = [edit for edit in (fault, FEWER_THREADS if sanitizer == "tsan" else None) if edit]
+    if edits or alone:
         kernels = folder / "kernels"
         shutil.copytree(KERNELS, kernels)
-    if fault:
-        _edit(kernels / fault.file, lambda text: _replace(text, fault))
+    for edit in edits:
+        _edit(kernels / edit.file, functools.partial(_replace, edit))
     if alone:
         unit, variant = alone
         file, entry = ("transition.cuh", "  X(") if unit == "policy_loss" else (f"{unit}.cu", f"{unit.upper()}(")
@@ -83,7 +80,7 @@ def _edit(path: Path, change: Callable[[str], str]) -> None:
     path.write_text(change(path.read_text()))
 
 
-def _replace(text: str, fault: Fault) -> str:
+def _replace(fault: Fault, text: str) -> str:
     assert text.count(fault.old) == 1, f"{fault.file} has {text.count(fault.old)} times: {fault.old}"
     return text.replace(fault.old, fault.new)
 

@@ -13,13 +13,12 @@ import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from emulator.build import NOTHING_TUNED, Fault, build
-from launch_arguments import Backward, Forward, Latents, Problem, RowVector, Schedule, Single
+from emulator.build import Fault, build
+from launch_arguments import Backward, Forward, Latents, Problem, RowVector, Schedule
 from torch import Tensor
 
 from flowdppo_ops import FlowDPPO, PolicyLoss, _args, _native, _step_args
@@ -69,13 +68,12 @@ class Server:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server)
 
     def launch(
-        self, kernel: str, argument: ctypes.Structure, buffers: list[_Buffer], blocks: int, seed: int, shared: int = -1
+        self, kernel: str, argument: ctypes.Structure, buffers: list[_Buffer], blocks: int, seed: int
     ) -> list[bytes]:
-        """`shared`: bytes of dynamic shared memory of a cooperative launch; any other has none."""
         pointers = [(at, index) for index, buffer in enumerate(buffers) for at in buffer.pointers]
         name = kernel.encode()
         sizes = len(name), ctypes.sizeof(argument), len(buffers), len(pointers)
-        request = [_words(*sizes, blocks, max(shared, 0), shared >= 0, seed), name, bytes(argument)]
+        request = [_words(*sizes, blocks, seed), name, bytes(argument)]
         for buffer in buffers:
             request += [len(buffer.data).to_bytes(8, "little"), _words(buffer.offset, buffer.is_output), buffer.data]
         request += [_words(*pointer) for pointer in pointers]
@@ -122,17 +120,10 @@ class Server:
             self.process = None
 
 
-def start(
-    folder: Path,
-    sanitizer: str,
-    fault: Fault | None = None,
-    alone: tuple[str, str] | None = None,
-    settings: Mapping[str, int | str] = NOTHING_TUNED,
-) -> Server:
-    """`folder` is made for the build; `alone` and `settings` as there."""
+def start(folder: Path, sanitizer: str, fault: Fault | None = None, alone: tuple[str, str] | None = None) -> Server:
+    """`folder` is made for the build; `alone` as there."""
     folder.mkdir()
-    threads = int(settings.get("THREADS", 64 if sanitizer == "tsan" else 256))
-    return Server(build(folder, sanitizer, fault, alone, settings), threads)
+    return Server(build(folder, sanitizer, fault, alone), threads=64 if sanitizer == "tsan" else 256)
 
 
 @functools.cache
@@ -178,8 +169,7 @@ class Launch:
         start = self.at("latents")
         for name, tensor in zip(LATENTS, latents, strict=True):
             if tensor is not None:
-                forward = getattr(self.argument, "forward", self.argument)
-                getattr(forward.latents, name).dtype = DTYPES[tensor.dtype]
+                getattr(self.argument.latents, name).dtype = DTYPES[tensor.dtype]
                 self.point(start + getattr(Latents, name).offset, tensor, self.offsets.get(name, 0))
 
     def row_vector(self, struct: RowVector, at: int, value: float | Tensor | None) -> None:
@@ -194,45 +184,32 @@ class Launch:
     def input(self, name: str, value: Tensor) -> None:
         self.point(self.at(name), value, self.offsets.get(name, 0))
 
-    def output(self, name: str, dtype: torch.dtype, count: int, fill: int | Tensor = CANARY) -> None:
-        """Filled with canaries: an element that is not written does not pass for a result. Or with a tensor."""
+    def output(self, name: str, dtype: torch.dtype, count: int, fill: int = CANARY) -> None:
+        """Filled with canaries: an element that is not written does not pass for a result."""
         size = torch.empty(0, dtype=dtype).element_size()
         offset = self.offsets.get(name, 0) * size
-        data = _bytes(fill) if isinstance(fill, Tensor) else bytes([fill]) * (count * size)
-        self.buffers.append(_Buffer(data, [self.at(name)], offset, is_output=True))
+        self.buffers.append(_Buffer(bytes([fill]) * (count * size), [self.at(name)], offset, is_output=True))
         self.outputs[name] = (dtype, count)
 
     def at(self, name: str) -> int:
-        """Where in the argument a pointer stands; those of a single pass's forward stand in it."""
-        kind, start = type(self.argument), 0
-        if not hasattr(kind, name):
-            kind, start = Forward, kind.forward.offset
-        return start + getattr(kind, name).offset
+        """Where in the argument a pointer stands."""
+        return getattr(type(self.argument), name).offset
 
-    def run(self, kernel: str, blocks: int, seed: int, shared: int = -1) -> dict[str, Tensor]:
-        replies = self.server.launch(kernel, self.argument, self.buffers, blocks, seed, shared)
+    def run(self, kernel: str, blocks: int, seed: int) -> dict[str, Tensor]:
+        replies = self.server.launch(kernel, self.argument, self.buffers, blocks, seed)
         pairs = zip(self.outputs.items(), replies, strict=True)
         out = {name: torch.frombuffer(bytearray(data), dtype=dtype) for (name, (dtype, _)), data in pairs}
         assert "tickets" not in out or not out["tickets"].any(), "tickets are not 0 after the launch"
         return out
 
 
-class Teams(NamedTuple):
-    """How a single pass cuts rows: teams of blocks, and vectors of 8 elements that each thread of a block keeps."""
-
-    teams: int
-    slots: int
-
-
 class Emulated:
     """A loss on the emulated kernels, called with keywords.
 
-    splits: blocks of a row; 0 a warp per row; None as a launcher would choose. single: in a single pass, cut so.
-    offsets: elements by which the latents (names as in `Latents`), "grad_output" and "grad_uncond" lie off a multiple
-    of 16 bytes. Every launch takes another order of blocks and threads, unless `seed` says which.
+    splits: blocks of a row; 0 a warp per row; None as a launcher would choose. offsets: elements by which the latents
+    (names as in `Latents`), "grad_output" and "grad_uncond" lie off a multiple of 16 bytes. Every launch takes another
+    order of blocks and threads, unless `seed` says which.
     """
-
-    new_launch: type[Launch] = Launch
 
     def __init__(
         self,
@@ -242,10 +219,8 @@ class Emulated:
         offsets: dict[str, int] | None = None,
         variant: str | None = None,
         seed: int | None = None,
-        single: Teams | None = None,
     ) -> None:
         self.server, self.splits, self.offsets, self.variant = server, splits, offsets or {}, variant
-        self.single = single
         self.seeds = itertools.count(1) if seed is None else itertools.repeat(seed)
 
     def run(self, call: _args.LossCall, row_sums: Tensor | None = None) -> PolicyLoss:
@@ -274,10 +249,8 @@ class Emulated:
         mixed = "step_mixed" if is_step else "mixed"
         return f"policy_loss_{direction}_{self.variant or (fitting or [mixed])[0]}"
 
-    def forward(
-        self, call: _args.LossCall, row_sums: Tensor | None = None, wants: tuple[bool, bool] = (False, False)
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, numbers and, of a single pass, the gradients of those of the two outputs that are wanted."""
+    def forward(self, call: _args.LossCall, row_sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and numbers."""
         stage = WHOLE if row_sums is None else OBJECTIVE_ALONE
         launch, rows = self._forward(call, stage)
         per_row = call.settings.reduction == "none"
@@ -285,13 +258,9 @@ class Emulated:
         launch.output("numbers", torch.float32, rows * fields(call.schedule is not None) + _native.BATCH_LEN)
         if row_sums is not None:
             launch.input("row_sums", row_sums)
-        if self.single is not None:
-            out = self._run_single(launch, call, rows, wants)
-        else:
-            numel = 0 if stage == OBJECTIVE_ALONE else launch.argument.problem.numel
-            out = self._run_forward(launch, call, rows, numel)
-        loss = out.pop("loss").reshape(call.row_shape if per_row else ())
-        return loss, out.pop("numbers"), {name: tensor for name, tensor in out.items() if name.startswith("grad")}
+        numel = 0 if stage == OBJECTIVE_ALONE else launch.argument.problem.numel
+        out = self._run_forward(launch, call, rows, numel)
+        return out["loss"].reshape(call.row_shape if per_row else ()), out["numbers"]
 
     def row_sums(self, call: _args.LossCall) -> Tensor:
         """Of the shard of every row that the latents are, `[4 rows + 1]`."""
@@ -304,13 +273,10 @@ class Emulated:
         if call.double:
             raise Float64("no kernel takes float64 latents")
         rows = vectors.advantages.numel()
-        argument = Forward() if self.single is None else Single()
-        launch = self.new_launch(self.server, argument, self.offsets, call.row_shape)
-        forward = argument if self.single is None else argument.forward
-        forward.stage = stage
+        launch = Launch(self.server, Forward(stage=stage), self.offsets, call.row_shape)
         # Without their bytes where none may be read.
         launch.latents(latents if stage != OBJECTIVE_ALONE else _args.Latents(*[None] * len(latents)))
-        problem = forward.problem
+        problem = launch.argument.problem
         problem.rows, problem.numel = rows, 0 if latents.output is None else latents.output.numel() // rows
         problem.objective = ("flow_dppo", "flow_grpo", "grpo_guard").index(settings.objective)
         problem.density = ("gaussian", "cps").index(settings.density)
@@ -345,25 +311,6 @@ class Emulated:
         kernel = self.kernel("forward", call.latents, call.schedule is not None)
         return launch.run(kernel, blocks, next(self.seeds))
 
-    def _run_single(
-        self, launch: Launch, call: _args.LossCall, rows: int, wants: tuple[bool, bool]
-    ) -> dict[str, Tensor]:
-        """Of a row of whole vectors, on blocks that keep all of their part."""
-        threads, argument, latents = 32 * self.server.warps, launch.argument, call.latents
-        numel, splits, (teams, slots) = argument.forward.problem.numel, self.splits or 1, self.single
-        part = math.ceil(math.ceil(numel / splits) / 64) * 64
-        assert numel % 8 == 0, f"rows of {numel}"
-        assert part <= slots * 8 * threads, f"parts of {part} in room for {slots * 8 * threads}"
-        assert teams <= rows
-        argument.forward.splits, argument.room = splits, slots * 8 * threads
-        for name, tensor, wanted in zip(("grad_output", "grad_uncond"), latents[:2], wants, strict=True):
-            if wanted:
-                launch.output(name, tensor.dtype, tensor.numel())
-        launch.output("partials", torch.float32, rows * splits * 4)
-        launch.output("tickets", torch.int32, 2 * rows + 1, fill=0)
-        kernel = self.kernel("single", latents, call.schedule is not None)
-        return launch.run(kernel, teams * splits, next(self.seeds), shared=4 * argument.room)
-
     def backward(
         self,
         grad_loss: Tensor,
@@ -371,17 +318,14 @@ class Emulated:
         latents: _args.Latents,
         schedule: _args.Schedule | None,
         wants: tuple[bool, bool, bool],
-        formed: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """`wants`: the gradients of the output, of the unconditional output and of the log-prob. `formed`: those that a
-        single pass has formed for a gradient of 1."""
-        formed = formed or {}
+        """`wants`: the gradients of the output, of the unconditional output and of the log-prob."""
         is_step = schedule is not None
         rows = (numbers.numel() - _native.BATCH_LEN) // fields(is_step)
         numel = 0 if latents.output is None else latents.output.numel() // rows
         splits, blocks = self.plan(rows, numel)
-        argument = Backward(splits=splits, rows=rows, numel=numel, formed=bool(formed))
-        launch = self.new_launch(self.server, argument, self.offsets, (rows,))
+        argument = Backward(splits=splits, rows=rows, numel=numel)
+        launch = Launch(self.server, argument, self.offsets, (rows,))
         launch.latents(latents)
         launch.row_vector(launch.argument.grad_loss, Backward.grad_loss.offset, grad_loss.contiguous().reshape(-1))
         launch.input("numbers", numbers)
@@ -391,11 +335,9 @@ class Emulated:
         if not any(wants[:2]):
             blocks = math.ceil(rows / (32 * self.server.warps))
         if wants[0]:
-            content = formed.get("grad_output", CANARY)
-            launch.output("grad_output", latents.output.dtype, latents.output.numel(), content)
+            launch.output("grad_output", latents.output.dtype, latents.output.numel())
         if wants[1]:
-            content = formed.get("grad_uncond", CANARY)
-            launch.output("grad_uncond", latents.uncond_output.dtype, latents.uncond_output.numel(), content)
+            launch.output("grad_uncond", latents.uncond_output.dtype, latents.uncond_output.numel())
         if wants[2]:
             launch.output("grad_log_prob", torch.float32, rows)
         return launch.run(self.kernel("backward", latents, is_step), blocks, next(self.seeds))
@@ -433,8 +375,7 @@ def fields(is_step: bool) -> int:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, uncond_output, log_prob, call, emulated, row_sums):
-        wants = tuple(ctx.needs_input_grad[:2])
-        loss, numbers, ctx.formed = emulated.forward(call, row_sums, wants)
+        loss, numbers = emulated.forward(call, row_sums)
         ctx.call, ctx.emulated = call, emulated
         ctx.save_for_backward(numbers)
         ctx.mark_non_differentiable(numbers)
@@ -448,7 +389,7 @@ class _Function(torch.autograd.Function):
         if ctx.call.settings.objective != "grpo_guard":
             latents = latents._replace(old=None)
         wants = (wants_output and differentiable, *wants_others)
-        out = ctx.emulated.backward(grad_loss, numbers, latents, ctx.call.schedule, wants, ctx.formed)
+        out = ctx.emulated.backward(grad_loss, numbers, latents, ctx.call.schedule, wants)
         like = {"grad_output": latents.output, "grad_uncond": latents.uncond_output}
         like["grad_log_prob"] = ctx.call.vectors.log_prob
         grads = [

@@ -29,8 +29,6 @@ class EmulatedSdeStep:
     unless `seed` says which.
     """
 
-    new_launch: type[Launch] = Launch
-
     def __init__(
         self,
         server: Server,
@@ -67,7 +65,7 @@ class EmulatedSdeStep:
         numel = call.sample.numel() // rows
         splits, blocks = self.plan(rows, numel)
         argument = Forward(rows=rows, numel=numel, splits=splits, normalizer=call.log_prob_normalizer)
-        launch = self.new_launch(self.server, argument, self.offsets, call.row_shape)
+        launch = Launch(self.server, argument, self.offsets, call.row_shape)
         following = call.noise if call.prev_sample is None else call.prev_sample
         argument.draws = call.prev_sample is None
         latents = {"output": call.model_output, "uncond": call.uncond_output, "sample": call.sample, "next": following}
@@ -109,7 +107,7 @@ class EmulatedSdeStep:
         numel = mean.numel() // rows
         splits, blocks = self.plan(rows, numel)
         argument = Backward(rows=rows, numel=numel, splits=splits)
-        launch = self.new_launch(self.server, argument, self.offsets, (rows,))
+        launch = Launch(self.server, argument, self.offsets, (rows,))
         argument.next.dtype = DTYPES[stored.dtype]
         inputs = {"next": stored, "mean": mean, "numbers": numbers}
         inputs |= {"grad_log_prob": grad_log_prob, "grad_mean": grad_mean}

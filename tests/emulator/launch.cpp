@@ -11,7 +11,6 @@
 // compile. (Of policy_loss the sources have only that one then.)
 #ifndef EMULATE_SDE_STEP
 #include "policy_loss.cu"
-#include "policy_loss_single.cu"
 #endif
 #ifndef EMULATE_POLICY_LOSS
 #include "sde_step.cu"
@@ -34,8 +33,6 @@ Kernel kernel(const char* name) {
 #define POLICY_LOSS_BOTH(variant, ...)                                                       \
   kernel<PolicyLossForward, policy_loss_forward_##variant>("policy_loss_forward_" #variant), \
       kernel<PolicyLossBackward, policy_loss_backward_##variant>("policy_loss_backward_" #variant),
-#define POLICY_LOSS_ONE(variant, ...) \
-  kernel<PolicyLossSingle, policy_loss_single_##variant>("policy_loss_single_" #variant),
 #define SDE_STEP_BOTH(variant)                                                      \
   kernel<SdeStepForward, sde_step_forward_##variant>("sde_step_forward_" #variant), \
       kernel<SdeStepBackward, sde_step_backward_##variant>("sde_step_backward_" #variant)
@@ -43,7 +40,7 @@ Kernel kernel(const char* name) {
 
 const Kernel kKernels[] = {
 #ifndef EMULATE_SDE_STEP
-    POLICY_LOSS_TYPED(POLICY_LOSS_BOTH) POLICY_LOSS_MIXED(POLICY_LOSS_BOTH) POLICY_LOSS_TYPED(POLICY_LOSS_ONE)
+    POLICY_LOSS_SOURCES(POLICY_LOSS_BOTH)
 #endif
 #if defined(EMULATE_SDE_STEP)
         SDE_STEP_BOTH_OF(EMULATE_SDE_STEP)
@@ -67,10 +64,9 @@ size_t emu_argument_bytes(const char* name) {
   return kernel ? kernel->bytes : 0;
 }
 
-int emu_launch(const char* name, const void* argument, unsigned blocks, size_t shared_bytes, int cooperative,
-               unsigned seed) {
+int emu_launch(const char* name, const void* argument, unsigned blocks, unsigned seed) {
   const Kernel* kernel = find(name);
   if (!kernel) return -1;
-  emu::run(blocks, kThreads, shared_bytes, cooperative, seed, kernel->run, argument);
+  emu::run(blocks, kThreads, seed, kernel->run, argument);
   return 0;
 }

@@ -13,11 +13,9 @@ unsigned emu_threads(void);
 // Bytes of the kernel's one argument; 0 for an unknown name.
 size_t emu_argument_bytes(const char* kernel);
 
-// Runs `kernel` over `blocks` blocks in the order that `seed` gives (0: the natural one), all of them resident if
-// `cooperative` is not 0; `argument` is copied as a launch copies it. 0, or -1 for an unknown name. Not reentrant: one
-// device, one launch at a time.
-int emu_launch(const char* kernel, const void* argument, unsigned blocks, size_t shared_bytes, int cooperative,
-               unsigned seed);
+// Runs `kernel` over `blocks` blocks in the order that `seed` gives (0: the natural one); `argument` is copied as a
+// launch copies it. 0, or -1 for an unknown name. Not reentrant: one device, one launch at a time.
+int emu_launch(const char* kernel, const void* argument, unsigned blocks, unsigned seed);
 
 #ifdef __cplusplus
 }

@@ -1,16 +1,15 @@
 // The emulated device. Compiled without sanitizers; finds those of the program through weak symbols, so that the same
 // object serves plain, ASan + UBSan and TSan builds.
 //
-// A CUDA thread is a fiber that runs until it waits (barrier, shuffle, another block) or returns; the next one is
-// picked from a shuffled order. Blocks run one after another, or, in a cooperative launch, whose blocks may wait for
-// one another, all side by side. The former hides nothing from TSan: each thread of the grid is a TSan context of its
-// own, and contexts are ordered by nothing but what orders CUDA threads:
+// A CUDA thread is a fiber that runs until it waits (barrier, shuffle) or returns; the next one is picked from a
+// shuffled order. Blocks run one after another, which hides nothing from TSan: each thread of the grid is a TSan
+// context of its own, and contexts are ordered by nothing but what orders CUDA threads:
 //   start and end of the launch;
 //   a barrier, inside its block;
 //   fence, atomic in one thread, then atomic on the same address, fence in another. Without both fences, an atomic
 //   orders nothing, and a fence alone neither; shuffles never do.
 // So a result that crosses blocks without a fence on both sides of the ticket, or a barrier that comes too late, is a
-// data race. Not seen: what goes wrong only while two blocks run at the same time, but in a cooperative launch.
+// data race. Not seen: what goes wrong only while two blocks run at the same time.
 #include "scheduler.h"
 
 #include <sys/mman.h>
@@ -117,13 +116,10 @@ struct Context {
   void* tsan_fiber;
 };
 
-enum class State { kReady, kAtBarrier, kAtShuffle, kPaused, kDone };
-
-struct Block;
+enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
 
 struct Thread {
   Context context;
-  Block* block;
   unsigned index;
   State state = State::kReady;
   const char* waits_at = nullptr;
@@ -150,19 +146,19 @@ struct Block {
   char* barrier_sync;  // its address stands for the block's barrier in TSan
 };
 
+Block block;
 Thread* current;
 Context host;
 void (*kernel_function)(const void*);
 const void* kernel_argument;
 unsigned grid_blocks;
-size_t dynamic_bytes;
 char start_sync, end_sync;
 std::map<const void*, void*> atomics;  // by address, an object for TSan
 std::vector<void*> allocations;
 std::vector<char*> stacks;
 
 [[noreturn]] void die(const char* format, ...) {
-  std::fprintf(stderr, "EMULATOR: block %u: ", current ? current->block->index : 0);
+  std::fprintf(stderr, "EMULATOR: block %u: ", block.index);
   va_list arguments;
   va_start(arguments, format);
   std::vfprintf(stderr, format, arguments);
@@ -202,7 +198,7 @@ void thread_entry() {
   kernel_function(kernel_argument);
   release(&end_sync);
   current->state = State::kDone;
-  --current->block->live;
+  --block.live;
   switch_to(current->context, host, true);
   std::abort();
 }
@@ -239,7 +235,7 @@ char* stack_of(unsigned thread, bool fresh) {
   return stack;
 }
 
-void start_block(Block& block, unsigned index, unsigned threads, char** stacks_of_block, void** tsan_fibers) {
+void start_block(unsigned index, unsigned threads, void** tsan_fibers) {
   block.index = index;
   block.threads.assign(threads, Thread{});
   block.warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp{});
@@ -248,8 +244,7 @@ void start_block(Block& block, unsigned index, unsigned threads, char** stacks_o
   block.shared.clear();
   block.barrier_sync = static_cast<char*>(poisoned(8));
   for (unsigned i = 0; i < threads; ++i) {
-    char* stack = stacks_of_block[i];
-    block.threads[i].block = &block;
+    char* stack = stack_of(i, tsan_fibers != nullptr);
     block.threads[i].index = i;
     block.threads[i].context = {first_frame(stack + kStackBytes, thread_entry), stack, kStackBytes, nullptr,
                                 tsan_fibers ? tsan_fibers[i] : nullptr};
@@ -257,12 +252,11 @@ void start_block(Block& block, unsigned index, unsigned threads, char** stacks_o
 }
 
 // True if the barrier opened: all threads that have not returned are there, and at the same one.
-bool open_barrier(Block& block) {
+bool open_barrier() {
   if (block.live == 0 || block.at_barrier != block.live) return false;
   const char* here = nullptr;
   for (Thread& thread : block.threads) {
     if (thread.state != State::kAtBarrier) continue;
-    current = &thread;  // for the message
     if (here && std::strcmp(here, thread.waits_at)) die("divergent barrier: %s and %s", here, thread.waits_at);
     here = thread.waits_at;
     thread.state = State::kReady;
@@ -271,46 +265,27 @@ bool open_barrier(Block& block) {
   return true;
 }
 
-// Every thread once that can go on; true if one of them came further. `order` is as long as the block.
-bool advance(Block& block, const std::vector<unsigned>& order) {
-  bool moved = false;
-  for (unsigned i : order) {
-    Thread& thread = block.threads[i];
-    if (thread.state == State::kAtShuffle) {
-      const Warp::Meeting& meeting = block.warps[i / kWarpSize].meetings[(thread.shuffles - 1) % 2];
-      if (meeting.arrived == thread.mask) thread.state = State::kReady;
-    }
-    if (thread.state != State::kReady && thread.state != State::kPaused) continue;
-    current = &thread;
-    switch_to(host, thread.context);
-    moved = moved || thread.state != State::kPaused;
-  }
-  return open_barrier(block) || moved;
-}
-
-// All of them, side by side, to their ends.
-void run_blocks(std::vector<Block>& blocks, std::mt19937& random, bool shuffled) {
-  std::vector<unsigned> order(blocks.front().threads.size()), turns(blocks.size());
+void run_block(std::mt19937& random, bool shuffled) {
+  std::vector<unsigned> order(block.threads.size());
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
-  for (unsigned i = 0; i < turns.size(); ++i) turns[i] = i;
-  unsigned still = 0;
-  for (bool live = true; live;) {
+  while (block.live) {
     bool moved = false;
-    live = false;
-    if (shuffled) std::shuffle(turns.begin(), turns.end(), random);
-    for (unsigned turn : turns) {
-      if (blocks[turn].live == 0) continue;
-      if (shuffled) std::shuffle(order.begin(), order.end(), random);
-      moved = advance(blocks[turn], order) || moved;
-      live = live || blocks[turn].live != 0;
+    if (shuffled) std::shuffle(order.begin(), order.end(), random);
+    for (unsigned i : order) {
+      Thread& thread = block.threads[i];
+      if (thread.state == State::kAtShuffle) {
+        const Warp::Meeting& meeting = block.warps[i / kWarpSize].meetings[(thread.shuffles - 1) % 2];
+        if (meeting.arrived == thread.mask) thread.state = State::kReady;
+      }
+      if (thread.state != State::kReady) continue;
+      current = &thread;
+      moved = true;
+      switch_to(host, thread.context);
     }
-    // Twice, since a thread that pauses may have been looked at before the one it waits for.
-    still = moved ? 0 : still + 1;
-    if (!live || still < 2) continue;
-    for (const Block& block : blocks)
-      for (const Thread& thread : block.threads)
-        if (thread.state != State::kDone)
-          std::fprintf(stderr, "  block %u, thread %u waits at %s\n", block.index, thread.index, thread.waits_at);
+    if (open_barrier() || moved) continue;
+    for (const Thread& thread : block.threads)
+      if (thread.state != State::kDone)
+        std::fprintf(stderr, "  thread %u waits at %s\n", thread.index, thread.waits_at);
     die("deadlock");
   }
 }
@@ -318,23 +293,18 @@ void run_blocks(std::vector<Block>& blocks, std::mt19937& random, bool shuffled)
 }  // namespace
 
 unsigned thread_index() { return current->index; }
-unsigned block_index() { return current->block->index; }
+unsigned block_index() { return block.index; }
 unsigned grid_size() { return grid_blocks; }
 unsigned lane() { return current->index % kWarpSize; }
 
 void* shared(const char* here, size_t bytes) {
   Unobserved unobserved;
-  void*& memory = current->block->shared[here];
+  void*& memory = block.shared[here];
   if (!memory) memory = poisoned(bytes);
   return memory;
 }
 
-void* dynamic_shared() { return shared("dynamic", dynamic_bytes); }
-
-void pause(const char* here) { wait(State::kPaused, here); }
-
 void barrier(const char* here) {
-  Block& block = *current->block;
   ++block.at_barrier;
   release(block.barrier_sync);
   wait(State::kAtBarrier, here);
@@ -373,7 +343,7 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const char* he
   const unsigned bit = 1u << lane();
   if (!(mask & bit)) die("%s: lane %u is not in its own mask %08x", here, lane(), mask);
   if (source >= kWarpSize || !(mask >> source & 1)) die("%s: reads lane %u outside the mask %08x", here, source, mask);
-  Warp::Meeting& meeting = current->block->warps[current->index / kWarpSize].meetings[current->shuffles++ % 2];
+  Warp::Meeting& meeting = block.warps[current->index / kWarpSize].meetings[current->shuffles++ % 2];
   if (!meeting.arrived) {
     meeting.mask = mask;
     meeting.left = 0;
@@ -389,13 +359,10 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const char* he
   return result;
 }
 
-void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool cooperative, unsigned seed,
-         void (*kernel)(const void*), const void* argument) {
+void run(unsigned blocks, unsigned threads, unsigned seed, void (*kernel)(const void*), const void* argument) {
   Unobserved unobserved;
-  current = nullptr;
   if (blocks == 0 || threads == 0 || threads > 1024) die("a launch of %u blocks of %u threads", blocks, threads);
   grid_blocks = blocks;
-  dynamic_bytes = shared_bytes;
   kernel_function = kernel;
   kernel_argument = argument;
   std::mt19937 random(seed);
@@ -411,15 +378,9 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool cooperativ
     for (void*& fiber : fibers) fiber = __tsan_create_fiber(0);
   }
   release(&start_sync);
-  std::vector<Block> side_by_side(cooperative ? blocks : 1);
-  for (unsigned first = 0; first < blocks; first += side_by_side.size()) {
-    for (unsigned i = 0; i < side_by_side.size(); ++i) {
-      const unsigned index = order[first + i];
-      for (unsigned thread = 0; thread < threads; ++thread) stack_of(i * threads + thread, !fibers.empty());
-      void** fibers_of_block = fibers.empty() ? nullptr : &fibers[static_cast<size_t>(index) * threads];
-      start_block(side_by_side[i], index, threads, &stacks[i * threads], fibers_of_block);
-    }
-    run_blocks(side_by_side, random, seed != 0);
+  for (unsigned index : order) {
+    start_block(index, threads, fibers.empty() ? nullptr : &fibers[static_cast<size_t>(index) * threads]);
+    run_block(random, seed != 0);
     // Under TSan memory is freed at the end, or the next block's would have this one's history.
     if (fibers.empty()) free_allocations();
   }

@@ -1,4 +1,4 @@
-// The emulated device: the threads of a block as fibers, blocks one after another or side by side. See scheduler.cpp.
+// The emulated device: blocks one after another, the threads of a block as fibers. See scheduler.cpp.
 #pragma once
 
 #include <cstddef>
@@ -12,20 +12,16 @@ unsigned block_index();
 unsigned grid_size();
 unsigned lane();
 void* shared(const char* here, size_t bytes);
-void* dynamic_shared();
 void barrier(const char* here);
 // All lanes of `mask` meet; returns what lane `source` brought.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const char* here);
 void fence();
 void atomic(const void* address);  // an atomic operation on it is about to be done
-void pause(const char* here);      // lets all others go on; if none of them can, that is a deadlock
 
 // ---- from outside
-// Runs kernel(argument) for every thread of a one-dimensional grid. `cooperative`: all blocks are resident, else one
-// runs after another. Seed 0 keeps the natural order; any other shuffles blocks, and threads between any two points
-// where they wait. A misuse (divergent barriers, a lane missing from a shuffle) is written to stderr, and the process
-// aborts.
-void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool cooperative, unsigned seed,
-         void (*kernel)(const void*), const void* argument);
+// Runs kernel(argument) for every thread of a one-dimensional grid. Seed 0 keeps the natural order; any other shuffles
+// blocks, and threads between any two points where they wait. A misuse (divergent barriers, a lane missing from a
+// shuffle) is written to stderr, and the process aborts.
+void run(unsigned blocks, unsigned threads, unsigned seed, void (*kernel)(const void*), const void* argument);
 
 }  // namespace emu

@@ -16,7 +16,7 @@
 namespace {
 
 struct Header {
-  uint32_t name_bytes, argument_bytes, buffers, pointers, blocks, shared_bytes, cooperative, seed;
+  uint32_t name_bytes, argument_bytes, buffers, pointers, blocks, seed;
 };
 struct Buffer {
   uint64_t bytes;
@@ -65,7 +65,7 @@ int main() {
         argument.at(pointer.at + byte) = reinterpret_cast<const char*>(&address)[byte];
     }
 
-    emu_launch(name.c_str(), argument.data(), header.blocks, header.shared_bytes, header.cooperative, header.seed);
+    emu_launch(name.c_str(), argument.data(), header.blocks, header.seed);
     for (const Memory& m : memory) {
       if (m.buffer.is_output && m.buffer.bytes) std::fwrite(m.data(), m.buffer.bytes, 1, stdout);
       std::free(m.allocation);

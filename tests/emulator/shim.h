@@ -54,7 +54,6 @@ inline constexpr EmuGridSize gridDim{};
 
 // One buffer per block and place in the source: exactly this size, every byte 0xff (a NaN, a huge index).
 #define SHARED(type, name, count) type* name = static_cast<type*>(emu::shared(EMU_HERE, sizeof(type) * (count)))
-#define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emu::dynamic_shared())
 #define __syncthreads() emu::barrier(EMU_HERE)
 #define __shfl_xor_sync(mask, value, distance) \
   emu_shuffle(mask, value, emu::lane() ^ static_cast<unsigned>(distance), EMU_HERE)
@@ -73,10 +72,6 @@ T emu_shuffle(unsigned mask, T value, unsigned source, const char* here) {
 
 inline void __threadfence() { emu::fence(); }
 
-// Launches come one after the other.
-inline void let_backward_launch() {}
-inline void wait_for_forward() {}
-
 // One processor runs all fibers, so a load and a store are atomic; relaxed, so that TSan takes no ordering from them.
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   emu::atomic(address);
@@ -84,20 +79,6 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
   __atomic_store_n(address, old >= limit ? 0u : old + 1, __ATOMIC_RELAXED);
   return old;
 }
-
-inline unsigned atomicExch(unsigned* address, unsigned value) {
-  emu::atomic(address);
-  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
-}
-inline unsigned atomicSub(unsigned* address, unsigned value) {
-  emu::atomic(address);
-  return __atomic_fetch_sub(address, value, __ATOMIC_RELAXED);
-}
-inline unsigned poll(const unsigned* address) {
-  emu::atomic(address);
-  return __atomic_load_n(address, __ATOMIC_RELAXED);
-}
-#define pause() emu::pause(EMU_HERE)
 
 template <class T>
 T __ldg(const T* address) {
@@ -113,10 +94,6 @@ T __ldcg(const T* address) {
 }
 template <class T>
 void __stwb(T* address, T value) {
-  *address = value;
-}
-template <class T>
-void __stcs(T* address, T value) {
   *address = value;
 }
 

@@ -128,11 +128,10 @@ class Driver:
 
 class Launch:
     def __init__(self, line: str) -> None:
-        pattern = r"launch (\w+) grid (\d+) 1 1 block (\d+) 1 1 shared (\d+) stream (\S+) parameters (\w+)"
-        name, blocks, threads, shared, stream, parameters = re.fullmatch(pattern, line).groups()
-        self.name, self.blocks, self.threads, self.shared = name, int(blocks), int(threads), int(shared)
+        pattern = r"launch (\w+) grid (\d+) 1 1 block (\d+) 1 1 shared 0 stream (\S+) parameters (\w+)"
+        name, blocks, threads, stream, parameters = re.fullmatch(pattern, line).groups()
+        self.name, self.blocks, self.threads = name, int(blocks), int(threads)
         self.stream = 0 if stream in ("0", "(nil)") else int(stream, 16)
         structures = sde_step_arguments if name.startswith("sde_step") else launch_arguments
-        kinds = {"single": "Single", "forward": "Forward", "backward": "Backward"}
-        kind = next(getattr(structures, kind) for part, kind in kinds.items() if f"_{part}_" in name)
+        kind = structures.Forward if "forward" in name else structures.Backward
         self.parameters = kind.from_buffer_copy(bytes.fromhex(parameters))

@@ -33,7 +33,7 @@ def main(*arguments: str) -> tuple[int, list[str]]:
 
 
 def every_kernel_is_launched() -> None:
-    every_kernel.SIZES, every_kernel.ODD_SIZES, every_kernel.SINGLE_SIZES = (7, 1025), (1000,), (520,)
+    every_kernel.SIZES, every_kernel.ODD_SIZES = (7, 1025), (1000,)
     status, complaints = main("--count")
     assert (status, complaints) == (0, []), "\n".join(complaints)
 
@@ -41,9 +41,8 @@ def every_kernel_is_launched() -> None:
 def a_mix_left_out() -> None:
     left_out = torch.bfloat16, torch.float32, torch.float16
     every_kernel.MIXES = [mix for mix in every_kernel.MIXES if mix != left_out]
-    every_kernel.SIZES, every_kernel.ODD_SIZES, every_kernel.SINGLE_SIZES = (7,), (9,), (520,)
-    ways = "forward", "backward", "single"
-    kernels = [f"NEVER LAUNCHED  policy_loss_{way}_step_bf16_f32_f16" for way in ways]
+    every_kernel.SIZES, every_kernel.ODD_SIZES = (7,), (9,)
+    kernels = [f"NEVER LAUNCHED  policy_loss_{way}_step_bf16_f32_f16" for way in ("forward", "backward")]
     assert main("--count") == (1, kernels)
 
 
@@ -57,7 +56,7 @@ def a_wrong_answer() -> None:
         return step._replace(std=step.std * (1 + 1e-5)) if is_the_one else step
 
     gpu_api.sde_step = wrong
-    every_kernel.SIZES, every_kernel.ODD_SIZES, every_kernel.SINGLE_SIZES = (7,), (9,), (520,)
+    every_kernel.SIZES, every_kernel.ODD_SIZES = (7,), (9,)
     status, complaints = main()
     assert status == 1
     assert len(complaints) == 6, complaints  # three residuals, at two sizes

@@ -6,7 +6,6 @@
 // a call of anything else fails in cudarc, by name.
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -35,21 +34,14 @@ enum Result {
   kInvalidHandle = 400,
   kNotFound = 500,
   kIllegalAddress = 700,
-  kCooperativeTooLarge = 720,
   kCaptureUnsupported = 900,
 };
 const std::map<int, const char*> kNames = {
-    {kInvalidValue, "CUDA_ERROR_INVALID_VALUE"},
-    {kNotInitialized, "CUDA_ERROR_NOT_INITIALIZED"},
-    {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE"},
-    {kInvalidImage, "CUDA_ERROR_INVALID_IMAGE"},
-    {kInvalidContext, "CUDA_ERROR_INVALID_CONTEXT"},
-    {kNoBinaryForGpu, "CUDA_ERROR_NO_BINARY_FOR_GPU"},
-    {kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE"},
-    {kNotFound, "CUDA_ERROR_NOT_FOUND"},
-    {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS"},
-    {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
-    {kCooperativeTooLarge, "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"},
+    {kInvalidValue, "CUDA_ERROR_INVALID_VALUE"},     {kNotInitialized, "CUDA_ERROR_NOT_INITIALIZED"},
+    {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE"},   {kInvalidImage, "CUDA_ERROR_INVALID_IMAGE"},
+    {kInvalidContext, "CUDA_ERROR_INVALID_CONTEXT"}, {kNoBinaryForGpu, "CUDA_ERROR_NO_BINARY_FOR_GPU"},
+    {kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE"},   {kNotFound, "CUDA_ERROR_NOT_FOUND"},
+    {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS"}, {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
 };
 
 constexpr int kMultiprocessors = 4;  // few, so that grids stay small enough to emulate
@@ -57,15 +49,7 @@ constexpr int kMultiprocessors = 4;  // few, so that grids stay small enough to 
 struct Device {
   int capability;  // 90 for 9.0
   bool retained = false;
-  // Shared memory of a multiprocessor: CUDA C++ Programming Guide, technical specifications per compute capability.
-  int shared_bytes() const {
-    return capability == 86 || capability == 89 || capability / 10 == 12 ? 100 << 10
-           : capability / 10 == 8                                        ? 164 << 10
-                                                                         : 228 << 10;
-  }
 };
-constexpr int kReservedShared = 1 << 10;  // of every block, by the system
-constexpr int kOwnShared = 5 << 10;       // of every kernel, declared
 struct Stream {
   Device* device;
   bool capturing = false;
@@ -79,7 +63,6 @@ struct Function {
   Module* module;
   std::string name;
   size_t parameter_bytes;
-  int dynamic_shared = 48 << 10;  // most that a launch may ask for
 };
 
 std::mutex lock;
@@ -172,8 +155,7 @@ int check_image(const unsigned char* image, int capability) {
 struct Emulator {
   unsigned (*threads)();
   size_t (*argument_bytes)(const char* kernel);
-  int (*launch)(const char* kernel, const void* argument, unsigned blocks, size_t shared_bytes, int cooperative,
-                unsigned seed);
+  int (*launch)(const char* kernel, const void* argument, unsigned blocks, unsigned seed);
 };
 
 const Emulator* emulator() {
@@ -266,18 +248,6 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
     case 16:
       *value = kMultiprocessors;
       return kSuccess;
-    case 81:  // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
-      *value = devices.at(device)->shared_bytes();
-      return kSuccess;
-    case 95:  // COOPERATIVE_LAUNCH
-      *value = 1;
-      return kSuccess;
-    case 97:  // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-      *value = devices.at(device)->shared_bytes() - kReservedShared;
-      return kSuccess;
-    case 111:  // RESERVED_SHARED_MEMORY_PER_BLOCK
-      *value = kReservedShared;
-      return kSuccess;
     case 75:
       *value = capability / 10;
       return kSuccess;
@@ -340,27 +310,9 @@ int cuModuleGetFunction(void** function, void* handle, const char* name) {
   return kSuccess;
 }
 
-int cuFuncGetAttribute(int* value, int attribute, void*) {
+int cuFuncGetAttribute(int* value, int, void*) {
   ENTER("cuFuncGetAttribute");
-  *value = attribute == 1 ? kOwnShared : 32;
-  return kSuccess;
-}
-
-int cuFuncSetAttribute(void* handle, int attribute, int value) {
-  ENTER("cuFuncSetAttribute");
-  auto* function = static_cast<Function*>(handle);
-  const int most = function->module->device->shared_bytes() - kReservedShared - kOwnShared;
-  if (attribute != 8 || value < 0 || value > most) return kInvalidValue;  // MAX_DYNAMIC_SHARED_SIZE_BYTES
-  function->dynamic_shared = value;
-  return kSuccess;
-}
-
-int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* handle, int threads, size_t dynamic_shared) {
-  ENTER("cuOccupancyMaxActiveBlocksPerMultiprocessor");
-  const auto* function = static_cast<Function*>(handle);
-  if (dynamic_shared > static_cast<size_t>(function->dynamic_shared)) return kInvalidValue;
-  const int bytes = static_cast<int>(dynamic_shared) + kOwnShared + kReservedShared;
-  *blocks = std::min(function->module->device->shared_bytes() / bytes, 512 / threads);  // 128 registers a thread
+  *value = 32;
   return kSuccess;
 }
 
@@ -372,27 +324,20 @@ int cuStreamIsCapturing(void* handle, int* status) {
   return kSuccess;
 }
 
-}  // extern "C"
-
-namespace {
-
-int launch(const char* call, bool cooperative, void* handle, const unsigned (&grid)[3], const unsigned (&block)[3],
-           unsigned shared, void* stream_handle, void** parameters) {
+int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                   unsigned block_z, unsigned shared, void* stream_handle, void** parameters, void** extra) {
   const auto* function = static_cast<Function*>(handle);
   {
-    ENTER(call);
+    ENTER("cuLaunchKernel");
     auto* stream = static_cast<Stream*>(stream_handle);
     if (current != function->module->device) return kInvalidContext;
     if (stream && (!streams.count(stream) || stream->device != current)) return kInvalidHandle;
-    const bool fits =
-        grid[0] >= 1 && grid[0] <= 0x7fffffff && grid[1] >= 1 && grid[1] <= 65535 && grid[2] >= 1 && grid[2] <= 65535;
-    const uint64_t threads = uint64_t{block[0]} * block[1] * block[2];
-    if (!fits || threads < 1 || threads > 1024 || !parameters) return kInvalidValue;
-    if (shared > static_cast<unsigned>(function->dynamic_shared)) return kInvalidValue;
-    const int of_one = current->shared_bytes() / static_cast<int>(shared + kOwnShared + kReservedShared);
-    if (cooperative && grid[0] > static_cast<unsigned>(kMultiprocessors * of_one)) return kCooperativeTooLarge;
-    log_text << "launch " << function->name << " grid " << grid[0] << ' ' << grid[1] << ' ' << grid[2] << " block "
-             << block[0] << ' ' << block[1] << ' ' << block[2] << " shared " << shared << " stream " << stream_handle
+    const bool grid =
+        grid_x >= 1 && grid_x <= 0x7fffffff && grid_y >= 1 && grid_y <= 65535 && grid_z >= 1 && grid_z <= 65535;
+    const uint64_t threads = uint64_t{block_x} * block_y * block_z;
+    if (!grid || threads < 1 || threads > 1024 || shared > 49152 || !parameters || extra) return kInvalidValue;
+    log_text << "launch " << function->name << " grid " << grid_x << ' ' << grid_y << ' ' << grid_z << " block "
+             << block_x << ' ' << block_y << ' ' << block_z << " shared " << shared << " stream " << stream_handle
              << " parameters ";
     const auto* bytes = static_cast<const unsigned char*>(parameters[0]);
     char hex[3];
@@ -405,64 +350,9 @@ int launch(const char* call, bool cooperative, void* handle, const unsigned (&gr
   const Emulator* kernels = emulator();
   if (!kernels) return kSuccess;
   const char* name = function->name.c_str();
-  if (kernels->argument_bytes(name) != function->parameter_bytes || kernels->threads() != block[0])
-    return kInvalidValue;
+  if (kernels->argument_bytes(name) != function->parameter_bytes || kernels->threads() != block_x) return kInvalidValue;
   const std::lock_guard<std::mutex> guard(running);
-  return kernels->launch(name, parameters[0], grid[0], shared, cooperative, 0) == 0 ? kSuccess : kNotFound;
-}
-
-}  // namespace
-
-extern "C" {
-
-int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                   unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra) {
-  if (extra) return kInvalidValue;
-  return launch("cuLaunchKernel", false, function, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared,
-                stream, parameters);
-}
-
-int cuLaunchCooperativeKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                              unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters) {
-  return launch("cuLaunchCooperativeKernel", true, function, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z},
-                shared, stream, parameters);
-}
-
-// Of CUlaunchConfig and CUlaunchAttribute, what is looked at.
-struct LaunchAttribute {
-  int id, pad;
-  int value[16];
-};
-struct LaunchConfig {
-  unsigned grid[3], block[3], shared;
-  void* stream;
-  const LaunchAttribute* attributes;
-  unsigned count;
-};
-
-int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** parameters, void** extra) {
-  constexpr int kProgrammaticStreamSerialization = 6;
-  for (unsigned at = 0; at < config->count; ++at) {
-    if (config->attributes[at].id != kProgrammaticStreamSerialization) return kInvalidValue;
-    const std::lock_guard<std::mutex> guard(lock);
-    if (config->attributes[at].value[0]) log_text << "dependent\n";
-  }
-  const unsigned *grid = config->grid, *block = config->block;
-  return cuLaunchKernel(handle, grid[0], grid[1], grid[2], block[0], block[1], block[2], config->shared, config->stream,
-                        parameters, extra);
-}
-
-// How cuda.bindings finds everything. What is not here fails when it is called.
-int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t, int* status) {
-  *function = dlsym(RTLD_DEFAULT, name);
-  if (status) *status = *function ? 0 : 1;
-  return *function ? kSuccess : kNotFound;
-}
-
-// NVRTC asks for a table of its own, and does without.
-int cuGetExportTable(const void** table, const void*) {
-  *table = nullptr;
-  return kNotFound;
+  return kernels->launch(name, parameters[0], grid_x, 0) == 0 ? kSuccess : kNotFound;
 }
 
 int cuGetErrorName(int code, const char** name) {

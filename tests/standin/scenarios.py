@@ -61,7 +61,7 @@ def forward(
     arguments = problem(rows, numel, dtypes, vectors, schedule, objective, options)
     out = 32 * KiB, 48 * KiB
     workspace = partials or (64 * KiB, 1 << 20), tickets or (80 * KiB, rows + 1)
-    _native.policy_loss_forward_cuda(target, *arguments, out, None, shard_sums, *workspace)
+    _native.policy_loss_forward_cuda(target, *arguments, out, shard_sums, *workspace)
 
 
 def shard_sums(target=(0, 0), *, rows=3, numel=600, dtypes=None, schedule=None, partials=None):
@@ -76,7 +76,7 @@ def backward(target=(0, 0), *, rows=3, numel=600, dtypes=None, forms=None, grad=
     grad_loss = 16 * KiB, "float32", 1, 1
     gradients = grad, grad_uncond
     _native.policy_loss_backward_cuda(
-        target, arrays_at(dtypes), forms, grad_loss, 48 * KiB, rows, numel, gradients, log_prob, False
+        target, arrays_at(dtypes), forms, grad_loss, 48 * KiB, rows, numel, gradients, log_prob
     )
 
 

@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from .. import _cuda, _native
 from .._args import Latents, LossCall, Schedule, Settings, Vectors, differentiates_mean
-from .._switches import wants_single_pass
 from .common import array, contiguous, is_plain, schedule_tuple, vector
 
 if TYPE_CHECKING:
@@ -39,9 +38,9 @@ def policy_loss(call: LossCall, process_group: ProcessGroup | None = None) -> tu
     leaves = latents.output, latents.uncond_output, vectors.log_prob
     if not torch.is_grad_enabled() or not _any_requires_grad(leaves):
         return _forward(call, sums)
-    ahead = None if sums is not None else _gradients_ahead(call)
+    ahead = None if sums is not None else _empty_gradients_ahead(call)
     loss, numbers = _forward(call, sums, ahead)
-    return _Eager.apply(*leaves, call, (loss, numbers, ahead and ahead.gradients)), numbers
+    return _Eager.apply(*leaves, call, (loss, numbers, ahead)), numbers
 
 
 def _any_requires_grad(leaves: tuple[Tensor | None, ...]) -> bool:
@@ -63,13 +62,6 @@ def operator_arguments(call: LossCall) -> tuple:
     vectors = *call.vectors, *(schedule[3:] if schedule else (None,) * len(_SCHEDULE_VECTORS))
     tensors = [like.new_full((), v, dtype=torch.float64) if isinstance(v, float) else v for v in vectors]
     return *call.latents, *tensors, *(schedule[:3] if schedule else ("", "mean", "mean")), *call.settings
-
-
-class _Ahead(NamedTuple):
-    """What a forward needs that forms the gradients of the latents for a `grad_loss` of 1 along with the loss."""
-
-    gradients: tuple[Tensor | None, Tensor | None]  # where they go
-    workspace: tuple[int, int, bool] | None  # of a GPU's single pass: lengths, and whether the stream is captured
 
 
 class _Saved(NamedTuple):
@@ -107,22 +99,26 @@ def _latent_elements(latents: Latents, rows: int) -> int:
 
 
 def _forward(
-    call: LossCall, sums: Tensor | None = None, ahead: _Ahead | None = None, *, operator: bool = False
+    call: LossCall,
+    sums: Tensor | None = None,
+    ahead: tuple[Tensor | None, Tensor | None] | None = None,
+    *,
+    operator: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`sums`: every row's, of all shards. `operator`: called through the dispatcher, where no tensor may outlive the
-    call."""
+    """`sums`: every row's, of all shards. `ahead`: where the gradients go, if they are wanted already. `operator`:
+    called through the dispatcher, where no tensor may outlive the call."""
     advantages = call.vectors.advantages
     loss, numbers = _empty_outputs(advantages, call.double, call.settings.reduction, call.schedule is not None)
     out, sums_at = (loss.data_ptr(), numbers.data_ptr()), None if sums is None else sums.data_ptr()
-    gradients = None if ahead is None else (array(ahead.gradients[0]), array(ahead.gradients[1]))
     target, arguments = _cuda.target(advantages), _arguments(call)
     if target is None:
+        gradients = None if ahead is None else (array(ahead[0]), array(ahead[1]))
         _native.policy_loss_forward(
             *arguments[:5], call.double, *arguments[5:], out, gradients, sums_at, torch.get_num_threads()
         )
     else:
-        with _workspace(call, target, not operator, ahead) as workspace:
-            _native.policy_loss_forward_cuda(target, *arguments, out, gradients, sums_at, *workspace)
+        with _workspace(call, target, not operator) as workspace:
+            _native.policy_loss_forward_cuda(target, *arguments, out, sums_at, *workspace)
     return loss, numbers
 
 
@@ -155,10 +151,8 @@ def _arguments(call: LossCall) -> tuple:
     )
 
 
-def _workspace(call: LossCall, target: _cuda.Target, may_keep: bool, ahead: _Ahead | None = None) -> _cuda.Workspace:
+def _workspace(call: LossCall, target: _cuda.Target, may_keep: bool) -> _cuda.Workspace:
     settings, advantages = call.settings, call.vectors.advantages
-    if ahead is not None:
-        return _cuda.Workspace(advantages, target, *ahead.workspace, may_keep)
     rows = advantages.numel()
     needs_batch_means = settings.objective == "grpo_guard" and not settings.per_row_scale
     numel = _latent_elements(call.latents, rows)
@@ -176,34 +170,25 @@ def _empty_sums(advantages: Tensor) -> Tensor:
     return advantages.new_empty(4 * advantages.numel() + 1, dtype=torch.float64)
 
 
-def _gradients_ahead(call: LossCall) -> _Ahead | None:
-    """Memory for the gradients of the latents, where the forward does well to form them along with the loss: with the
-    batch's divisor known beforehand and one `grad_loss` for all rows.
+def _empty_gradients_ahead(call: LossCall) -> tuple[Tensor | None, Tensor | None] | None:
+    """Memory for the gradients of the latents, where the forward does well to form them along with the loss.
 
-    On the CPU, where the gradient of a whole batch is a second pass over memory that the caches could save. On a GPU in
-    the single pass, which takes rows of one coefficient, with nothing else to add to their gradient.
+    On the CPU alone, where the gradient of a whole batch is a second pass over memory that the caches could save; with
+    the batch's divisor known beforehand and one `grad_loss` for all rows.
     """
-    output, uncond, sample, prev_sample, _, ref = call.latents
-    settings = call.settings
-    if prev_sample is None or not _any_requires_grad((output, uncond)) or settings.reduction not in ("mean", "sum"):
+    output, uncond, sample, prev_sample, _, _ = call.latents
+    if (
+        prev_sample is None
+        or not _any_requires_grad((output, uncond))
+        or call.settings.reduction not in ("mean", "sum")
+        or _cuda.target(output) is not None
+    ):
         return None
-    rows, workspace = call.vectors.advantages.numel(), None
-    target = _cuda.target(output)
-    if target is None:
-        row_bytes = sum([t.nbytes for t in (output, uncond, sample, prev_sample) if t is not None]) // rows
-        if not _native.policy_loss_gradient_ahead(rows, row_bytes):
-            return None
-    else:
-        several = settings.objective == "grpo_guard" or ref is not None or call.vectors.log_prob is not None
-        if several or not wants_single_pass():
-            return None
-        arrays, numel = tuple([array(t) for t in call.latents]), _latent_elements(call.latents, rows)
-        forms = None if call.schedule is None else call.schedule[1:3]
-        workspace = _native.policy_loss_single_workspace_cuda(target, arrays, forms, rows, numel)
-        if workspace is None:
-            return None
-    gradients = [torch.empty_like(t) if t is not None and t.requires_grad else None for t in (output, uncond)]
-    return _Ahead(tuple(gradients), workspace)
+    rows = call.vectors.advantages.numel()
+    row_bytes = sum([t.nbytes for t in (output, uncond, sample, prev_sample) if t is not None]) // rows
+    if not _native.policy_loss_gradient_ahead(rows, row_bytes):
+        return None
+    return tuple([torch.empty_like(t) if t is not None and t.requires_grad else None for t in (output, uncond)])
 
 
 def _backward(
@@ -212,17 +197,17 @@ def _backward(
     latents: Latents,
     forms: tuple[str, str] | None,
     wants: tuple[bool, bool, bool],
-    memory: tuple[Tensor | None, Tensor | None] | None = None,
+    memory: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `output` and `uncond_output`, in their dtypes, and of `log_prob`, flat, in the arithmetic dtype.
 
-    `memory`: that of the first two, which holds them for a `grad_loss` of 1; a GPU finds out by itself whether it is.
+    `memory`: for the first two, where there is some already.
     """
     rows = (numbers.numel() - _native.BATCH_LEN) // _fields(forms is not None)
     grad_loss = grad_loss.contiguous()  # held by its name until Rust has read it: autograd hands down expanded scalars
     grad_output, grad_uncond = [
         None if not wanted else torch.empty_like(like) if given is None else given
-        for wanted, like, given in zip(wants[:2], latents[:2], memory or (None, None), strict=True)
+        for wanted, like, given in zip(wants[:2], latents[:2], memory, strict=True)
     ]
     grad_log_prob = numbers.new_empty(rows) if wants[2] else None
     arrays, numel = tuple([array(t) for t in latents]), _latent_elements(latents, rows)
@@ -232,7 +217,7 @@ def _backward(
     if target is None:
         _native.policy_loss_backward(*arguments, numbers.dtype == torch.float64, *out, torch.get_num_threads())
     else:
-        _native.policy_loss_backward_cuda(target, *arguments, *out, memory is not None)
+        _native.policy_loss_backward_cuda(target, *arguments, *out)
     return grad_output, grad_uncond, grad_log_prob
 
 
@@ -263,7 +248,7 @@ def _eager_backward(ctx, grad_loss):
     numbers, *tensors = ctx.saved_tensors
     # Handed out once: whoever gets them may write to them.
     ahead, ctx.gradients_ahead = ctx.gradients_ahead, None
-    if ahead is not None and _cuda.target(numbers) is None:
+    if ahead is not None:
         scale = grad_loss.item()
         if scale == 1:
             return *ahead, None, None, None
@@ -273,7 +258,8 @@ def _eager_backward(ctx, grad_loss):
     latents, saved = Latents(*tensors), ctx.saved
     wants_output, wants_uncond, wants_log_prob, _, _ = ctx.needs_input_grad
     wants = wants_output and latents.output is not None, wants_uncond, wants_log_prob
-    grad_output, grad_uncond, grad_log_prob = _backward(grad_loss, numbers, latents, saved.forms, wants, ahead)
+    memory = ahead or (None, None)
+    grad_output, grad_uncond, grad_log_prob = _backward(grad_loss, numbers, latents, saved.forms, wants, memory)
     grad_log_prob = None if grad_log_prob is None else _as_log_prob(grad_log_prob, saved)
     return grad_output, grad_uncond, grad_log_prob, None, None
 
