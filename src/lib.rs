@@ -18,6 +18,7 @@ pub mod transition;
 
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    cpu::threads::importing_process();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("METRICS", objective::METRICS.to_vec())?;
     module.add("FIELDS", objective::FIELDS)?;

@@ -50,8 +50,8 @@ def loss(
     """`flowdppo_ops.loss` on NumPy arrays (float32, float16 or float64), with the gradient.
 
     Args:
-        threads: how many to use at most; None takes the processors this process may run on. The result does not
-            depend on it.
+        threads: how many to use at most; None takes the processors this process may run on. Once the process has
+            imported PyTorch, no more than `torch.get_num_threads()` are used. The result does not depend on it.
         The others: as in `flowdppo_ops.loss`, with `numpy.ndarray` for tensors.
 
     Returns:

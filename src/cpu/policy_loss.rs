@@ -4,8 +4,8 @@
 //! Sums are float32 (float64 for float64 latents) over `BLOCK` elements in `LANES` interleaved lanes, then float64 over
 //! lanes, blocks and chunks, always in the same order: the bits depend on neither thread count nor schedule.
 
-use super::pool::for_each;
 use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, narrow};
+use super::threads::for_each;
 use crate::objective::{Field, Problem, Row, Sums, fields};
 use crate::plan::{CHUNK, Plan, Stretch};
 use crate::tensor::{Element, Host, ViewMut};

@@ -7,8 +7,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::pool::for_each;
 use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, store_scaled, widen, with_part};
+use super::threads::for_each;
 use crate::ops::sde_step::{Backward, Factors, Next, Outputs, Step};
 use crate::plan::{Plan, Stretch};
 use crate::tensor::ViewMut;
