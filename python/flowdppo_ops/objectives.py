@@ -31,8 +31,8 @@ class FlowDPPO:
             difference of the model outputs, whatever `normalize_kl` says.
 
     Raises:
-        ValueError: unknown option, or a threshold that is negative or NaN.
-        TypeError: a threshold that is no number.
+        ValueError: unknown option, or a threshold that is negative, NaN or too large for a float.
+        TypeError: a threshold that is no number, or a `normalize_kl` that is no bool.
     """
 
     _needs_kl: ClassVar[bool] = True
@@ -45,11 +45,11 @@ class FlowDPPO:
     kl_space: str = "latent"
 
     def __post_init__(self) -> None:
-        _check_not_negative("FlowDPPO", "kl_mask_threshold", self.kl_mask_threshold)
+        threshold = not_negative("FlowDPPO", "kl_mask_threshold", self.kl_mask_threshold)
+        _check_bool("FlowDPPO", "normalize_kl", self.normalize_kl)
         check_option("FlowDPPO", "mask", self.mask, ("asymmetric", "symmetric", "none"))
         check_option("FlowDPPO", "nan_kl", self.nan_kl, ("mask", "keep"))
         check_option("FlowDPPO", "kl_space", self.kl_space, ("latent", "velocity"))
-        threshold = float(self.kl_mask_threshold)
         divisor = "velocity" if self.kl_space == "velocity" else "gaussian" if self.normalize_kl else "constant"
         _set_native(
             self,
@@ -67,11 +67,13 @@ class FlowGRPO:
     """Clipped surrogate of Flow-GRPO (arXiv 2505.05470): `max(-A ratio, -A clip(ratio, 1 - low, 1 + high))`.
 
     Args:
-        clip_range: one number for both sides, or `(low, high)`; each the distance from 1, >= 0.
+        clip_range: one number for both sides, or `(low, high)`; each the distance from 1, >= 0. A list of two becomes
+            a tuple.
         adv_clip_max: advantages are clamped to plus and minus this; None leaves them.
 
     Raises:
-        ValueError: a negative or NaN limit. (Flow-Factory writes its pair as (-low, high): drop the sign.)
+        ValueError: a limit that is negative, NaN or too large for a float. (Flow-Factory writes its pair as (-low,
+            high): drop the sign.)
         TypeError: a limit that is no number.
     """
 
@@ -99,7 +101,7 @@ class GRPOGuard:
             `c = std`, and its own `sqrt_dt` as divisor.
 
     Raises:
-        ValueError, TypeError: as `FlowGRPO`.
+        ValueError, TypeError: as `FlowGRPO`; TypeError too for a `per_row_scale` that is no bool.
     """
 
     _needs_kl: ClassVar[bool] = True
@@ -110,10 +112,11 @@ class GRPOGuard:
     per_row_scale: bool = False
 
     def __post_init__(self) -> None:
+        _check_bool("GRPOGuard", "per_row_scale", self.per_row_scale)
         _set_native(
             self,
             objective="grpo_guard",
-            per_row_scale=bool(self.per_row_scale),
+            per_row_scale=self.per_row_scale,
             **_clip_limits("GRPOGuard", self),
         )
 
@@ -121,29 +124,45 @@ class GRPOGuard:
 Objective = FlowDPPO | FlowGRPO | GRPOGuard
 
 
-def check_option(where: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_option(where: str, name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     """Raises ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{where}: {name} is {value!r}, wanted one of {', '.join(map(repr, allowed))}")
+    # Only a string or None is compared: an array answers a comparison with an array.
+    is_comparable = value is None or isinstance(value, str)
+    if not is_comparable or value not in allowed:
+        came = repr(value) if is_comparable else f"a {type(value).__name__}"
+        raise ValueError(f"{where}: {name} is {came}, wanted one of {', '.join(map(repr, allowed))}")
 
 
-def _check_not_negative(where: str, name: str, value: object) -> None:
+def not_negative(where: str, name: str, value: object) -> float:
+    """`value` as a float. Raises unless it is a number >= 0; infinity is one."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted a number")
-    if math.isnan(value) or value < 0:
+    try:
+        number = float(value)
+    except OverflowError:  # 10**400
+        raise ValueError(f"{where}: {name} is a number too large for a float, wanted a number >= 0") from None
+    # A comparison is False for NaN too. `math.isnan` cannot be traced: under torch.compile a number may be a symbol.
+    if not number >= 0:
         raise ValueError(f"{where}: {name} is {value}, wanted a number >= 0")
+    return number
+
+
+def _check_bool(where: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted True or False")
 
 
 def _clip_limits(where: str, objective: FlowGRPO | GRPOGuard) -> dict[str, float]:
+    if isinstance(objective.clip_range, list):
+        object.__setattr__(objective, "clip_range", tuple(objective.clip_range))  # a list cannot be hashed
     pair = objective.clip_range
-    low, high = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (pair, pair)
-    _check_not_negative(where, "clip_range", low)
-    _check_not_negative(where, "clip_range", high)
+    low, high = pair if isinstance(pair, tuple) and len(pair) == 2 else (pair, pair)
     limit = objective.adv_clip_max
-    if limit is None:
-        limit = math.inf
-    _check_not_negative(where, "adv_clip_max", limit)
-    return {"low": float(low), "high": float(high), "adv_clip_max": float(limit)}
+    return {
+        "low": not_negative(where, "clip_range", low),
+        "high": not_negative(where, "clip_range", high),
+        "adv_clip_max": math.inf if limit is None else not_negative(where, "adv_clip_max", limit),
+    }
 
 
 def _set_native(
