@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -74,9 +76,21 @@ def test_equal_rewards_give_zero():
     assert (group_advantages(torch.full((6,), 0.3), [0, 0, 0, 1, 1, 1], std="global") == 0).all()
 
 
-def test_one_single_reward():
-    assert group_advantages(torch.tensor([0.5]), [0]).isnan().all()
-    assert group_advantages(torch.tensor([0.5]), [0], std="group").item() == 0
+@pytest.mark.parametrize("std", ["global", "group", None])
+@pytest.mark.parametrize("eps", [1e-4, 0.0])
+@pytest.mark.parametrize("reward", [0.5, 0.0, math.inf, math.nan])
+def test_one_single_reward(std, eps, reward):
+    """Nothing to be compared with: 0, as for a group of one anywhere."""
+    assert group_advantages(torch.tensor([reward]), [0], std=std, eps=eps).tolist() == [0]
+    assert group_advantages(torch.tensor([[reward, 1.0]]), [0], std=std, eps=eps).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("std", ["global", "group", None])
+@pytest.mark.parametrize("other", [0.5, math.inf, math.nan])
+def test_alone_beside_any_other_group(std, other):
+    """Also where the standard deviation of all rewards is 0, infinite or NaN."""
+    rewards = torch.tensor([0.5, other, other])
+    assert group_advantages(rewards, [0, 1, 1], std=std, eps=0.0)[0].item() == 0
 
 
 def test_order_of_rows_does_not_matter():

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from .objectives import check_option
+from .objectives import check_option, not_negative
 
 
 def group_advantages(
-    rewards: Tensor, group_ids: Tensor | Sequence, *, std: str | None = "global", eps: float = 1e-4
+    rewards: Tensor, group_ids: Tensor | Iterable, *, std: str | None = "global", eps: float = 1e-4
 ) -> Tensor:
     """Rewards centred on their group's mean, and divided by a standard deviation.
 
@@ -22,21 +21,25 @@ def group_advantages(
             hashable values.
         std: "global" divides by the standard deviation of all rewards, "group" by that of the row's group, None not
             at all. Unbiased, as in the trainers.
-        eps: added to the standard deviation.
+        eps: added to the standard deviation, a number >= 0.
 
     Returns:
-        `rewards.shape`, in the dtype of `rewards`. A row alone in its group is centred on itself: exactly 0. With
-        std="global" and one single reward there is no standard deviation, and the result is NaN.
+        `rewards.shape`, in the dtype of `rewards`. A row alone in its group has nothing to be compared with: its
+        advantage is exactly 0, whatever `std` is and whatever the other rewards are.
 
     Raises:
-        TypeError: `rewards` is no float tensor. ValueError: shapes that do not fit, or an unknown `std`.
+        TypeError: `rewards` is no dense float tensor, `group_ids` are neither integers nor hashable values, or `eps` is
+            no number. ValueError: shapes that do not fit, an unknown `std`, or an `eps` that is negative or NaN.
 
     Source: verl-omni `compute_flow_grpo_outcome_advantage` (std=None is `norm_adv_by_std_in_grpo=False`).
     """
     where = "flowdppo_ops.group_advantages"
     check_option(where, "std", std, ("global", "group", None))
+    eps = not_negative(where, "eps", eps)
     if not isinstance(rewards, Tensor):
         raise TypeError(f"{where}: rewards is a {type(rewards).__name__}, wanted a torch.Tensor")
+    if rewards.is_nested or rewards.layout != torch.strided:
+        raise TypeError(f"{where}: rewards is a nested or sparse tensor, wanted a dense one")
     if not rewards.is_floating_point():
         raise TypeError(f"{where}: rewards has dtype {rewards.dtype}, wanted a float dtype")
     if rewards.ndim not in (1, 2) or rewards.numel() == 0:
@@ -52,27 +55,30 @@ def group_advantages(
 
     members = per_group(torch.ones_like(table[:, 0]))
     mean = per_group(table.sum(1)) / (members * columns)
-    centred = table - mean[index, None]
-    alone = (members == 1)[index, None]
-    result = torch.where(alone, torch.zeros_like(centred), centred)
-    if std == "global":
-        spread = table.std() if table.numel() > 1 else table.new_full((), math.nan)
-        result = result / (spread + eps)
+    result = table - mean[index, None]
+    if std == "global" and table.numel() > 1:
+        result = result / (table.std() + eps)
     elif std == "group":
-        variance = per_group((centred**2).sum(1)) / (members * columns - 1)
-        divisor = torch.where(members == 1, torch.ones_like(variance), variance.sqrt())
-        result = result / (divisor[index, None] + eps)
+        variance = per_group((result**2).sum(1)) / (members * columns - 1)
+        result = result / (variance.sqrt()[index, None] + eps)
+    # Selected at the end: the statistics of a row alone, and those of all rows beside a NaN, may be NaN.
+    alone = (members == 1)[index, None]
+    result = torch.where(alone, torch.zeros_like(result), result)
     return result.reshape(rewards.shape).to(rewards.dtype)
 
 
-def _group_index(where: str, group_ids: Tensor | Sequence, rewards: Tensor) -> tuple[Tensor, int]:
+def _group_index(where: str, group_ids: Tensor | Iterable, rewards: Tensor) -> tuple[Tensor, int]:
     """`group_ids` as `0..groups-1` on the device of `rewards`."""
     if isinstance(group_ids, Tensor):
         if group_ids.is_floating_point() or group_ids.is_complex():
             raise TypeError(f"{where}: group_ids has dtype {group_ids.dtype}, wanted an integer dtype")
         count, shape = group_ids.shape[0] if group_ids.ndim else 0, tuple(group_ids.shape)
     else:
-        group_ids = list(group_ids)
+        try:
+            group_ids = list(group_ids)
+        except TypeError:
+            kind = type(group_ids).__name__
+            raise TypeError(f"{where}: group_ids is a {kind}, wanted a tensor or a sequence") from None
         count, shape = len(group_ids), (len(group_ids),)
     if count != rewards.shape[0] or len(shape) != 1:
         raise ValueError(f"{where}: group_ids has shape {shape}, wanted ({rewards.shape[0]},), one per row of rewards")
@@ -80,5 +86,8 @@ def _group_index(where: str, group_ids: Tensor | Sequence, rewards: Tensor) -> t
         unique, index = torch.unique(group_ids.to(rewards.device), return_inverse=True)
         return index, unique.numel()
     numbers: dict = {}
-    index = torch.tensor([numbers.setdefault(group, len(numbers)) for group in group_ids], device=rewards.device)
-    return index, len(numbers)
+    try:
+        places = [numbers.setdefault(group, len(numbers)) for group in group_ids]
+    except TypeError as error:
+        raise TypeError(f"{where}: group_ids has an element that cannot be hashed: {error}") from None
+    return torch.tensor(places, device=rewards.device), len(numbers)
