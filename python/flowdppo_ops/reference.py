@@ -103,6 +103,28 @@ def _guided(output: Tensor, uncond_output: Tensor | None, scale: Tensor | None) 
 # ---- row statistics ------------------------------------------------------------------------------------------------
 
 
+class _Differences(NamedTuple):
+    """The latents that the statistics are taken of; None where nothing asked for it."""
+
+    innovation: Tensor | None  # x' - mu
+    drift: Tensor | None  # mu - mu°
+    ref_drift: Tensor | None  # mu - mu_ref
+
+    def constant(self) -> _Differences:
+        return _Differences(*(None if t is None else t.detach() for t in self))
+
+    def without(self, rows: Tensor) -> _Differences:
+        """With zeros for `rows`, a boolean of the rows' shape, in what the policy's term reads. The penalty keeps all.
+
+        A gradient of 0 that meets an infinite or NaN latent on its way back is NaN: it must meet a constant instead.
+        """
+
+        def selected(latent: Tensor | None) -> Tensor | None:
+            return None if latent is None else torch.where(_wide(rows, latent), torch.zeros_like(latent), latent)
+
+        return _Differences(selected(self.innovation), selected(self.drift), self.ref_drift)
+
+
 class _Statistics(NamedTuple):
     """Each latent-reduced to the rows; None where nothing asked for it."""
 
@@ -114,15 +136,11 @@ class _Statistics(NamedTuple):
 
 
 def _statistics(
-    innovation: Tensor | None,
-    drift: Tensor | None,
-    ref_drift: Tensor | None,
-    row_shape: tuple[int, ...],
-    latent_reduction: str,
-    process_group: Any = None,
+    differences: _Differences, row_shape: tuple[int, ...], latent_reduction: str, process_group: Any = None
 ) -> _Statistics:
-    """From `innovation = x' - mu`, `drift = mu - mu°` and `ref_drift = mu - mu_ref`; of all ranks' latents."""
-    some = next((t for t in (innovation, drift, ref_drift) if t is not None), None)
+    """Of all ranks' latents."""
+    innovation, drift, ref_drift = differences
+    some = next((t for t in differences if t is not None), None)
     if some is None:
         return _Statistics(None, None, None, None, 1.0)
     numel = _over_ranks(some.new_tensor(some.numel() // max(1, math.prod(row_shape))), process_group)
@@ -199,9 +217,9 @@ def _kl_divisor(kind: str, std: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def _objective(
-    stats: _Statistics,
+    differences: _Differences,
     *,
-    log_prob: Tensor,
+    log_prob: Tensor | None,
     old_log_prob: Tensor | None,
     advantages: Tensor,
     weights: Tensor | None,
@@ -212,34 +230,50 @@ def _objective(
     ref_kl_weight: float,
     objective: Objective,
     density: str,
+    latent_reduction: str,
     reduction: str,
+    process_group: Any,
     zero_defined: bool = False,
 ) -> PolicyLoss:
-    """`zero_defined`: whether a row of std 0 is deterministic (the steps) or not allowed (`loss`)."""
-    if old_log_prob is not None:
-        log_ratio = log_prob - old_log_prob
-    elif density == "cps":
-        log_ratio = 2 * stats.p - stats.d
-    else:  # the same number as log_prob - old_log_prob, without cancellation; exactly 0 when mu == mu°
-        log_ratio = _quotient(stats.p, std**2, zero_defined) - _quotient(stats.d, 2 * std**2, zero_defined)
-    kl = None
-    if stats.d is not None and kl_divisor is not None:
-        kl = _quotient(stats.d.detach(), kl_divisor, zero_defined)
-
-    exponent, row_scale = log_ratio, 1.0
+    """`log_prob`: given from outside; None takes that of the innovation. `zero_defined`: whether a row of std 0 is
+    deterministic (the steps) or not allowed (`loss`)."""
+    guard_scale, row_scale = None, 1.0
     if isinstance(objective, GRPOGuard):
         # verl-omni GRPOGuardLoss.compute_loss; std_dev_t there is std / sqrt_dt here.
         if objective.per_row_scale:
-            c, row_scale = std, 1 / sqrt_dt**2
+            guard_scale, row_scale = std, 1 / sqrt_dt**2
         else:
-            c, row_scale = sqrt_dt.mean() * (std / sqrt_dt).mean(), 1 / sqrt_dt.mean() ** 2
-        exponent = (log_ratio + _quotient(stats.d, 2 * c**2, zero_defined)) * c
-    ratio = torch.exp(exponent.detach())
+            guard_scale, row_scale = sqrt_dt.mean() * (std / sqrt_dt).mean(), 1 / sqrt_dt.mean() ** 2
+
+    def row_numbers(of: _Differences) -> tuple[_Statistics, Tensor, Tensor, Tensor]:
+        """Statistics, log-prob, log-ratio, and the logarithm of what the objective calls the ratio."""
+        stats = _statistics(of, tuple(advantages.shape), latent_reduction, process_group)
+        own = log_prob
+        if own is None:
+            own = _log_prob(stats.q, std, density, stats.scale, zero_defined=zero_defined)
+        if old_log_prob is not None:
+            log_ratio = own - old_log_prob
+        elif density == "cps":
+            log_ratio = 2 * stats.p - stats.d
+        else:  # the same number as log_prob - old_log_prob, without cancellation; exactly 0 when mu == mu°
+            log_ratio = _quotient(stats.p, std**2, zero_defined) - _quotient(stats.d, 2 * std**2, zero_defined)
+        if guard_scale is None:
+            return stats, own, log_ratio, log_ratio
+        drift = _quotient(stats.d, 2 * guard_scale**2, zero_defined)
+        return stats, own, log_ratio, (log_ratio + drift) * guard_scale
+
+    # Twice: first which rows are blocked, then what is differentiated, which leaves their latents out.
+    stats, *numbers = row_numbers(differences.constant())
+    own_log_prob, log_ratio, exponent = (number.detach() for number in numbers)
+    ratio = torch.exp(exponent)
+    kl = None
+    if stats.d is not None and kl_divisor is not None:
+        kl = _quotient(stats.d, kl_divisor, zero_defined)
 
     zeros = torch.zeros_like(ratio, dtype=torch.bool)
     high, above, below = zeros, zeros, zeros
     if isinstance(objective, FlowDPPO):
-        threshold = torch.tensor(objective.kl_mask_threshold, dtype=kl.dtype)  # compared in the arithmetic dtype
+        threshold = kl.new_full((), objective.kl_mask_threshold)  # compared in the arithmetic dtype
         high = kl >= threshold if objective.nan_kl == "keep" else ~(kl < threshold)
         away = ((ratio > 1) & (advantages > 0)) | ((ratio < 1) & (advantages < 0))
         blocked = {"asymmetric": high & away, "symmetric": high, "none": zeros}[objective.mask]
@@ -254,6 +288,7 @@ def _objective(
         above, below = ratio - 1 > up, 1 - ratio > low
 
     # Selected before exp as well, so that a blocked row with an infinite ratio has gradient 0 instead of NaN.
+    stats, _, _, exponent = row_numbers(differences.without(blocked))
     open_loss = -advantages * torch.exp(torch.where(blocked, torch.zeros_like(exponent), exponent))
     row_loss = torch.where(blocked, blocked_loss, open_loss) * row_scale
     if weights is not None:
@@ -274,10 +309,8 @@ def _objective(
         loss = loss + ref_kl_weight * penalty
 
     absent = torch.zeros_like(ratio)
-    rows = [log_prob.detach(), log_ratio.detach(), ratio, absent if kl is None else kl, keep.to(ratio.dtype)]
-    metrics = _metrics(
-        log_ratio.detach(), ratio, kl, row_loss.detach(), high, blocked, above, below, advantages, ref_kl
-    )
+    rows = [own_log_prob, log_ratio, ratio, absent if kl is None else kl, keep.to(ratio.dtype)]
+    metrics = _metrics(log_ratio, ratio, kl, row_loss.detach(), high, blocked, above, below, advantages, ref_kl)
     return PolicyLoss(
         loss,
         torch.cat([row.reshape(-1) for row in rows] + [metrics[name].to(ratio.dtype).reshape(1) for name in METRICS]),
@@ -378,13 +411,10 @@ def loss(
     dtype = torch.float64 if call.double else torch.float32
     mean, _, _, *anchors = (None if t is None else t.to(dtype) for t in call.latents)
     next_sample, old_mean, ref_mean = (None if t is None else t.detach() for t in anchors)
-    stats = _statistics(
+    differences = _Differences(
         None if next_sample is None else next_sample - mean,
         None if old_mean is None else mean - old_mean,
         None if ref_mean is None else mean - ref_mean,
-        call.row_shape,
-        latent_reduction,
-        process_group,
     )
 
     def rows(value: float | Tensor | None) -> Tensor | None:
@@ -393,8 +423,8 @@ def loss(
     vectors = call.vectors
     std = rows(vectors.std)
     return _objective(
-        stats,
-        log_prob=_log_prob(stats.q, std, density, stats.scale) if log_prob is None else vectors.log_prob.to(dtype),
+        differences,
+        log_prob=None if log_prob is None else vectors.log_prob.to(dtype),
         old_log_prob=rows(vectors.old_log_prob),
         advantages=rows(vectors.advantages),
         weights=rows(vectors.weights),
@@ -405,7 +435,9 @@ def loss(
         ref_kl_weight=ref_kl_weight,
         objective=objective,
         density=density,
+        latent_reduction=latent_reduction,
         reduction=reduction,
+        process_group=process_group,
     )
 
 
@@ -486,21 +518,18 @@ def step_loss(
         drifted = -wide_std * (_residual(innovation, std) - other)
         return torch.where(wide_std == 0, -innovation, drifted)
 
-    stats = _statistics(
+    differences = _Differences(
         innovation,
         None if old is None else drift(schedule.old_form, old),
         None if ref is None else drift(schedule.ref_form, ref),
-        row_shape,
-        latent_reduction,
-        process_group,
     )
 
     def rows(value: RowVector | None) -> Tensor | None:
         return None if value is None else row_tensor(value, row_shape, dtype, output.device)
 
     return _objective(
-        stats,
-        log_prob=_log_prob(stats.q, std, settings.density, stats.scale, zero_defined=True),
+        differences,
+        log_prob=None,
         old_log_prob=rows(vectors.old_log_prob),
         advantages=rows(vectors.advantages),
         weights=rows(vectors.weights),
@@ -511,7 +540,9 @@ def step_loss(
         ref_kl_weight=ref_kl_weight,
         objective=objective,
         density=settings.density,
+        latent_reduction=latent_reduction,
         reduction=reduction,
+        process_group=process_group,
         zero_defined=True,
     )
 
@@ -580,7 +611,7 @@ def sde_step(
         prev_sample = mean.detach() + _wide(std, sample) * noise
     stored = prev_sample.detach().to(sample.dtype)
     innovation = stored.to(dtype) - mean
-    q = _statistics(innovation, None, None, call.row_shape, "mean").q
+    q = _statistics(_Differences(innovation, None, None), call.row_shape, "mean").q
     density = "cps" if sampler == "cps" else "gaussian"
     log_prob = _log_prob(q, std, density, 1.0, log_prob_normalizer, zero_defined=True)
     residual = None
