@@ -92,7 +92,11 @@ class PolicyLoss:
             group: a `torch.distributed` group of data-parallel ranks, all of which must call: the values are those of
                 all their rows together, not averages of each rank's. One collective of 19 float64 a rank. (Ranks that
                 hold shards of the same rows have the same metrics already.)
+
+        Raises:
+            TypeError: a `prefix` that is no string, a `group` that is no process group.
         """
+        _check_prefix("metrics", prefix)
         check_process_group("PolicyLoss.metrics", "group", group)
         names = len(METRICS)
         if group is None:
@@ -105,6 +109,7 @@ class PolicyLoss:
     def metric_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """`metrics` before they are copied: 0-dim tensors on the device, views of one, for a trainer that keeps its
         logging values there and reads them later."""
+        _check_prefix("metric_tensors", prefix)
         values = dict(zip(METRICS, self._numbers[-len(METRICS) :].unbind(), strict=True))
         return {prefix + name: value for name, value in values.items() if name not in self._absent()}
 
@@ -113,6 +118,11 @@ class PolicyLoss:
 
     def __repr__(self) -> str:
         return f"PolicyLoss(loss={self.loss}, rows={self._row_shape})"
+
+
+def _check_prefix(method: str, prefix: object) -> None:
+    if not isinstance(prefix, str):
+        raise TypeError(f"PolicyLoss.{method}: prefix is a {type(prefix).__name__}, wanted a string")
 
 
 def _over_ranks(numbers: torch.Tensor, rows: int, group: ProcessGroup) -> list[float]:

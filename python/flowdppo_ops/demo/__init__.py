@@ -78,16 +78,29 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}, wanted a whole number of at least 1")
-    return int(text)
+LARGEST = 2**31 - 1  # of a whole number: PyTorch's generators and thread counts hold it
+MOST_SEEDS = 1000  # of a count
+
+
+def _positive(text: str, most: int = LARGEST) -> int:
+    number = _whole(text)
+    if number is None or not 1 <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted a whole number of at least 1 and at most {most}")
+    return number
 
 
 def _seeds(text: str) -> list[int]:
     if "," not in text:
-        return list(range(_positive(text)))
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r}, wanted a count, or different whole numbers with commas between")
-    return [int(part) for part in parts]
+        return list(range(_positive(text, MOST_SEEDS)))
+    seeds = [_whole(part.strip()) for part in text.split(",") if part.strip()]
+    if not seeds or None in seeds or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, wanted a count, or different whole numbers with commas between, at most {LARGEST}"
+        )
+    return seeds
+
+
+def _whole(text: str) -> int | None:
+    """The number that `text` is; None where it is no whole number from 0 to `LARGEST`."""
+    is_short = len(text) <= len(str(LARGEST))  # `int` refuses thousands of digits in words of its own
+    return int(text) if is_short and text.isdecimal() and int(text) <= LARGEST else None
