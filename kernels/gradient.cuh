@@ -24,8 +24,8 @@ struct Gradients {
   float guidance;
 
   __device__ __forceinline__ Gradients(const PolicyLossBackward& p, long long first, const StepRow& step)
-      : output(p.grad_output, p.latents.output.dtype, first),
-        uncond(Source::kIsStep ? p.grad_uncond : nullptr, p.latents.uncond.dtype, first),
+      : output(p.grad_output, Source::output_of(p.latents).dtype, first),
+        uncond(Source::kIsStep ? p.grad_uncond_output : nullptr, p.latents.uncond_output.dtype, first),
         guidance(Source::kIsStep ? step.guidance : 1.f) {}
   __device__ __forceinline__ bool aligned() const { return output.aligned() && uncond.aligned(); }
   __device__ __forceinline__ void advance(long long elements) {

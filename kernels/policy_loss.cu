@@ -1,5 +1,5 @@
 // policy_loss: the kernels behind `loss` and `step_loss`, one body over two sources. Shapes, dtypes and the launch are
-// in policy_loss.cuh, the sources in transition.cuh, the formulas of a row in objective.cuh.
+// in call.cuh, the sources in transition.cuh, the formulas of a row in objective.cuh.
 //
 // Forward. Per row q = sum (x' - mu)^2, d = sum (mu - mu_old)^2, cross = sum (x' - mu)(mu - mu_old) and
 // f = sum (mu - mu_ref)^2, in one pass: float32 per thread, a fixed tree over the block, float64 over the splits of a
@@ -81,8 +81,8 @@ __device__ __forceinline__ void finish_row(const PolicyLossForward& p, long long
     out[1] = sums.d;
     out[2] = sums.cross;
     out[3] = sums.f;
-    if (row == p.problem.rows - 1) out[4] = static_cast<double>(p.problem.numel);
-  } else if (needs_batch_means(p.problem)) {
+    if (row == p.call.rows - 1) out[4] = static_cast<double>(p.call.numel);
+  } else if (needs_batch_means(p.call)) {
     *waiting_sums(p, row) = make_float4(static_cast<float>(sums.q), static_cast<float>(sums.d),
                                         static_cast<float>(sums.cross), static_cast<float>(sums.f));
   } else {
@@ -92,37 +92,37 @@ __device__ __forceinline__ void finish_row(const PolicyLossForward& p, long long
 
 // By the last block: GRPO-Guard's rows, one thread each, and the batch.
 __device__ __noinline__ void finish_batch(const PolicyLossForward& p, double* s_numbers) {
-  const Problem& problem = p.problem;
-  if (needs_batch_means(problem)) {
-    const GuardScale guard = guard_scale(problem, s_numbers);
+  const PolicyLoss& call = p.call;
+  if (needs_batch_means(call)) {
+    const GuardScale guard = guard_scale(call, s_numbers);
 #pragma unroll 1
-    for (long long row = threadIdx.x; row < problem.rows; row += kThreads) {
+    for (long long row = threadIdx.x; row < call.rows; row += kThreads) {
       const float4 sums = __ldcg(waiting_sums(p, row));
       write_row(p, row, {sums.x, sums.y, sums.z, sums.w}, guard);
     }
   }
-  batch_numbers(problem, p.numbers, p.loss, s_numbers);
+  batch_numbers(call, p.numbers, p.loss, s_numbers);
 }
 
 template <class Source>
 __device__ __forceinline__ void forward(const PolicyLossForward& p) {
   SHARED(double, s_numbers, kSharedNumbers);
-  const Problem& problem = p.problem;
-  const Part part = part_of_thread(problem.rows, problem.numel, p.splits);
+  const PolicyLoss& call = p.call;
+  const Part part = part_of_thread(call.rows, call.numel, p.splits);
 
   float sums[kSums] = {};
-  if (p.latents.output.data && p.stage != kObjectiveAlone) {
+  if (Source::output_of(call.latents).data && p.stage != kObjectiveAlone) {
     StepRow step = {};
-    if constexpr (Source::kIsStep) step = shared_step(problem.schedule, problem.rows, part);
-    const Demand wanted = {problem.old_form, problem.ref_form, true, true, true};
-    const long long first = part.row * problem.numel + part.first;
-    if (part.count > 0) thread_sums(Source(p.latents, first, step, wanted), part, sums);
+    if constexpr (Source::kIsStep) step = shared_step(call.schedule, call.settings.sampler, call.rows, part);
+    const Demand wanted = {true, true, true};
+    const long long first = part.row * call.numel + part.first;
+    if (part.count > 0) thread_sums(Source(call.latents, first, step, wanted), part, sums);
   }
 
   bool owner;  // of the row: the one thread that finishes it
   if (p.splits == 0) {
     warp_reduce(sums);
-    owner = part.thread == 0 && part.row < problem.rows;
+    owner = part.thread == 0 && part.row < call.rows;
   } else {
     block_reduce(sums, reinterpret_cast<float*>(s_numbers));
     owner = threadIdx.x == 0;
@@ -145,8 +145,8 @@ __device__ __forceinline__ void forward(const PolicyLossForward& p) {
   if (p.stage == kSumsAlone) return;
 
   // With a warp per row the blocks are counted, else the rows: a million rows would queue for one address.
-  const long long count = p.splits == 0 ? static_cast<long long>(gridDim.x) : problem.rows;
-  if (comes_last(p.tickets + problem.rows, static_cast<unsigned>(count))) finish_batch(p, s_numbers);
+  const long long count = p.splits == 0 ? static_cast<long long>(gridDim.x) : call.rows;
+  if (comes_last(p.tickets + call.rows, static_cast<unsigned>(count))) finish_batch(p, s_numbers);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ __device__ __forceinline__ void stream_gradient(Source source, const Part& part,
 template <class Source>
 __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
   const float divisor = p.numbers[kNumbers<Source> * p.rows + kPolicyDivisor];
-  if (!p.grad_output && !p.grad_uncond) {
+  if (!p.grad_output && !p.grad_uncond_output) {
     const long long row = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
     if (p.grad_log_prob && row < p.rows) write_grad_log_prob(p, row, divisor);
     return;
@@ -233,7 +233,7 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
   }
   const Coefficients c = coefficients(p, part.row, divisor);
   // What has no coefficient is not read, and an infinity there is not multiplied with 0.
-  const Demand wanted = {p.old_form, p.ref_form, c.innovation != 0.f, c.drift != 0.f, c.reference != 0.f};
+  const Demand wanted = {c.innovation != 0.f, c.drift != 0.f, c.reference != 0.f};
   const long long first = part.row * p.numel + part.first;
   stream_gradient(Source(p.latents, first, step, wanted), part, c, Gradients<Source>(p, first, step));
 }

@@ -23,11 +23,11 @@ __device__ __forceinline__ void add(float (&sums)[kSums], Moments moments) {
 }
 
 // Over the splits of a row, in float64: a thread of the first warp takes every 32nd, then a tree. Valid in that warp.
-__device__ __forceinline__ RowSums sum_of_splits(const float4* partials, int splits) {
+__device__ __forceinline__ RowSums sum_of_splits(const float4* partials, unsigned splits) {
   double sums[kSums] = {};
   if (threadIdx.x < kWarpSize) {
 #pragma unroll 1
-    for (int split = threadIdx.x; split < splits; split += kWarpSize) {
+    for (unsigned split = threadIdx.x; split < splits; split += kWarpSize) {
       const float4 partial = __ldcg(partials + split);
       sums[kQ] += partial.x;
       sums[kD] += partial.y;
@@ -40,8 +40,8 @@ __device__ __forceinline__ RowSums sum_of_splits(const float4* partials, int spl
 }
 
 __device__ __forceinline__ void write_row(const PolicyLossForward& p, long long row, RowSums sums, GuardScale guard) {
-  const Problem& problem = p.problem;
-  const double numel = p.stage == kObjectiveAlone ? p.row_sums[4 * problem.rows] : static_cast<double>(problem.numel);
-  row_numbers(problem, row, sums, numel, guard, p.numbers);
-  if (p.problem.reduction == kReduceNone) p.loss[row] = row_loss(p.problem, p.numbers, row);
+  const PolicyLoss& call = p.call;
+  const double numel = p.stage == kObjectiveAlone ? p.row_sums[4 * call.rows] : static_cast<double>(call.numel);
+  row_numbers(call, row, sums, numel, guard, p.numbers);
+  if (call.settings.reduction == kReduceNone) p.loss[row] = row_loss(call, p.numbers, row);
 }

@@ -1,4 +1,4 @@
-// sde_step: the kernels behind `sde_step`. Shapes, dtypes and the launch are in sde_step.cuh, a row's step in
+// sde_step: the kernels behind `sde_step`. Shapes, dtypes and the launch are in call.cuh, a row's step in
 // schedule.cuh.
 //
 // Forward. v = uncond + guidance (output - uncond), mu = a x + b v, x' = mu + std noise or given, rounded as it is
@@ -12,7 +12,6 @@
 #include "common/reduce.cuh"
 #include "common/tensor.cuh"
 #include "schedule.cuh"
-#include "sde_step.cuh"
 
 namespace sde_step {
 
@@ -73,19 +72,19 @@ struct Step {
   static constexpr int kSteps = sizeof(Raw) > 5 * 16 ? 1 : 2;
 
   __device__ __forceinline__ Step(const SdeStepForward& p, long long first, const StepRow& row)
-      : output(p.output, first),
-        uncond(p.uncond, first),
-        sample(p.sample, first),
-        next(p.next, first),
-        stored(p.stored, p.sample.dtype, first),
-        mean(p.mean, kFloat32, first),
-        residual(p.residual, p.residual_dtype, first),
+      : output(p.call.latents.model_output, first),
+        uncond(p.call.latents.uncond_output, first),
+        sample(p.call.latents.sample, first),
+        next(next_of(p.call.latents), first),
+        stored(p.stored, p.call.latents.sample.dtype, first),
+        mean(p.prev_sample_mean, kFloat32, first),
+        residual(p.residual, first),
         a(row.a),
         b(row.b),
         std(row.std),
         guidance(row.guidance),
         per_std(row.std == 0.f ? 0.f : 1.f / row.std),
-        draws(p.draws),
+        draws(p.call.latents.noise.data),
         sum(0.f),
         run(0.f) {}
 
@@ -108,12 +107,12 @@ struct Step {
     if (uncond.present) {
       raw.uncond.get(w, uncond.dtype());
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) v[j] = guided(v[j], w[j]);
+      for (int j = 0; j < kVector; ++j) v[j] = guided(guidance, v[j], w[j]);
     }
     raw.next.get(x_next, next.dtype());
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      mu[j] = mean_of(v[j], x[j]);
+      mu[j] = mean_of(a, b, v[j], x[j]);
       if (draws) x_next[j] = fmaf(std, x_next[j], mu[j]);
     }
     mean.store(vector, mu, 1.f);
@@ -130,8 +129,8 @@ struct Step {
 
   __device__ __forceinline__ void element(int at) {
     float v = output.element(at, 0.f);
-    if (uncond.present) v = guided(v, uncond.element(at, 0.f));
-    const float mu = mean_of(v, sample.element(at, 0.f));
+    if (uncond.present) v = guided(guidance, v, uncond.element(at, 0.f));
+    const float mu = mean_of(a, b, v, sample.element(at, 0.f));
     float x_next = next.element(at, 0.f);
     if (draws) x_next = fmaf(std, x_next, mu);
     mean.store_one(at, mu, 1.f);
@@ -155,10 +154,10 @@ struct Step {
   }
 
  private:
-  // Operation for operation as in `step_loss`: a mean that is recorded here, and given back as the old policy's, gives
-  // a drift of exactly 0.
-  __device__ __forceinline__ float guided(float v, float uncond) const { return fmaf(guidance, v - uncond, uncond); }
-  __device__ __forceinline__ float mean_of(float v, float x) const { return fmaf(b, v, a * x); }
+  // The next latent as given, or the noise that draws it.
+  static __device__ __forceinline__ const Latent& next_of(const SdeStepLatents& latents) {
+    return latents.noise.data ? latents.noise : latents.prev_sample;
+  }
 
   // Counted in. 0 for a residual of a deterministic row, whose latent may have overflowed as it was stored.
   __device__ __forceinline__ float innovation(float x_next, float mu) {
@@ -169,11 +168,11 @@ struct Step {
 };
 
 // Over the splits of a row, in float64: a thread of the first warp takes every 32nd, then a tree. Valid in that warp.
-__device__ __forceinline__ double sum_of_splits(const float* partials, int splits) {
+__device__ __forceinline__ double sum_of_splits(const float* partials, unsigned splits) {
   double sum[1] = {};
   if (threadIdx.x < kWarpSize) {
 #pragma unroll 1
-    for (int split = threadIdx.x; split < splits; split += kWarpSize) sum[0] += __ldcg(partials + split);
+    for (unsigned split = threadIdx.x; split < splits; split += kWarpSize) sum[0] += __ldcg(partials + split);
     warp_reduce(sum);
   }
   return sum[0];
@@ -181,38 +180,40 @@ __device__ __forceinline__ double sum_of_splits(const float* partials, int split
 
 // By the one thread that has a row's sum of squares.
 __device__ __noinline__ void write_row(const SdeStepForward& p, long long row, double q, StepRow step) {
-  const double n = static_cast<double>(p.numel), std = step.std;
+  const SdeStep& call = p.call;
+  const double n = static_cast<double>(call.numel), std = step.std;
   double log_prob = 0.0, coefficient = 0.0;
-  if (p.schedule.sampler == kCpsSampler) {
+  if (call.sampler == kCpsSampler) {
     log_prob = -q / n;
     coefficient = 2.0 / n;
   } else if (std != 0.0) {
-    const double constant = p.normalizer ? log(std) + 0.91893853320467274178 : 0.0;  // log(2 pi)/2
+    const double constant = call.log_prob_normalizer ? log(std) + 0.91893853320467274178 : 0.0;  // log(2 pi)/2
     log_prob = -q / (n * 2.0 * (std * std)) - constant;
     coefficient = 1.0 / (n * (std * std));
   }
   p.log_prob[row] = static_cast<float>(log_prob);
   p.std[row] = step.std;
-  p.numbers[kNumberLogProb * p.rows + row] = static_cast<float>(coefficient);
-  p.numbers[kNumberVelocity * p.rows + row] = step.b;
-  p.numbers[kNumberGuidance * p.rows + row] = step.guidance;
+  p.numbers[kNumberLogProb * call.rows + row] = static_cast<float>(coefficient);
+  p.numbers[kNumberVelocity * call.rows + row] = step.b;
+  p.numbers[kNumberGuidance * call.rows + row] = step.guidance;
 }
 
 template <int kOutput, int kSample>
 __device__ __forceinline__ void forward(const SdeStepForward& p) {
   SHARED(float, s_sums, kWarps);
-  const Part part = part_of_thread(p.rows, p.numel, p.splits);
-  const StepRow step = shared_step(p.schedule, p.rows, part);
+  const SdeStep& call = p.call;
+  const Part part = part_of_thread(call.rows, call.numel, p.splits);
+  const StepRow step = shared_step(call.schedule, call.sampler, call.rows, part);
   float sum[1] = {};
   if (part.count > 0) {
-    Step<kOutput, kSample> work(p, part.row * p.numel + part.first, step);
+    Step<kOutput, kSample> work(p, part.row * call.numel + part.first, step);
     stream(work, part);
     sum[0] = work.sum;
   }
 
   if (p.splits == 0) {
     warp_reduce(sum);
-    if (part.thread == 0 && part.row < p.rows) write_row(p, part.row, sum[0], step);
+    if (part.thread == 0 && part.row < call.rows) write_row(p, part.row, sum[0], step);
     return;
   }
   block_reduce(sum, s_sums);
@@ -244,11 +245,11 @@ struct Gradient {
 
   __device__ __forceinline__ Gradient(const SdeStepBackward& p, long long first, float log_prob, double b,
                                       double guidance)
-      : grad_mean({p.grad_mean, kFloat32, 0}, first),
-        mean({p.mean, kFloat32, 0}, first, log_prob != 0.f),
-        next(p.next, first, log_prob != 0.f),
-        output(p.grad_output, p.output_dtype, first),
-        uncond(p.grad_uncond, p.uncond_dtype, first),
+      : grad_mean({p.grad_prev_sample_mean, kFloat32, 0}, first),
+        mean({p.prev_sample_mean, kFloat32, 0}, first, log_prob != 0.f),
+        next(p.prev_sample, first, log_prob != 0.f),
+        output(p.grad_model_output, first),
+        uncond(p.grad_uncond_output, first),
         log_prob(log_prob),
         output_share(static_cast<float>(b * guidance)),
         uncond_share(static_cast<float>(b * (1.0 - guidance))) {}

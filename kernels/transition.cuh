@@ -1,8 +1,9 @@
-// Transition: how a row's x', mu, mu_old and mu_ref come out of memory. Twin of src/transition/.
+// Transition: how a row's x', mu, mu_old and mu_ref come out of memory. Twin of src/cpu/source/.
 //
 // A *source* is the only thing in which the operators over row statistics differ; everything behind it sees `Moments`.
 // It is a value type bound to one stretch of one row:
 //   kIsStep          whether the output is a model's: a row has a step, `StepRow`, which stands in its `numbers` too
+//   output_of(l)     what the gradient goes to: the mean, or the model output
 //   kDtype           of the output
 //   kVector          elements of one vector step; every load of it is whole 16-byte words
 //   Raw              one vector step of all kTensors tensors, unconverted
@@ -14,7 +15,6 @@
 #pragma once
 
 #include "common/tensor.cuh"
-#include "policy_loss.cuh"
 #include "schedule.cuh"
 
 // The differences that every statistic and gradient is made of.
@@ -24,11 +24,32 @@ struct Moments {
   float ref_drift;   // mu - mu_ref
 };
 
-// Which of the moments somebody wants; what only the others need is not read. And the `Form` of the other policies.
+// Which of the moments somebody wants; what only the others need is not read.
 struct Demand {
-  int old_form, ref_form;
   bool innovation, drift, ref_drift;
 };
+
+// How another policy is given: as its mean, as its v, or, the old policy alone, as (x' - mu_old) / std.
+enum Form : int { kMeanForm, kOutputForm, kResidualForm, kNoForm };
+
+// The latent by reference, so that its dtype stays among the arguments: a copy would cost each thread registers.
+struct Policy {
+  const Latent& latent;
+  int form;
+};
+
+__device__ __forceinline__ Policy old_policy(const Latents& latents) {
+  if (latents.old_prev_sample_mean.data) return {latents.old_prev_sample_mean, kMeanForm};
+  if (latents.old_model_output.data) return {latents.old_model_output, kOutputForm};
+  if (latents.old_residual.data) return {latents.old_residual, kResidualForm};
+  return {latents.old_residual, kNoForm};
+}
+
+__device__ __forceinline__ Policy ref_policy(const Latents& latents) {
+  if (latents.ref_prev_sample_mean.data) return {latents.ref_prev_sample_mean, kMeanForm};
+  if (latents.ref_model_output.data) return {latents.ref_model_output, kOutputForm};
+  return {latents.ref_model_output, kNoForm};
+}
 
 // Means as given. mu is always there; what else is absent stands for mu itself: its difference is 0.
 template <int kMean, int kAnchor, Cache kReread>
@@ -46,10 +67,12 @@ struct Means {
   };
 
   __device__ __forceinline__ Means(const Latents& latents, long long first, const StepRow&, Demand wanted)
-      : mean(latents.output, first),
-        next(latents.next, first, wanted.innovation),
-        old(latents.old, first, wanted.drift),
-        ref(latents.ref, first, wanted.ref_drift) {}
+      : mean(output_of(latents), first),
+        next(latents.prev_sample, first, wanted.innovation),
+        old(latents.old_prev_sample_mean, first, wanted.drift),
+        ref(latents.ref_prev_sample_mean, first, wanted.ref_drift) {}
+
+  static __device__ __forceinline__ const Latent& output_of(const Latents& latents) { return latents.prev_sample_mean; }
 
   // mu and x' stay in the L2 for the backward as far as it reaches; nobody reads the anchors again.
   __device__ __forceinline__ Raw load(int vector) const {
@@ -103,7 +126,6 @@ struct Step {
   static constexpr int kDtype = kOutput;
   static constexpr int kTensors = 6;
   static constexpr int kVector = kOutput == kFloat32 && kSample == kFloat32 && kPolicy == kFloat32 ? 4 : 8;
-  static constexpr int kNoForm = -1;
   float a, b, guidance;
   float unit, inverse_unit;  // of a residual
   int old_form, ref_form;
@@ -118,20 +140,9 @@ struct Step {
   };
 
   __device__ __forceinline__ Step(const Latents& latents, long long first, const StepRow& row, Demand wanted)
-      : a(row.a),
-        b(row.b),
-        guidance(row.guidance),
-        // In a deterministic row a residual stands for mu_old = x', whatever it holds: it is not read, and counts as 0.
-        unit(row.std == 0.f ? 1.f : row.std),
-        inverse_unit(1.f / unit),
-        old_form(wanted.drift && latents.old.data ? wanted.old_form : kNoForm),
-        ref_form(wanted.ref_drift && latents.ref.data ? wanted.ref_form : kNoForm),
-        output(latents.output, first),
-        uncond(latents.uncond, first),
-        sample(latents.sample, first, wanted.innovation || needs_mean(old_form) || needs_mean(ref_form)),
-        next(latents.next, first, wanted.innovation || old_form == kResidualForm),
-        old(latents.old, first, old_form != kNoForm && !(old_form == kResidualForm && row.std == 0.f)),
-        ref(latents.ref, first, ref_form != kNoForm) {}
+      : Step(latents, old_policy(latents), ref_policy(latents), first, row, wanted) {}
+
+  static __device__ __forceinline__ const Latent& output_of(const Latents& latents) { return latents.model_output; }
 
   // What the backward reads again stays in the L2 as far as that reaches.
   __device__ __forceinline__ Raw load(int vector) const {
@@ -177,6 +188,23 @@ struct Step {
   }
 
  private:
+  __device__ __forceinline__ Step(const Latents& latents, const Policy& old_policy, const Policy& ref_policy,
+                                  long long first, const StepRow& row, Demand wanted)
+      : a(row.a),
+        b(row.b),
+        guidance(row.guidance),
+        // In a deterministic row a residual stands for mu_old = x', whatever it holds: it is not read, and counts as 0.
+        unit(row.std == 0.f ? 1.f : row.std),
+        inverse_unit(1.f / unit),
+        old_form(wanted.drift ? old_policy.form : kNoForm),
+        ref_form(wanted.ref_drift ? ref_policy.form : kNoForm),
+        output(output_of(latents), first),
+        uncond(latents.uncond_output, first),
+        sample(latents.sample, first, wanted.innovation || needs_mean(old_form) || needs_mean(ref_form)),
+        next(latents.prev_sample, first, wanted.innovation || old_form == kResidualForm),
+        old(old_policy.latent, first, old_form != kNoForm && !(old_form == kResidualForm && row.std == 0.f)),
+        ref(ref_policy.latent, first, ref_form != kNoForm) {}
+
   template <int kCount>
   struct Values {
     float output[kCount], uncond[kCount], sample[kCount], next[kCount], old[kCount], ref[kCount];
@@ -191,11 +219,11 @@ struct Step {
     for (int j = 0; j < kCount; ++j) v[j] = in.output[j];
     if (uncond.present) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) v[j] = fmaf(guidance, v[j] - in.uncond[j], in.uncond[j]);
+      for (int j = 0; j < kCount; ++j) v[j] = guided(guidance, v[j], in.uncond[j]);
     }
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      mu[j] = fmaf(b, v[j], a * in.sample[j]);
+      mu[j] = mean_of(a, b, v[j], in.sample[j]);
       u[j] = next.present ? in.next[j] - mu[j] : 0.f;
     }
     differences(old_form, v, mu, u, in.old, drift);

@@ -14,12 +14,12 @@ pub enum Error {
     Misaligned { name: &'static str, address: usize, size: usize },
     #[error("{name} has {rows} rows of {numel} elements, more than the address space holds")]
     TooLarge { name: &'static str, rows: usize, numel: usize },
-    #[error("{name} is {came:?}, wanted one of {wanted}")]
-    Option { name: &'static str, came: String, wanted: &'static str },
+    #[error("{name} is {came:?}, wanted one of {}", wanted.join(", "))]
+    Option { name: &'static str, came: String, wanted: &'static [&'static str] },
     #[error("{name} is missing, and this call needs it")]
     Missing { name: &'static str },
     #[error("{name} has dtype {came}, wanted {wanted}")]
-    Dtype { name: &'static str, came: &'static str, wanted: &'static str },
+    Dtype { name: &'static str, came: String, wanted: &'static str },
     #[error(
         "{name} has dtype float64, wanted float32, bfloat16 or float16 on a GPU: float64 is computed on the CPU alone"
     )]
@@ -38,8 +38,16 @@ pub enum Error {
     Driver { call: &'static str, error: String },
     #[error("{rows} rows of {numel} elements are more than a grid has blocks for; {REFERENCE}")]
     Grid { rows: usize, numel: usize },
+    #[error("{name} has shape {came:?}, wanted {wanted:?}")]
+    Shape { name: &'static str, came: Vec<usize>, wanted: Vec<usize> },
     #[error("{name} has {came} elements, wanted {wanted}")]
-    Workspace { name: &'static str, came: usize, wanted: usize },
+    Length { name: &'static str, came: usize, wanted: usize },
+    #[error("{name} has shape {came:?}, wanted a number or a shape that broadcasts to the rows {rows:?}")]
+    RowShape { name: &'static str, came: Vec<usize>, rows: Vec<usize> },
+    #[error("{name} is on {came}, wanted {wanted}, where the others are")]
+    Device { name: &'static str, came: String, wanted: String },
+    #[error("{name} is on {came}, wanted cpu or cuda; {REFERENCE}")]
+    NoBackend { name: &'static str, came: String },
     #[error("{name} has {modulo} elements for {divide} rows each, wanted 1 to {rows} and at least 1 row")]
     Broadcast { name: &'static str, divide: usize, modulo: usize, rows: usize },
     #[error("internal error, please report it: {0}")]
@@ -56,6 +64,7 @@ impl From<Error> for PyErr {
             | Error::NoImage { .. }
             | Error::Driver { .. }
             | Error::Grid { .. }
+            | Error::NoBackend { .. }
             | Error::Panic(_) => PyRuntimeError::new_err(message),
             _ => PyValueError::new_err(message),
         }

@@ -101,7 +101,7 @@ pub fn gradient_ahead(rows: usize, row_bytes: usize) -> bool {
 /// Beyond, a row has left the caches before its gradient's turn.
 const MAX_ROW_BYTES: usize = 4 << 20;
 
-/// A grid of CUDA blocks over a `[rows, numel]` problem, as `kernels/policy_loss.cuh` describes it.
+/// A grid of CUDA blocks over a `[rows, numel]` problem, as `kernels/call.cuh` describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GridPlan {
     /// Blocks that share a row; 0 when every warp of a block takes a row of its own.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -32,6 +34,13 @@ VARIANTS = {
     "grpo one number": FlowGRPO(clip_range=0.02),
     "guard own scale": GRPOGuard(clip_range=(0.01, 0.02), adv_clip_max=1.0, per_row_scale=True),
 }
+
+
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Of a public function's arguments; None where there is no default."""
+    parameters = signature(function).parameters.items()
+    return {name: None if one.default is one.empty else one.default for name, one in parameters}
+
 
 # (row shape, latent shape)
 LAYOUTS = {

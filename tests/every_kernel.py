@@ -187,7 +187,7 @@ def in_shards(function: Callable[..., PolicyLoss]) -> Callable[..., PolicyLoss]:
         # The loss of one, and the gradients of all.
         value = first.loss + sum(other.loss - other.loss.detach() for other in others)
         assert all(torch.equal(other._numbers, first._numbers) for other in others)
-        return PolicyLoss(value, first._numbers, first._row_shape, first._has_kl, first._has_ref)
+        return PolicyLoss(value, first._numbers, first._layout)
 
     return call
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 import flowdppo_ops
 from flowdppo_ops import PolicyLoss, SdeStep
+from flowdppo_ops._checks import Call
+from flowdppo_ops._operators.common import as_tensors
+from flowdppo_ops._operators.policy_loss import FIELDS
 
 DEVICE = "cuda"
 
@@ -34,7 +37,13 @@ def sde_step(**arguments: Any) -> SdeStep:
 
 def brought_back(result: PolicyLoss) -> PolicyLoss:
     assert result.loss.device.type == DEVICE
-    return PolicyLoss(result.loss.cpu(), result._numbers.cpu(), result._row_shape, result._has_kl, result._has_ref)
+    return PolicyLoss(result.loss.cpu(), result._numbers.cpu(), result._layout)
+
+
+def operator_arguments(call: Call) -> dict[str, Any]:
+    """A checked call of a loss as the registered operator takes it."""
+    fields = as_tensors(call.fields, call.fields["advantages"])
+    return dict.fromkeys(FIELDS) | fields | call.settings | {"shard_sums": None}
 
 
 def requested_bytes(which: str = "current") -> int:

@@ -304,5 +304,5 @@ def far_from_ties(arguments: dict[str, Any], margin: float = 1e-3) -> bool:
         if math.isfinite(threshold) and ((truth["kl"] - threshold).abs() <= margin * threshold).any():
             return False
     else:
-        limits = [1 - objective._native[1], 1 + objective._native[2]]
+        limits = [1 - objective._settings["clip_low"], 1 + objective._settings["clip_high"]]
     return all(((ratio - limit).abs() > margin / 100).all() for limit in limits)

@@ -511,7 +511,7 @@ def on_gpu_shard(name: str, arguments: dict[str, Any], sizes: tuple[int, ...]) -
         """On the GPU for arguments on the CPU, where the suite compares."""
         moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in mine.items()}
         result = getattr(flowdppo_ops, name)(**moved)
-        return PolicyLoss(result.loss.cpu(), result._numbers.cpu(), result._row_shape, result._has_kl, result._has_ref)
+        return PolicyLoss(result.loss.cpu(), result._numbers.cpu(), result._layout)
 
     return on_shard(loss, arguments, sizes, 1)
 

@@ -26,8 +26,8 @@ pytestmark = [
 splits = pytest.mark.parametrize("splits", [0, 1, 2, 5])
 dtypes = pytest.mark.parametrize("dtypes", FLOAT32_DTYPES.values(), ids=FLOAT32_DTYPES)
 both_ways = pytest.mark.parametrize("replay", [False, True], ids=["drawn", "replay"])
-INPUTS = ("output", "uncond", "sample", "next", "grad_mean")
-OUTPUTS = ("stored", "mean", "residual", "grad_output", "grad_uncond")
+INPUTS = (*_native.SDE_STEP_LATENTS, "grad_prev_sample_mean")
+OUTPUTS = ("stored", "prev_sample_mean", "residual", *call_sde_step.GRADIENTS)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -209,15 +209,18 @@ FAULTS = {
         "asan", check_odd_address, "misaligned address",
     ),
     "a run that is not added up": (Fault(KERNEL, "    sum += run;\n", ""), "asan", check_values, WRONG),
-    "noise on a given latent": (Fault(KERNEL, "draws(p.draws)", "draws(true)"), "asan", check_values, WRONG),
+    "noise on a given latent": (
+        Fault(KERNEL, "draws(p.call.latents.noise.data)", "draws(true)"), "asan", check_values, WRONG
+    ),
     "no guidance in a tail": (
-        Fault(KERNEL, "if (uncond.present) v = guided(v, uncond.element(at, 0.f));", ""), "asan", check_values, WRONG
+        Fault(KERNEL, "if (uncond.present) v = guided(guidance, v, uncond.element(at, 0.f));", ""),
+        "asan", check_values, WRONG,
     ),
     "guidance's other share": (
         Fault(KERNEL, "b * (1.0 - guidance)", "b * guidance"), "asan", check_values, "grad uncond_output"
     ),
     "a normalizer that is not asked for": (
-        Fault(KERNEL, "p.normalizer ? log(std)", "true ? log(std)"), "asan", check_values, "log_prob"
+        Fault(KERNEL, "call.log_prob_normalizer ? log(std)", "true ? log(std)"), "asan", check_values, "log_prob"
     ),
     "a deterministic row divided by its std": (
         Fault(KERNEL, "row.std == 0.f ? 0.f : 1.f / row.std", "1.f / row.std"),

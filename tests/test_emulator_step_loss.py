@@ -42,6 +42,9 @@ pytestmark = [
     needs_cxx,
 ]
 
+# Of a call with every latent that can be there at once.
+LATENTS = ("model_output", "uncond_output", "sample", "prev_sample", "old_residual", "ref_model_output")
+GRADIENTS = ("grad_output", "grad_uncond_output")
 DPPO, GRPO, GUARD = (STEP_OBJECTIVES[name] for name in ("dppo", "grpo", "guard"))
 objectives = pytest.mark.parametrize("objective", [DPPO, GRPO, GUARD], ids=["dppo", "grpo", "guard"])
 
@@ -85,10 +88,10 @@ def test_same_bits_in_any_order(asan, objective, dtypes, splits):
 
 
 @pytest.mark.parametrize("offset", [1, 3, 7])
-@pytest.mark.parametrize("where", [*call.LATENTS, "grad_output", "grad_uncond", "all"])
+@pytest.mark.parametrize("where", [*LATENTS, *GRADIENTS, "all"])
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16 outputs, float16 policies"])
 def test_odd_addresses(asan, dtypes, where, offset):
-    names = (*call.LATENTS, "grad_output", "grad_uncond") if where == "all" else (where,)
+    names = (*LATENTS, *GRADIENTS) if where == "all" else (where,)
     options = {"objective": GUARD, "guidance": True, "ref_form": "output", "old_form": "residual"}
     arguments = draw_step((2,), (200,), dtypes=STEP_DTYPES[dtypes], **options)
     three_way(EmulatedStepLoss(asan, splits=2, offsets=dict.fromkeys(names, offset)), arguments)
@@ -240,8 +243,8 @@ def check_drift_alone(server):
 
 
 def check_odd_address(server):
-    for name in (*call.LATENTS, "grad_output", "grad_uncond"):
-        arguments = draw_step((1,), (64,), guidance=True, ref_form="mean")
+    for name in (*LATENTS, *GRADIENTS):
+        arguments = draw_step((1,), (64,), guidance=True, old_form="residual", ref_form="output")
         three_way(EmulatedStepLoss(server, offsets={name: 1}), arguments)
 
 
@@ -271,11 +274,11 @@ FAULTS = {
         Fault(SCHEDULE, "part.threads == kWarpSize ? threadIdx.x / kWarpSize : 0", "0"), "tsan", check_races, RACE
     ),
     "the step of another row": (
-        Fault(SCHEDULE, "transition_of(schedule, part.row)", "transition_of(schedule, 0)"),
+        Fault(SCHEDULE, "transition_of(schedule, sampler, part.row)", "transition_of(schedule, sampler, 0)"),
         "asan", check_values, WRONG,
     ),
     "no guidance": (
-        Fault(SOURCE, "fmaf(guidance, v[j] - in.uncond[j], in.uncond[j])", "v[j]"), "asan", check_values, WRONG
+        Fault(SOURCE, "guided(guidance, v[j], in.uncond[j])", "v[j]"), "asan", check_values, WRONG
     ),
     "shares of the gradient exchanged": (
         Fault(GRADIENT, "uncond.store(vector, gradient, 1.f - guidance)", "uncond.store(vector, gradient, guidance)"),
@@ -286,7 +289,7 @@ FAULTS = {
         "asan", check_values, "grad uncond_output",
     ),
     "a gradient with respect to the mean": (
-        Fault(OBJECTIVE, "innovation * b,", "innovation,"), "asan", check_values, "grad model_output"
+        Fault(OBJECTIVE, "innovation * transition.b", "innovation"), "asan", check_values, "grad model_output"
     ),
     "a drift of model outputs without b": (
         Fault(SOURCE, "out[j] = b * (v[j] - policy[j])", "out[j] = v[j] - policy[j]"), "asan", check_values, WRONG
@@ -323,8 +326,8 @@ FAULTS = {
         Fault(OBJECTIVE, "!(step && ref_std == 0.0)", "true"), "asan", check_deterministic, WRONG
     ),
     "a guard's scale of 0": (
-        Fault(OBJECTIVE, "no_drift = problem.objective != kGrpoGuard || (step && scale == 0.0)",
-              "no_drift = problem.objective != kGrpoGuard"),
+        Fault(OBJECTIVE, "no_drift = objective.kind != kGrpoGuard || (step && scale == 0.0)",
+              "no_drift = objective.kind != kGrpoGuard"),
         "asan", check_deterministic, WRONG,
     ),
     "dt for sqrt(-dt)": (
@@ -334,7 +337,7 @@ FAULTS = {
         Fault(SCHEDULE, "sinpi(0.5 * noise_level)", "sinpi(0.5 - 0.5 * noise_level)"), "asan", check_values, WRONG
     ),
     "the elements of a shard for those of all": (
-        Fault("row_sums.cuh", "p.stage == kObjectiveAlone ? p.row_sums[4 * problem.rows]", "false ? 0.0"),
+        Fault("row_sums.cuh", "p.stage == kObjectiveAlone ? p.row_sums[4 * call.rows]", "false ? 0.0"),
         "asan", check_shards, "log_prob of shards",
     ),
     "sums of another row": (

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CELLS, DTYPES, LAYOUTS, OBJECTIVES, SIZES, VARIANTS, draw, mask_cells
-from gpu_api import loss, moved, requested_bytes
+from cases import CELLS, DTYPES, LAYOUTS, OBJECTIVES, SIZES, VARIANTS, defaults, draw, mask_cells
+from gpu_api import loss, moved, operator_arguments, requested_bytes
 from parity import equal_bits, run, three_way
 
 import flowdppo_ops
 from flowdppo_ops import FlowDPPO, _native
+from flowdppo_ops._checks import check_loss
+from flowdppo_ops._torch import FAMILY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -336,10 +338,9 @@ def test_compile(mode):
 
 def test_opcheck():
     arguments = moved(draw())
-    latents = (leaf(arguments), None, None, arguments["prev_sample"], arguments["old_prev_sample_mean"], None)
-    vectors = (arguments["advantages"], None, None, None, arguments["std"], *(None,) * 7)
-    settings = ("", "mean", "mean", *arguments["objective"]._native, "gaussian", "mean", "mean", 0.0)
-    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*latents, *vectors, *settings, None))
+    leaf(arguments)
+    call = check_loss("checked", FAMILY, defaults(flowdppo_ops.loss) | arguments)
+    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (), operator_arguments(call))
 
 
 # ---- what a training step must not pay for ---------------------------------------------------------------------------

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SIZES
-from gpu_api import moved, requested_bytes
+from cases import SIZES, defaults
+from gpu_api import moved, operator_arguments, requested_bytes
 from gpu_api import step_loss as on_gpu
 from parity import equal_bits, run, three_way
-from step_cases import OLD_FORMS, REF_FORMS, SAMPLERS, STEP_DTYPES, STEP_OBJECTIVES, draw_step, step_mask_cells
+from step_cases import OLD_FORMS, SAMPLERS, STEP_DTYPES, STEP_OBJECTIVES, draw_step, step_mask_cells
 from test_gpu import assert_same, pytestmark  # noqa: F401
 from test_step_loss import (  # noqa: F401
     test_a_float16_residual_is_on_policy,
@@ -31,9 +31,8 @@ from test_step_loss import (  # noqa: F401
 )
 
 import flowdppo_ops
-from flowdppo_ops import PolicyLoss, _step_args
-from flowdppo_ops._args import LossCall
-from flowdppo_ops._library.policy_loss import _forward, _shard_sums, operator_arguments
+from flowdppo_ops import PolicyLoss, _native
+from flowdppo_ops._checks import Call, check_step_loss
 from flowdppo_ops._torch import FAMILY
 
 DPPO, GRPO, GUARD = (STEP_OBJECTIVES[name] for name in ("dppo", "grpo", "guard"))
@@ -55,12 +54,13 @@ def leaves(arguments: dict[str, Any]) -> list[torch.Tensor]:
     return [arguments[name] for name in OUTPUTS if name in arguments]
 
 
-def checked(arguments: dict[str, Any]) -> LossCall:
+def checked(arguments: dict[str, Any]) -> Call:
     """The call that `step_loss` makes of its arguments."""
-    names = (*OLD_FORMS.values(), *REF_FORMS.values(), "uncond_output", "guidance_scale", "old_log_prob", "weights")
-    given = dict.fromkeys((*names, "ref_std", "process_group"))
-    given |= {"ref_kl_weight": 0.0, "sigma_max": 0.99, "latent_reduction": "mean", "reduction": "mean"}
-    return _step_args.check_step_loss("checked", FAMILY, **given | arguments)
+    return check_step_loss("checked", FAMILY, defaults(flowdppo_ops.step_loss) | arguments)
+
+
+def native(call: Call) -> _native.PolicyLossCall:
+    return _native.PolicyLossCall(call.fields, call.settings)
 
 
 def forward_and_backward(arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -129,13 +129,14 @@ def test_shards_add_up(objective, sizes):
         checked(arguments | {name: arguments[name].split(sizes, 1)[at].contiguous() for name in latents})
         for at in range(len(sizes))
     ]
-    sums = sum(_shard_sums(shard) for shard in shards)
+    sums = sum(native(shard).shard_sums() for shard in shards)
     assert sums[-1] == sum(sizes)
     whole = flowdppo_ops.step_loss(**arguments)
     for shard in shards:
-        loss, numbers = _forward(shard, sums)
+        call = native(shard)
+        loss, _ = call.forward(row_sums=sums)
         torch.testing.assert_close(loss, whole.loss, rtol=1e-6, atol=1e-6)
-        mine = PolicyLoss(loss, numbers, whole._row_shape, True, False)
+        mine = PolicyLoss(loss, call.numbers, call.layout)
         assert torch.equal(mine.keep, whole.keep)
 
 
@@ -200,7 +201,7 @@ def test_opcheck():
     arguments = moved(draw_step(guidance=True, old_form="residual", ref_form="output"))
     leaves(arguments)
     call = checked(arguments)
-    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*operator_arguments(call), None))
+    torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (), operator_arguments(call))
 
 
 # ---- what a training step must not pay for ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import time
 
@@ -15,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flowdppo_ops
-from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, _args, _step_args
-from flowdppo_ops._library import policy_loss as _library
+from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard
+from flowdppo_ops._checks import Call, check_loss, check_step_loss
+from flowdppo_ops._operators import common
+from flowdppo_ops._operators import policy_loss as _library
 from flowdppo_ops._torch import FAMILY
 
 # Wide enough that rows fall on both sides of every mask and clip.
@@ -138,15 +141,18 @@ def test_exported_program_equals_eager(source):
     assert torch.equal(program.module()(*leaves), Loss()(*leaves))
 
 
-def checked(differentiable: dict, constant: dict, objective, reduction="mean") -> _args.LossCall:
-    if "model_output" in differentiable:
-        names = ("old_prev_sample_mean", "old_model_output", "old_log_prob", "ref_prev_sample_mean", "process_group")
-        options = {"latent_reduction": "mean", "reduction": reduction, "objective": objective}
-        given = {**dict.fromkeys(names), **differentiable, **constant, **options}
-        return _step_args.check_step_loss("test", FAMILY, **given)
-    missing = dict.fromkeys(("prev_sample", "log_prob", "old_log_prob", "ref_std", "process_group"))
-    options = {"density": "gaussian", "latent_reduction": "mean", "reduction": reduction, "objective": objective}
-    return _args.check_loss("test", FAMILY, **{**missing, **differentiable, **constant, **options})
+def checked(differentiable: dict, constant: dict, objective, reduction="mean") -> Call:
+    function, check = ("step_loss", check_step_loss) if "model_output" in differentiable else ("loss", check_loss)
+    names = inspect.signature(getattr(flowdppo_ops, function)).parameters
+    options = {"objective": objective, "latent_reduction": "mean", "reduction": reduction, "density": "gaussian"}
+    given = dict.fromkeys(names) | {name: value for name, value in options.items() if name in names}
+    return check("test", FAMILY, given | differentiable | constant)
+
+
+def operator_arguments(call: Call) -> tuple:
+    tensors = common.as_tensors(call.fields, call.fields["advantages"])
+    arguments = dict.fromkeys(_library.FIELDS) | tensors | call.settings
+    return tuple(arguments[name] for name in _library._ARGUMENTS)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -157,17 +163,16 @@ def test_opcheck(objective, source, reduction):
     if source == "step":  # each gradient has the dtype of its own output
         differentiable["uncond_output"] = differentiable["uncond_output"].bfloat16()
     call = checked({k: v.requires_grad_() for k, v in differentiable.items()}, constant, objective, reduction)
-    arguments = _library.operator_arguments(call)
+    arguments = operator_arguments(call)
     torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*arguments, None))
     torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss_shard_sums.default, arguments)
     sums = torch.ops.flowdppo_ops.policy_loss_shard_sums(*arguments)
     torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss.default, (*arguments, sums.detach()))
 
-    loss, numbers = _library.policy_loss(call)
-    latents = [None if t is None else t.detach() for t in call.latents]
-    forms = ("", "") if call.schedule is None else call.schedule[1:3]
+    loss, numbers = torch.ops.flowdppo_ops.policy_loss(*arguments, None)
+    latents = [None if t is None else t.detach() for t in arguments[: len(_library.LATENTS)]]
     wants = True, source == "step", source == "log_prob"
-    args = (torch.ones_like(loss), numbers, *latents, *forms, *wants)
+    args = (torch.ones_like(loss), numbers.detach(), *latents, *wants)
     torch.library.opcheck(torch.ops.flowdppo_ops.policy_loss_backward.default, args)
 
 
@@ -227,7 +232,7 @@ def test_second_derivative_is_refused(source):
     leaves = [value.requires_grad_() for value in differentiable.values()]
     for grad in torch.autograd.grad(call(**differentiable, **constant).loss, leaves, create_graph=True):
         assert grad.requires_grad, "a penalty on this gradient would silently be a constant"
-        with pytest.raises(RuntimeError, match="differentiate twice"):
+        with pytest.raises(RuntimeError, match="second derivatives"):
             grad.sum().backward(retain_graph=True)
 
 
@@ -284,7 +289,7 @@ def test_fake_tensors_never_reach_native_code(monkeypatch, source):
     def refuse(*args):
         raise AssertionError("native code was called")
 
-    for name in ("policy_loss_forward", "policy_loss_backward", "policy_loss_shard_sums"):
+    for name in ("PolicyLossCall", "policy_loss_backward"):
         monkeypatch.setattr(_library._native, name, refuse)
     differentiable, constant = inputs(source, torch.bfloat16)
     with FakeTensorMode() as mode:
@@ -298,24 +303,11 @@ def test_fake_tensors_never_reach_native_code(monkeypatch, source):
 
 
 def test_native_code_refuses_memory_that_is_not_there():
-    native = _library._native
-    numbers = torch.empty(4 * native.FIELDS + native.BATCH_LEN)
-    settings = FlowDPPO()._native
-    with pytest.raises(ValueError, match=r"prev_sample_mean has 32 elements and no memory"):
-        native.policy_loss_forward(
-            ((0, "float32"), None, None, None, None, None),
-            ((numbers.data_ptr(), "float32", 1, 4), None, None, None, None, None, None),
-            None,
-            4,
-            8,
-            False,
-            settings,
-            ("gaussian", "mean", "mean", 0.0),
-            (numbers.data_ptr(), numbers.data_ptr()),
-            None,
-            None,
-            1,
-        )
+    differentiable, constant = inputs("prev_sample")
+    call = checked(differentiable, constant, FlowDPPO())
+    call.fields["prev_sample_mean"].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"prev_sample_mean has \d+ elements and no memory"):
+        _library._native.PolicyLossCall(call.fields, call.settings)
 
 
 @FUNCTIONS
@@ -401,10 +393,10 @@ def test_the_operator_takes_any_strides(source):
     differentiable, constant = inputs(source)
     name = "sqrt_dt" if source == "prev_sample" else "sigma_max"
     call = checked(differentiable, {**constant, name: torch.tensor(0.3)}, FlowDPPO())
-    arguments = _library.operator_arguments(call)
-    latents = len(call.latents)
+    arguments = operator_arguments(call)
+    latents = len(_library.LATENTS)
     strided = [None if t is None else t.t().contiguous().t() for t in arguments[:latents]]
-    assert not strided[0].is_contiguous()
+    assert not any(t.is_contiguous() for t in strided if t is not None)
     wanted = torch.ops.flowdppo_ops.policy_loss(*arguments, None)
     mine = torch.ops.flowdppo_ops.policy_loss(*strided, *arguments[latents:], None)
     assert torch.equal(mine[0], wanted[0])
@@ -418,10 +410,11 @@ def test_gradient_formed_ahead_is_the_backward_s(dtype, scale, monkeypatch):
     differentiable, constant = inputs("prev_sample", dtype)
     mean = differentiable["prev_sample_mean"].requires_grad_()
     grads = []
-    for ahead in (True, False):
-        monkeypatch.setattr(_library._native, "policy_loss_gradient_ahead", lambda *args, ahead=ahead: ahead)
+    for _ in range(2):
         result = flowdppo_ops.loss(mean, **{**constant, "ref_kl_weight": 0.0}, objective=OBJECTIVES["flow_dppo"])
         grads += torch.autograd.grad(result.loss * scale, mean)
+        again = _library._native.policy_loss_backward  # the second time without what the forward formed
+        monkeypatch.setattr(_library._native, "policy_loss_backward", lambda *args, again=again: again(*args[:4]))
     assert (grads[0][~result.keep] == 0).all()
     assert not result.keep.all()
     if dtype == torch.float32 and scale == 3:  # three roundings of half an ulp against two

@@ -1,10 +1,7 @@
 // Dtypes, and single elements in and out of memory. Arithmetic between the two is float32.
 #pragma once
 
-#include "compat.cuh"
-
-// Twin of tensor::Dtype; the numbers cross the launch. kAny, for template arguments alone: known only at run time.
-enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kAny = -1 };
+#include "call.cuh"
 
 __device__ __forceinline__ constexpr int dtype_size(int dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;

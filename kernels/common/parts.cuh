@@ -10,7 +10,7 @@ constexpr long long kShortRow = 512;
 struct Part {
   long long row;
   long long first, count;  // elements of the row
-  int split;
+  unsigned split;
   int thread, threads;
 };
 
@@ -18,7 +18,7 @@ struct Part {
 constexpr long long kSplitUnit = 64;
 
 // Split `split` of a row, for all threads of a block.
-__device__ __forceinline__ Part part_of_block(long long row, long long numel, int split, int splits) {
+__device__ __forceinline__ Part part_of_block(long long row, long long numel, unsigned split, unsigned splits) {
   const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
   Part part;
   part.row = row;
@@ -32,9 +32,9 @@ __device__ __forceinline__ Part part_of_block(long long row, long long numel, in
   return part;
 }
 
-__device__ __forceinline__ Part part_of_thread(long long rows, long long numel, int splits) {
+__device__ __forceinline__ Part part_of_thread(long long rows, long long numel, unsigned splits) {
   const unsigned block = blockIdx.x;
-  if (splits > 0) return part_of_block(block / splits, numel, static_cast<int>(block % splits), splits);
+  if (splits > 0) return part_of_block(block / splits, numel, block % splits, splits);
   const int thread = threadIdx.x;
   Part part;
   // Past the last row in the last block: no elements.

@@ -3,28 +3,15 @@
 
 #include "common/numeric.cuh"
 
-// data null: `value` for every row. Else row r has element (r / divide) % modulo: [B, S] rows read [1, S] with (1, S),
-// [B, 1] with (S, B), a single element with (1, 1). dtype may be kFloat64.
-struct RowVector {
-  const void* data;
-  float value;
-  int dtype;
-  int present;
-  int divide, modulo;
-  int pad;
-};
-
 __device__ __forceinline__ double rounded(double value) { return static_cast<float>(value); }
 
 // In float64, rounded to float32. Not inlined, as all of the cold end of a launch that is called from several places:
 // inlined there, images were twice as large, and the registers of the epilogue spilled.
 __device__ __noinline__ double read_row(const RowVector& vector, long long row) {
   if (!vector.present) return __uint_as_float(0x7fc00000u);
-  if (!vector.data) return vector.value;
+  if (!vector.data) return rounded(vector.value);
   // 32 bits: a grid has fewer rows than that, and a 64-bit division is 70 instructions.
-  const unsigned at = static_cast<unsigned>(row) / static_cast<unsigned>(vector.divide) % vector.modulo;
+  const unsigned at = static_cast<unsigned>(row) / vector.divide % vector.modulo;
   if (vector.dtype == kFloat64) return rounded(static_cast<const double*>(vector.data)[at]);
   return load_element(vector.data, vector.dtype, at);
 }
-
-static_assert(sizeof(RowVector) == 32);

@@ -1,15 +1,7 @@
-// Latents: `Latent` crosses a launch, `Tensor` is one of them bound to a stretch of a row.
+// Latents: a `Latent` is what a call has, a `Tensor` or a `Target` is one bound to a stretch of a row.
 #pragma once
 
 #include "common/vec.cuh"
-
-// A tensor [rows, numel], contiguous; data null: absent.
-struct Latent {
-  const void* data;
-  int dtype;
-  int pad;
-};
-static_assert(sizeof(Latent) == 16);
 
 // One tensor from some element on. `dtype_if_any` is looked at where kDtype is kAny.
 template <int kDtype>
@@ -58,6 +50,8 @@ struct Target {
       : data(static_cast<char*>(start)), dtype_if_any(dtype) {
     advance(first);
   }
+  __device__ __forceinline__ Target(const Latent& latent, long long first)
+      : Target(const_cast<void*>(latent.data), latent.dtype, first) {}
   __device__ __forceinline__ int dtype() const { return kDtype == kAny ? dtype_if_any : kDtype; }
   __device__ __forceinline__ bool aligned() const { return reinterpret_cast<size_t>(data) % 16 == 0; }
   __device__ __forceinline__ void advance(long long elements) {

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._native import __version__
+from ._registration import register_operators
 from .objectives import FlowDPPO, FlowGRPO, GRPOGuard
 
 if TYPE_CHECKING:
@@ -62,3 +63,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_operators()

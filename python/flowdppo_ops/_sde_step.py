@@ -5,18 +5,36 @@ Underscored, since a submodule `sde_step` would take the function's place in the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from . import reference
-from ._check import check_step_values
-from ._library.sde_step import sde_step as _sde_step
-from ._step_args import check_sde_step
-from ._switches import check_backend, wants_checks, wants_reference
-from ._torch import FAMILY, draw_noise
-from .reference import SdeStep, encode_residual
+from ._calls import PublicFunction
+from ._checks import check_array, check_row_vector, check_same_device, check_sde_step, check_shape, require
+from ._native import SdeStepMemo
+from ._operators import sde_step as operator
+from ._torch import FAMILY, Generator, row_tensor
+from ._values import check_step_values
 
 __all__ = ["SdeStep", "encode_residual", "sde_step"]
+
+
+class SdeStep(NamedTuple):
+    """One stochastic denoising step, or one for each row.
+
+    prev_sample: latents in the dtype of `sample`; the next latent. log_prob: rows, float32 (float64 for float64
+    latents); nats per latent element. prev_sample_mean: latents, float32 (float64). std: rows, float32 (float64); the
+    standard deviation of the transition, sqrt(-dt) included. residual: latents in `residual_dtype`, `(prev_sample -
+    prev_sample_mean) / std`, or None.
+    """
+
+    prev_sample: Tensor
+    log_prob: Tensor
+    prev_sample_mean: Tensor
+    std: Tensor
+    residual: Tensor | None
 
 
 def sde_step(
@@ -32,7 +50,7 @@ def sde_step(
     guidance_scale: float | Tensor | None = None,
     prev_sample: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
     log_prob_normalizer: bool = True,
     residual_dtype: torch.dtype | None = None,
     row_dims: int = 1,
@@ -49,7 +67,8 @@ def sde_step(
         prev_sample: latents; score this next latent instead of drawing one (replay).
         noise: standard normal latents to use instead of drawing them.
         generator: draws the noise, on its own device: a CPU generator gives latents on a GPU the noise it gives on a
-            CPU. None takes PyTorch's own for the device.
+            CPU. A list has one for each sample, the first dimension, whose noise then does not depend on the batch.
+            None takes PyTorch's own for the device.
         log_prob_normalizer: False leaves out `log std + log(2 pi)/2` (verl-omni's `include_logprob_normalizer`); no
             effect for "cps", which has none.
         residual_dtype: also return the standardised residual in this dtype, float16 for `old_residual` of `step_loss`.
@@ -74,31 +93,72 @@ def sde_step(
     Source: UniRL `denoise`; verl-omni `FlowMatchSDEDiscreteScheduler.sample_previous_step`; flow_grpo
     `sde_step_with_logprob`. `flowdppo_ops.reference` states every formula.
     """
-    if wants_reference():
-        return reference.sde_step(**locals())
-    where = "flowdppo_ops.sde_step"
-    call = check_sde_step(
-        where,
-        FAMILY,
-        model_output=model_output,
-        sample=sample,
-        sigma=sigma,
-        sigma_next=sigma_next,
-        noise_level=noise_level,
-        sampler=sampler,
-        sigma_max=sigma_max,
-        uncond_output=uncond_output,
-        guidance_scale=guidance_scale,
-        prev_sample=prev_sample,
-        noise=noise,
-        generator=generator,
-        log_prob_normalizer=log_prob_normalizer,
-        residual_dtype=residual_dtype,
-        row_dims=row_dims,
+    arguments = (
+        model_output,
+        sample,
+        sigma,
+        sigma_next,
+        noise_level,
+        sampler,
+        sigma_max,
+        uncond_output,
+        guidance_scale,
+        prev_sample,
+        noise,
+        generator,
+        log_prob_normalizer,
+        residual_dtype,
+        row_dims,
     )
-    check_backend(where, sample.device)
-    if wants_checks():
-        check_step_values(where, call)
-    if call.prev_sample is None and call.noise is None:  # here, so that the operator gives the same for the same inputs
-        call = call._replace(noise=draw_noise(sample, torch.float64 if call.double else torch.float32, generator))
-    return SdeStep(*_sde_step(call))
+    call = None if is_dynamo_compiling() else _sde_step.find(arguments)
+    results = _sde_step.checked(arguments) if call is None else operator.run(call, sample, generator)
+    return SdeStep(*results)
+
+
+_sde_step = PublicFunction(sde_step, check_sde_step, SdeStepMemo, operator.run_checked, check_step_values)
+
+
+def standardised(innovation: Tensor, std: Tensor) -> Tensor:
+    """The innovation times 1/std, formed in float64 and rounded: the same bits everywhere. 0 where std is 0, also for a
+    latent that has overflowed as it was stored."""
+    per_std = std.double().reciprocal().to(std.dtype)
+    per_std = per_std.reshape(per_std.shape + (1,) * (innovation.ndim - per_std.ndim))
+    return torch.where(per_std.isinf(), torch.zeros_like(innovation), innovation * per_std.nan_to_num(posinf=0.0))
+
+
+def encode_residual(
+    prev_sample: Tensor, mean: Tensor, std: float | Tensor, dtype: torch.dtype = torch.float16
+) -> Tensor:
+    """The old policy in its compact form, `(x' - mu) / std`, for the `old_residual` of `step_loss`.
+
+    Two bytes per latent element, whose rounding alone makes a KL of 2e-8 at every std; that of a bfloat16 mean makes
+    5e-4 at std 0.05, and trips a threshold of 1e-5. `sde_step(residual_dtype=...)` gives the same without another pass.
+
+    Args:
+        prev_sample: latents; the next latent as stored, `x'`.
+        mean: latents; its mean under the old policy, `mu`, better in float32: what it was rounded to is encoded.
+        std: a number, or a tensor that broadcasts to the latents from the left, dimension by dimension, with or without
+            trailing ones: `[B]`, `[1, S]` or `[B, 1, 1, 1]`. Standard deviation of the transition, sqrt(-dt) included.
+        dtype: float16, or any other floating dtype of latents.
+
+    Returns:
+        Latents in `dtype`, without gradient; 0 where `std` is 0 (there `step_loss` takes `mu° = x'`). Plain PyTorch on
+        every device, in float32 (float64 for float64 latents), with temporaries of the latents' size.
+
+    Raises:
+        ValueError, TypeError: as `loss`.
+    """
+    where = "flowdppo_ops.encode_residual"
+    check_array(where, FAMILY, "prev_sample", prev_sample)
+    check_array(where, FAMILY, "mean", mean)
+    check_shape(where, "mean", mean, prev_sample.shape, "prev_sample")
+    check_same_device(where, FAMILY, "mean", mean, "prev_sample", prev_sample)
+    if dtype not in FAMILY.dtypes:
+        raise TypeError(f"{where}: dtype is {dtype}, wanted one of {', '.join(FAMILY.dtypes.values())}")
+    shape = tuple(prev_sample.shape)
+    row_shape = shape[: getattr(std, "ndim", 0)]
+    require(where, "std", std, "the standard deviation of the transition")
+    check_row_vector(where, FAMILY, "std", std, "prev_sample", prev_sample, row_shape, len(shape))
+    wide = torch.float64 if torch.float64 in (prev_sample.dtype, mean.dtype) else torch.float32
+    rows = row_tensor(std, row_shape, wide, prev_sample.device)
+    return standardised(prev_sample.detach().to(wide) - mean.detach(), rows).to(dtype)

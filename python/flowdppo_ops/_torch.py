@@ -1,10 +1,12 @@
-"""What the checks and the loaders need to know of PyTorch."""
+"""What the checks and the reference need to know of PyTorch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ._args import Family
+from ._checks import Family
 
 FAMILY = Family(
     type=torch.Tensor,
@@ -17,10 +19,10 @@ FAMILY = Family(
     },
     float64=torch.float64,
     layout=torch.strided,
-    contiguous=torch.Tensor.contiguous,
-    broadcast=torch.Tensor.expand,
     has_devices=True,
 )
+
+Generator = torch.Generator | Sequence[torch.Generator] | None
 
 
 def row_tensor(
@@ -34,10 +36,25 @@ def row_tensor(
     return value.reshape(leading).expand(row_shape)
 
 
-def draw_noise(like: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:
+def draw_noise(like: torch.Tensor, dtype: torch.dtype, generator: Generator) -> torch.Tensor:
     """Standard normal latents. A generator draws on its own device, as diffusers has it: a CPU generator gives the same
-    noise for latents on any GPU."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"flowdppo_ops.sde_step: generator is a {type(generator).__name__}, wanted a torch.Generator")
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, dtype=dtype, device=device).to(like.device)
+    noise for latents on any GPU. Of several generators each draws one sample, whatever the batch."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return _randn(like.shape, dtype, generator, like.device)
+    where = "flowdppo_ops.sde_step"
+    if not isinstance(generator, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in generator):
+        came = type(generator).__name__
+        raise TypeError(f"{where}: generator is a {came}, wanted a torch.Generator, or a list of one per sample")
+    if like.ndim == 0 or len(generator) != like.shape[0]:
+        raise ValueError(
+            f"{where}: generator has {len(generator)} generators, wanted one for each of the samples of shape "
+            f"{tuple(like.shape)}"
+        )
+    return torch.cat([_randn((1, *like.shape[1:]), dtype, one, like.device) for one in generator])
+
+
+def _randn(
+    shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator | None, device: torch.device
+) -> torch.Tensor:
+    where = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, dtype=dtype, device=where).to(device)

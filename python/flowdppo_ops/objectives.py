@@ -9,11 +9,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
+
+
+class _Settings:
+    """`_settings`: what the operator takes of an objective, by the names of its schema. `_native`: the same for native
+    code, made when the objective is first used, and not pickled."""
+
+    _native: ClassVar[Any] = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_native"}
 
 
 @dataclass(frozen=True)
-class FlowDPPO:
+class FlowDPPO(_Settings):
     """Divergence proximal policy optimisation for flow models (arXiv 2606.11025): an exact KL trust region.
 
     A row is blocked when its KL from the old policy is high *and* the update moves further away:
@@ -51,11 +61,10 @@ class FlowDPPO:
         check_option("FlowDPPO", "nan_kl", self.nan_kl, ("mask", "keep"))
         check_option("FlowDPPO", "kl_space", self.kl_space, ("latent", "velocity"))
         divisor = "velocity" if self.kl_space == "velocity" else "gaussian" if self.normalize_kl else "constant"
-        _set_native(
+        _set(
             self,
             objective="flow_dppo",
-            low=threshold,
-            high=threshold,
+            kl_mask_threshold=threshold,
             mask=self.mask,
             kl_divisor=divisor,
             keep_nan_kl=self.nan_kl == "keep",
@@ -63,7 +72,7 @@ class FlowDPPO:
 
 
 @dataclass(frozen=True)
-class FlowGRPO:
+class FlowGRPO(_Settings):
     """Clipped surrogate of Flow-GRPO (arXiv 2505.05470): `max(-A ratio, -A clip(ratio, 1 - low, 1 + high))`.
 
     Args:
@@ -84,11 +93,11 @@ class FlowGRPO:
     adv_clip_max: float | None = None
 
     def __post_init__(self) -> None:
-        _set_native(self, objective="flow_grpo", **_clip_limits("FlowGRPO", self))
+        _set(self, objective="flow_grpo", **_clip_limits("FlowGRPO", self))
 
 
 @dataclass(frozen=True)
-class GRPOGuard:
+class GRPOGuard(_Settings):
     """GRPO-Guard (arXiv 2510.22319): the log-ratio is re-centred by the mean drift and rescaled per step.
 
     `ratio = exp((log_ratio + drift / (2 c^2)) c)`, then the clipped surrogate of `FlowGRPO`, divided by
@@ -113,7 +122,7 @@ class GRPOGuard:
 
     def __post_init__(self) -> None:
         _check_bool("GRPOGuard", "per_row_scale", self.per_row_scale)
-        _set_native(
+        _set(
             self,
             objective="grpo_guard",
             per_row_scale=self.per_row_scale,
@@ -159,24 +168,25 @@ def _clip_limits(where: str, objective: FlowGRPO | GRPOGuard) -> dict[str, float
     low, high = pair if isinstance(pair, tuple) and len(pair) == 2 else (pair, pair)
     limit = objective.adv_clip_max
     return {
-        "low": not_negative(where, "clip_range", low),
-        "high": not_negative(where, "clip_range", high),
+        "clip_low": not_negative(where, "clip_range", low),
+        "clip_high": not_negative(where, "clip_range", high),
         "adv_clip_max": math.inf if limit is None else not_negative(where, "adv_clip_max", limit),
     }
 
 
-def _set_native(
-    instance: Objective,
-    *,
-    objective: str,
-    low: float,
-    high: float,
-    adv_clip_max: float = math.inf,
-    mask: str = "none",
-    kl_divisor: str = "gaussian",
-    keep_nan_kl: bool = False,
-    per_row_scale: bool = False,
-) -> None:
-    """Stores the flat form that crosses into the operator schema and Rust; built once, not per call."""
-    flat = (objective, low, high, adv_clip_max, mask, kl_divisor, keep_nan_kl, per_row_scale)
-    object.__setattr__(instance, "_native", flat)
+_DEFAULTS = {
+    "objective": "",
+    "kl_mask_threshold": 0.0,
+    "clip_low": 0.0,
+    "clip_high": 0.0,
+    "adv_clip_max": math.inf,
+    "mask": "none",
+    "kl_divisor": "gaussian",
+    "keep_nan_kl": False,
+    "per_row_scale": False,
+}
+
+
+def _set(instance: Objective, **settings: Any) -> None:
+    """Stores what the operator takes of an objective, by the names of its schema."""
+    object.__setattr__(instance, "_settings", _DEFAULTS | settings)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from ._args import LossCall, check_loss
-from ._check import check_values
-from ._library.policy_loss import policy_loss
-from ._step_args import check_step_loss
-from ._switches import check_backend, wants_checks, wants_reference
-from ._torch import FAMILY
+from ._calls import PublicFunction
+from ._checks import check_loss, check_step_loss
+from ._native import PolicyLossMemo
+from ._operators import policy_loss as operator
+from ._values import check_values
 from .objectives import FlowDPPO, Objective
 from .result import PolicyLoss
 
@@ -93,31 +93,27 @@ def loss(
     Source: arXiv 2606.11025 (Flow-DPPO); verl-omni `FlowDPPOLoss`, `FlowGRPOLoss`, `GRPOGuardLoss` and `KLLoss`; UniRL
     `_flowdppo_kl_adv_loss`. `flowdppo_ops.reference` states every formula.
     """
-    if wants_reference():
-        return _reference().loss(**locals())
-    where = "flowdppo_ops.loss"
-    call = check_loss(
-        where,
-        FAMILY,
-        prev_sample_mean=prev_sample_mean,
-        old_prev_sample_mean=old_prev_sample_mean,
-        advantages=advantages,
-        std=std,
-        sqrt_dt=sqrt_dt,
-        prev_sample=prev_sample,
-        log_prob=log_prob,
-        old_log_prob=old_log_prob,
-        weights=weights,
-        ref_prev_sample_mean=ref_prev_sample_mean,
-        ref_kl_weight=ref_kl_weight,
-        ref_std=ref_std,
-        objective=objective,
-        density=density,
-        latent_reduction=latent_reduction,
-        reduction=reduction,
-        process_group=process_group,
+    arguments = (
+        prev_sample_mean,
+        old_prev_sample_mean,
+        advantages,
+        std,
+        sqrt_dt,
+        prev_sample,
+        log_prob,
+        old_log_prob,
+        weights,
+        ref_prev_sample_mean,
+        ref_kl_weight,
+        ref_std,
+        objective,
+        density,
+        latent_reduction,
+        reduction,
+        process_group,
     )
-    return _run(where, call, process_group)
+    call = None if is_dynamo_compiling() else _loss.find(arguments)
+    return _loss.checked(arguments) if call is None else operator.run(call)
 
 
 def step_loss(
@@ -193,50 +189,35 @@ def step_loss(
     Source: as `loss`; UniRL `FlowSDEStrategy`, `CPSSDEStrategy` and `DanceSDEStrategy`; verl-omni
     `FlowMatchSDEDiscreteScheduler`. `flowdppo_ops.reference.transition` states the coefficients.
     """
-    if wants_reference():
-        return _reference().step_loss(**locals())
-    where = "flowdppo_ops.step_loss"
-    call = check_step_loss(
-        where,
-        FAMILY,
-        model_output=model_output,
-        sample=sample,
-        prev_sample=prev_sample,
-        advantages=advantages,
-        sigma=sigma,
-        sigma_next=sigma_next,
-        noise_level=noise_level,
-        sampler=sampler,
-        sigma_max=sigma_max,
-        uncond_output=uncond_output,
-        guidance_scale=guidance_scale,
-        old_prev_sample_mean=old_prev_sample_mean,
-        old_model_output=old_model_output,
-        old_residual=old_residual,
-        old_log_prob=old_log_prob,
-        weights=weights,
-        ref_prev_sample_mean=ref_prev_sample_mean,
-        ref_model_output=ref_model_output,
-        ref_kl_weight=ref_kl_weight,
-        ref_std=ref_std,
-        objective=objective,
-        latent_reduction=latent_reduction,
-        reduction=reduction,
-        process_group=process_group,
+    arguments = (
+        model_output,
+        sample,
+        prev_sample,
+        advantages,
+        sigma,
+        sigma_next,
+        noise_level,
+        sampler,
+        sigma_max,
+        uncond_output,
+        guidance_scale,
+        old_prev_sample_mean,
+        old_model_output,
+        old_residual,
+        old_log_prob,
+        weights,
+        ref_prev_sample_mean,
+        ref_model_output,
+        ref_kl_weight,
+        ref_std,
+        objective,
+        latent_reduction,
+        reduction,
+        process_group,
     )
-    return _run(where, call, process_group)
+    call = None if is_dynamo_compiling() else _step_loss.find(arguments)
+    return _step_loss.checked(arguments) if call is None else operator.run(call)
 
 
-def _run(where: str, call: LossCall, process_group: ProcessGroup | None) -> PolicyLoss:
-    check_backend(where, call.vectors.advantages.device)
-    if wants_checks():
-        check_values(where, call)
-    value, numbers = policy_loss(call, process_group)
-    latents = call.latents
-    return PolicyLoss(value, numbers, call.row_shape, latents.old is not None, latents.ref is not None)
-
-
-def _reference():
-    from . import reference
-
-    return reference
+_loss = PublicFunction(loss, check_loss, PolicyLossMemo, operator.run_checked, check_values)
+_step_loss = PublicFunction(step_loss, check_step_loss, PolicyLossMemo, operator.run_checked, check_values)

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._args import Schedule, check_array, check_loss, check_row_vector, check_same_device, check_shape, require
-from ._step_args import StepCall, check_sde_step, check_step_loss
-from ._torch import FAMILY, draw_noise, row_tensor
+from . import _native
+from ._checks import Call, check_loss, check_sde_step, check_step_loss
+from ._sde_step import SdeStep, encode_residual, standardised
+from ._torch import FAMILY, Generator, draw_noise, row_tensor
 from .advantages import group_advantages
-from .objectives import FlowDPPO, GRPOGuard, Objective
-from .result import METRICS, PolicyLoss
+from .objectives import FlowDPPO, Objective
+from .result import METRICS, Layout, PolicyLoss
 
 __all__ = ["SdeStep", "encode_residual", "group_advantages", "loss", "sde_step", "step_loss", "transition"]
 
@@ -72,21 +73,19 @@ class _Rows(NamedTuple):
     guidance_scale: Tensor | None
 
 
-def _schedule_rows(
-    schedule: Schedule | StepCall, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> _Rows:
+def _schedule_rows(call: Call, dtype: torch.dtype, device: torch.device) -> _Rows:
     """Formed in float64 from values rounded to `dtype`, then rounded to it: half an ulp, where float32 all the way is
     up to 5 times as far (the terms of CPS's `b` cancel), and every backend comes to the same."""
 
-    def rows(value: RowVector) -> Tensor:
-        return row_tensor(value, row_shape, dtype, device).double()
+    def rows(name: str) -> Tensor:
+        return row_tensor(call.fields[name], call.row_shape, dtype, device).double()
 
-    sigma, sigma_next = rows(schedule.sigma), rows(schedule.sigma_next)
+    sigma, sigma_next = rows("sigma"), rows("sigma_next")
     formed = (
-        *transition(schedule.sampler, sigma, sigma_next, rows(schedule.noise_level), rows(schedule.sigma_max)),
+        *transition(call.settings["sampler"], sigma, sigma_next, rows("noise_level"), rows("sigma_max")),
         torch.sqrt(sigma - sigma_next),
     )
-    scale = None if schedule.guidance_scale is None else rows(schedule.guidance_scale).to(dtype)
+    scale = rows("guidance_scale").to(dtype) if "guidance_scale" in call.fields else None
     return _Rows(*(row.to(dtype) for row in formed), scale)
 
 
@@ -187,13 +186,6 @@ def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
     )
 
 
-def _residual(innovation: Tensor, std: Tensor) -> Tensor:
-    """The innovation times 1/std, formed in float64 and rounded: the same bits everywhere. 0 where std is 0, also for a
-    latent that has overflowed as it was stored."""
-    per_std = _wide(std.double().reciprocal().to(std.dtype), innovation)
-    return torch.where(per_std.isinf(), torch.zeros_like(innovation), innovation * per_std.nan_to_num(posinf=0.0))
-
-
 def _log_prob(
     q: Tensor, std: Tensor, density: str, scale: float | Tensor, normalizer: bool = True, zero_defined: bool = False
 ) -> Tensor:
@@ -217,37 +209,32 @@ def _kl_divisor(kind: str, std: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def _objective(
+    call: Call,
     differences: _Differences,
     *,
-    log_prob: Tensor | None,
-    old_log_prob: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor | None,
+    dtype: torch.dtype,
     std: Tensor | None,
     sqrt_dt: Tensor | None,
     kl_divisor: Tensor | None,
-    ref_std: Tensor | None,
-    ref_kl_weight: float,
-    objective: Objective,
-    density: str,
-    latent_reduction: str,
-    reduction: str,
-    process_group: Any,
     zero_defined: bool = False,
 ) -> PolicyLoss:
-    """`log_prob`: given from outside; None takes that of the innovation. `zero_defined`: whether a row of std 0 is
-    deterministic (the steps) or not allowed (`loss`)."""
+    """`zero_defined`: whether a row of std 0 is deterministic (the steps) or not allowed (`loss`)."""
+    settings, density = call.settings, call.settings["density"]
+    log_prob = _as(dtype, call.fields, "log_prob")  # None takes that of the innovation
+    old_log_prob, advantages = _row(call, dtype, "old_log_prob"), _row(call, dtype, "advantages")
+    weights, ref_std = _row(call, dtype, "weights"), _row(call, dtype, "ref_std")
+    ref_std = std if ref_std is None else ref_std
     guard_scale, row_scale = None, 1.0
-    if isinstance(objective, GRPOGuard):
+    if settings["objective"] == "grpo_guard":
         # verl-omni GRPOGuardLoss.compute_loss; std_dev_t there is std / sqrt_dt here.
-        if objective.per_row_scale:
+        if settings["per_row_scale"]:
             guard_scale, row_scale = std, 1 / sqrt_dt**2
         else:
             guard_scale, row_scale = sqrt_dt.mean() * (std / sqrt_dt).mean(), 1 / sqrt_dt.mean() ** 2
 
     def row_numbers(of: _Differences) -> tuple[_Statistics, Tensor, Tensor, Tensor]:
         """Statistics, log-prob, log-ratio, and the logarithm of what the objective calls the ratio."""
-        stats = _statistics(of, tuple(advantages.shape), latent_reduction, process_group)
+        stats = _statistics(of, call.row_shape, settings["latent_reduction"], call.process_group)
         own = log_prob
         if own is None:
             own = _log_prob(stats.q, std, density, stats.scale, zero_defined=zero_defined)
@@ -272,14 +259,14 @@ def _objective(
 
     zeros = torch.zeros_like(ratio, dtype=torch.bool)
     high, above, below = zeros, zeros, zeros
-    if isinstance(objective, FlowDPPO):
-        threshold = kl.new_full((), objective.kl_mask_threshold)  # compared in the arithmetic dtype
-        high = kl >= threshold if objective.nan_kl == "keep" else ~(kl < threshold)
+    if settings["objective"] == "flow_dppo":
+        threshold = kl.new_full((), settings["kl_mask_threshold"])  # compared in the arithmetic dtype
+        high = kl >= threshold if settings["keep_nan_kl"] else ~(kl < threshold)
         away = ((ratio > 1) & (advantages > 0)) | ((ratio < 1) & (advantages < 0))
-        blocked = {"asymmetric": high & away, "symmetric": high, "none": zeros}[objective.mask]
+        blocked = {"asymmetric": high & away, "symmetric": high, "none": zeros}[settings["mask"]]
         blocked_loss = torch.zeros_like(ratio)
     else:
-        low, up, limit = objective._native[1:4]
+        low, up, limit = (settings[name] for name in ("clip_low", "clip_high", "adv_clip_max"))
         advantages = advantages.clamp(-limit, limit)
         clipped = ratio.clamp(1 - low, 1 + up)
         # The larger surrogate is the clipped one exactly when the ratio left the range on the side that A favours.
@@ -297,7 +284,7 @@ def _objective(
 
     # The policy's term over the rows, then the reference term over all of them: blocking a row's update does not
     # lift its penalty.
-    keep = ~blocked
+    keep, reduction = ~blocked, settings["reduction"]
     if reduction == "none":
         loss = row_loss
     elif reduction == "kept_mean":
@@ -306,7 +293,7 @@ def _objective(
         loss = row_loss.mean() if reduction == "mean" else row_loss.sum()
     if ref_kl is not None:
         penalty = ref_kl if reduction == "none" else ref_kl.sum() if reduction == "sum" else ref_kl.mean()
-        loss = loss + ref_kl_weight * penalty
+        loss = loss + settings["ref_kl_weight"] * penalty
 
     absent = torch.zeros_like(ratio)
     rows = [own_log_prob, log_ratio, ratio, absent if kl is None else kl, keep.to(ratio.dtype)]
@@ -314,9 +301,7 @@ def _objective(
     return PolicyLoss(
         loss,
         torch.cat([row.reshape(-1) for row in rows] + [metrics[name].to(ratio.dtype).reshape(1) for name in METRICS]),
-        tuple(ratio.shape),
-        has_kl=kl is not None,
-        has_ref=ref_kl is not None,
+        Layout(tuple(ratio.shape), has_kl=kl is not None, has_ref=ref_kl is not None),
     )
 
 
@@ -387,58 +372,46 @@ def loss(
     process_group: Any = None,
 ) -> PolicyLoss:
     """`flowdppo_ops.loss` in plain PyTorch: same arguments, same results, same errors."""
-    call = check_loss(
-        "flowdppo_ops.loss",
-        FAMILY,
-        prev_sample_mean=prev_sample_mean,
-        old_prev_sample_mean=old_prev_sample_mean,
-        advantages=advantages,
-        std=std,
-        sqrt_dt=sqrt_dt,
-        prev_sample=prev_sample,
-        log_prob=log_prob,
-        old_log_prob=old_log_prob,
-        weights=weights,
-        ref_prev_sample_mean=ref_prev_sample_mean,
-        ref_kl_weight=ref_kl_weight,
-        ref_std=ref_std,
-        objective=objective,
-        density=density,
-        latent_reduction=latent_reduction,
-        reduction=reduction,
-        process_group=process_group,
-    )
-    dtype = torch.float64 if call.double else torch.float32
-    mean, _, _, *anchors = (None if t is None else t.to(dtype) for t in call.latents)
-    next_sample, old_mean, ref_mean = (None if t is None else t.detach() for t in anchors)
+    return checked_loss(check_loss("flowdppo_ops.loss", FAMILY, locals()))
+
+
+def _as(dtype: torch.dtype, latents: dict[str, Any], name: str) -> Tensor | None:
+    return latents[name].to(dtype) if name in latents else None
+
+
+def _constant(dtype: torch.dtype, latents: dict[str, Any], name: str) -> Tensor | None:
+    return latents[name].detach().to(dtype) if name in latents else None
+
+
+def _dtype(fields: dict[str, Any]) -> torch.dtype:
+    """Of the arithmetic: float64 where a latent or a log-prob is. Other row vectors may be float64."""
+    wide = (fields[name] for name in (*_native.LATENTS, "noise", "log_prob", "old_log_prob") if name in fields)
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in wide) else torch.float32
+
+
+def checked_loss(call: Call) -> PolicyLoss:
+    """Of a checked call."""
+    fields, settings, dtype = call.fields, call.settings, _dtype(call.fields)
+    mean = _as(dtype, fields, "prev_sample_mean")
+    next_sample = _constant(dtype, fields, "prev_sample")
+    old_mean = _constant(dtype, fields, "old_prev_sample_mean")
+    ref_mean = _constant(dtype, fields, "ref_prev_sample_mean")
     differences = _Differences(
         None if next_sample is None else next_sample - mean,
         None if old_mean is None else mean - old_mean,
         None if ref_mean is None else mean - ref_mean,
     )
+    std = _row(call, dtype, "std")
+    kl_divisor = None if std is None else _kl_divisor(settings["kl_divisor"], std)
+    sqrt_dt = _row(call, dtype, "sqrt_dt")
+    return _objective(call, differences, dtype=dtype, std=std, sqrt_dt=sqrt_dt, kl_divisor=kl_divisor)
 
-    def rows(value: float | Tensor | None) -> Tensor | None:
-        return None if value is None else row_tensor(value, call.row_shape, dtype, advantages.device)
 
-    vectors = call.vectors
-    std = rows(vectors.std)
-    return _objective(
-        differences,
-        log_prob=None if log_prob is None else vectors.log_prob.to(dtype),
-        old_log_prob=rows(vectors.old_log_prob),
-        advantages=rows(vectors.advantages),
-        weights=rows(vectors.weights),
-        std=std,
-        sqrt_dt=rows(vectors.sqrt_dt),
-        kl_divisor=None if std is None else _kl_divisor(call.settings.kl_divisor, std),
-        ref_std=std if ref_std is None else rows(vectors.ref_std),
-        ref_kl_weight=ref_kl_weight,
-        objective=objective,
-        density=density,
-        latent_reduction=latent_reduction,
-        reduction=reduction,
-        process_group=process_group,
-    )
+def _row(call: Call, dtype: torch.dtype, name: str) -> Tensor | None:
+    """A row vector by name, of the rows' shape."""
+    if name not in call.fields:
+        return None
+    return row_tensor(call.fields[name], call.row_shape, dtype, call.fields["advantages"].device)
 
 
 def step_loss(
@@ -469,98 +442,38 @@ def step_loss(
     process_group: Any = None,
 ) -> PolicyLoss:
     """`flowdppo_ops.step_loss` in plain PyTorch: same arguments, same results, same errors."""
-    call = check_step_loss(
-        "flowdppo_ops.step_loss",
-        FAMILY,
-        model_output=model_output,
-        sample=sample,
-        prev_sample=prev_sample,
-        advantages=advantages,
-        sigma=sigma,
-        sigma_next=sigma_next,
-        noise_level=noise_level,
-        sampler=sampler,
-        sigma_max=sigma_max,
-        uncond_output=uncond_output,
-        guidance_scale=guidance_scale,
-        old_prev_sample_mean=old_prev_sample_mean,
-        old_model_output=old_model_output,
-        old_residual=old_residual,
-        old_log_prob=old_log_prob,
-        weights=weights,
-        ref_prev_sample_mean=ref_prev_sample_mean,
-        ref_model_output=ref_model_output,
-        ref_kl_weight=ref_kl_weight,
-        ref_std=ref_std,
-        objective=objective,
-        latent_reduction=latent_reduction,
-        reduction=reduction,
-        process_group=process_group,
-    )
-    dtype = torch.float64 if call.double else torch.float32
-    row_shape, schedule, vectors, settings = call.row_shape, call.schedule, call.vectors, call.settings
-    output, uncond, *constants = (None if t is None else t.to(dtype) for t in call.latents)
-    x, x_next, old, ref = (None if t is None else t.detach() for t in constants)
-    a, b, std, sqrt_dt, scale = _schedule_rows(schedule, row_shape, dtype, output.device)
+    return checked_step_loss(check_step_loss("flowdppo_ops.step_loss", FAMILY, locals()))
+
+
+def checked_step_loss(call: Call) -> PolicyLoss:
+    """Of a checked call."""
+    fields, settings, dtype = call.fields, call.settings, _dtype(call.fields)
+    output, uncond = _as(dtype, fields, "model_output"), _as(dtype, fields, "uncond_output")
+    x, x_next = _constant(dtype, fields, "sample"), _constant(dtype, fields, "prev_sample")
+    a, b, std, sqrt_dt, scale = _schedule_rows(call, dtype, output.device)
 
     velocity = _guided(output, uncond, scale)
     mean = _wide(a, x) * x + _wide(b, x) * velocity
     innovation = x_next - mean
 
-    def drift(form: str, other: Tensor) -> Tensor:
-        """`mu` minus the mean of another policy."""
-        if form == "mean":
-            return mean - other
-        if form == "output":  # no cancellation between two means
-            return _wide(b, x) * (velocity - other)
-        # "residual": mu° = x' - std e. A residual stored from this very mean gives its rounding error and no more.
+    def drift(policy: str) -> Tensor | None:
+        """`mu` minus the mean of another policy, in whichever form that is given."""
+        if f"{policy}_prev_sample_mean" in fields:
+            return mean - _constant(dtype, fields, f"{policy}_prev_sample_mean")
+        if f"{policy}_model_output" in fields:  # no cancellation between two means
+            return _wide(b, x) * (velocity - _constant(dtype, fields, f"{policy}_model_output"))
+        if f"{policy}_residual" not in fields:
+            return None
+        # mu° = x' - std e. A residual stored from this very mean gives its rounding error and no more.
         wide_std = _wide(std, x)
-        drifted = -wide_std * (_residual(innovation, std) - other)
+        drifted = -wide_std * (standardised(innovation, std) - _constant(dtype, fields, f"{policy}_residual"))
         return torch.where(wide_std == 0, -innovation, drifted)
 
-    differences = _Differences(
-        innovation,
-        None if old is None else drift(schedule.old_form, old),
-        None if ref is None else drift(schedule.ref_form, ref),
-    )
-
-    def rows(value: RowVector | None) -> Tensor | None:
-        return None if value is None else row_tensor(value, row_shape, dtype, output.device)
-
+    differences = _Differences(innovation, drift("old"), drift("ref"))
+    kl_divisor = _kl_divisor(settings["kl_divisor"], std, b)
     return _objective(
-        differences,
-        log_prob=None,
-        old_log_prob=rows(vectors.old_log_prob),
-        advantages=rows(vectors.advantages),
-        weights=rows(vectors.weights),
-        std=std,
-        sqrt_dt=sqrt_dt,
-        kl_divisor=_kl_divisor(settings.kl_divisor, std, b),
-        ref_std=std if ref_std is None else rows(vectors.ref_std),
-        ref_kl_weight=ref_kl_weight,
-        objective=objective,
-        density=settings.density,
-        latent_reduction=latent_reduction,
-        reduction=reduction,
-        process_group=process_group,
-        zero_defined=True,
+        call, differences, dtype=dtype, std=std, sqrt_dt=sqrt_dt, kl_divisor=kl_divisor, zero_defined=True
     )
-
-
-class SdeStep(NamedTuple):
-    """One stochastic denoising step, or one for each row.
-
-    prev_sample: latents in the dtype of `sample`; the next latent. log_prob: rows, float32 (float64 for float64
-    latents); nats per latent element. prev_sample_mean: latents, float32 (float64). std: rows, float32 (float64); the
-    standard deviation of the transition, sqrt(-dt) included. residual: latents in `residual_dtype`, `(prev_sample -
-    prev_sample_mean) / std`, or None.
-    """
-
-    prev_sample: Tensor
-    log_prob: Tensor
-    prev_sample_mean: Tensor
-    std: Tensor
-    residual: Tensor | None
 
 
 def sde_step(
@@ -576,81 +489,33 @@ def sde_step(
     guidance_scale: RowVector | None = None,
     prev_sample: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
     log_prob_normalizer: bool = True,
     residual_dtype: torch.dtype | None = None,
     row_dims: int = 1,
 ) -> SdeStep:
     """`flowdppo_ops.sde_step` in plain PyTorch: same arguments, same results, same errors."""
-    call = check_sde_step(
-        "flowdppo_ops.sde_step",
-        FAMILY,
-        model_output=model_output,
-        sample=sample,
-        sigma=sigma,
-        sigma_next=sigma_next,
-        noise_level=noise_level,
-        sampler=sampler,
-        sigma_max=sigma_max,
-        uncond_output=uncond_output,
-        guidance_scale=guidance_scale,
-        prev_sample=prev_sample,
-        noise=noise,
-        generator=generator,
-        log_prob_normalizer=log_prob_normalizer,
-        residual_dtype=residual_dtype,
-        row_dims=row_dims,
-    )
-    dtype = torch.float64 if call.double else torch.float32
-    a, b, std, _, scale = _schedule_rows(call, call.row_shape, dtype, sample.device)
-    uncond = None if uncond_output is None else uncond_output.to(dtype)
-    velocity = _guided(model_output.to(dtype), uncond, scale)
+    return SdeStep(*checked_sde_step(check_sde_step("flowdppo_ops.sde_step", FAMILY, locals())))
+
+
+def checked_sde_step(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The parts of `SdeStep`, of a checked call."""
+    fields, settings, dtype = call.fields, call.settings, _dtype(call.fields)
+    sample, given = fields["sample"], _constant(dtype, fields, "prev_sample")
+    a, b, std, _, scale = _schedule_rows(call, dtype, sample.device)
+    velocity = _guided(_as(dtype, fields, "model_output"), _as(dtype, fields, "uncond_output"), scale)
     mean = _wide(a, sample) * sample.detach().to(dtype) + _wide(b, sample) * velocity
-    if prev_sample is None:
-        noise = draw_noise(sample, dtype, generator) if noise is None else noise.detach().to(dtype)
-        prev_sample = mean.detach() + _wide(std, sample) * noise
-    stored = prev_sample.detach().to(sample.dtype)
+    if given is None:
+        noise = _constant(dtype, fields, "noise")
+        noise = draw_noise(sample, dtype, call.generator) if noise is None else noise
+        given = mean.detach() + _wide(std, sample) * noise
+    # A latent that is given in the dtype of `sample` is stored as it is.
+    as_given = "prev_sample" in fields and fields["prev_sample"].dtype == sample.dtype
+    stored = fields["prev_sample"].detach() if as_given else given.to(sample.dtype)
     innovation = stored.to(dtype) - mean
     q = _statistics(_Differences(innovation, None, None), call.row_shape, "mean").q
-    density = "cps" if sampler == "cps" else "gaussian"
-    log_prob = _log_prob(q, std, density, 1.0, log_prob_normalizer, zero_defined=True)
-    residual = None
-    if residual_dtype is not None:
-        residual = _residual(innovation.detach(), std).to(residual_dtype)
-    return SdeStep(stored, log_prob, mean, std, residual)
-
-
-def encode_residual(prev_sample: Tensor, mean: Tensor, std: RowVector, dtype: torch.dtype = torch.float16) -> Tensor:
-    """The old policy in its compact form, `(x' - mu) / std`, for the `old_residual` of `step_loss`.
-
-    Two bytes per latent element, whose rounding alone makes a KL of 2e-8 at every std; that of a bfloat16 mean makes
-    5e-4 at std 0.05, and trips a threshold of 1e-5. `sde_step(residual_dtype=...)` gives the same without another pass.
-
-    Args:
-        prev_sample: latents; the next latent as stored, `x'`.
-        mean: latents; its mean under the old policy, `mu`, better in float32: what it was rounded to is encoded.
-        std: a number, or a tensor that broadcasts to the latents from the left, dimension by dimension, with or without
-            trailing ones: `[B]`, `[1, S]` or `[B, 1, 1, 1]`. Standard deviation of the transition, sqrt(-dt) included.
-        dtype: float16, or any other floating dtype of latents.
-
-    Returns:
-        Latents in `dtype`, without gradient; 0 where `std` is 0 (there `step_loss` takes `mu° = x'`). Plain PyTorch on
-        every device, in float32 (float64 for float64 latents), with temporaries of the latents' size.
-
-    Raises:
-        ValueError, TypeError: as `loss`.
-    """
-    where = "flowdppo_ops.encode_residual"
-    check_array(where, FAMILY, "prev_sample", prev_sample)
-    check_array(where, FAMILY, "mean", mean)
-    check_shape(where, "mean", mean, prev_sample.shape, "prev_sample")
-    check_same_device(where, FAMILY, "mean", mean, "prev_sample", prev_sample)
-    if dtype not in FAMILY.dtypes:
-        raise TypeError(f"{where}: dtype is {dtype}, wanted one of {', '.join(FAMILY.dtypes.values())}")
-    shape = tuple(prev_sample.shape)
-    row_shape = shape[: getattr(std, "ndim", 0)]
-    require(where, "std", std, "the standard deviation of the transition")
-    std = check_row_vector(where, FAMILY, "std", std, "prev_sample", prev_sample, row_shape, len(shape))
-    wide = torch.float64 if torch.float64 in (prev_sample.dtype, mean.dtype) else torch.float32
-    rows = row_tensor(std, row_shape, wide, prev_sample.device)
-    return _residual(prev_sample.detach().to(wide) - mean.detach(), rows).to(dtype)
+    density = "cps" if settings["sampler"] == "cps" else "gaussian"
+    log_prob = _log_prob(q, std, density, 1.0, settings["log_prob_normalizer"], zero_defined=True)
+    residual_dtype = settings["residual_dtype"]
+    residual = None if residual_dtype is None else standardised(innovation.detach(), std).to(residual_dtype)
+    return stored, log_prob, mean, std, residual

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ._args import check_process_group
+from ._checks import check_process_group
 from ._native import METRICS
 
 if TYPE_CHECKING:
@@ -20,6 +20,14 @@ _LOG_PROB, _LOG_RATIO, _RATIO, _KL, _KEEP = range(5)
 
 _KL_METRICS = ("kl_new_old_mean", "kl_new_old_max", "kl_mask_fraction")
 _REF_METRICS = ("kl_loss",)
+
+
+class Layout(NamedTuple):
+    """What a result knows of its call. (The native module's `Layout` has these and more.)"""
+
+    row_shape: tuple[int, ...]
+    has_kl: bool
+    has_ref: bool
 
 
 class PolicyLoss:
@@ -37,25 +45,17 @@ class PolicyLoss:
             gradient is 0.
     """
 
-    __slots__ = ("_has_kl", "_has_ref", "_numbers", "_row_shape", "loss")
+    __slots__ = ("_layout", "_numbers", "loss")
 
-    def __init__(
-        self,
-        loss: torch.Tensor,
-        numbers: torch.Tensor,
-        row_shape: tuple[int, ...],
-        has_kl: bool,
-        has_ref: bool,
-    ) -> None:
+    def __init__(self, loss: torch.Tensor, numbers: torch.Tensor, layout: Layout) -> None:
         self.loss = loss
         self._numbers = numbers
-        self._row_shape = row_shape
-        self._has_kl = has_kl
-        self._has_ref = has_ref
+        self._layout = layout
 
     def _field(self, index: int) -> torch.Tensor:
-        rows = math.prod(self._row_shape)
-        return self._numbers[index * rows : (index + 1) * rows].view(self._row_shape)
+        row_shape = self._layout.row_shape
+        rows = math.prod(row_shape)
+        return self._numbers[index * rows : (index + 1) * rows].view(row_shape)
 
     @property
     def log_prob(self) -> torch.Tensor:
@@ -71,7 +71,7 @@ class PolicyLoss:
 
     @property
     def kl(self) -> torch.Tensor | None:
-        return self._field(_KL) if self._has_kl else None
+        return self._field(_KL) if self._layout.has_kl else None
 
     @property
     def keep(self) -> torch.Tensor:
@@ -102,7 +102,7 @@ class PolicyLoss:
         if group is None:
             numbers = self._numbers[-names:].tolist()
         else:
-            numbers = _over_ranks(self._numbers[-names:], math.prod(self._row_shape), group)
+            numbers = _over_ranks(self._numbers[-names:], math.prod(self._layout.row_shape), group)
         values = dict(zip(METRICS, numbers, strict=True))
         return {prefix + name: value for name, value in values.items() if name not in self._absent()}
 
@@ -114,10 +114,15 @@ class PolicyLoss:
         return {prefix + name: value for name, value in values.items() if name not in self._absent()}
 
     def _absent(self) -> tuple[str, ...]:
-        return (() if self._has_kl else _KL_METRICS) + (() if self._has_ref else _REF_METRICS)
+        return (() if self._layout.has_kl else _KL_METRICS) + (() if self._layout.has_ref else _REF_METRICS)
 
     def __repr__(self) -> str:
-        return f"PolicyLoss(loss={self.loss}, rows={self._row_shape})"
+        return f"PolicyLoss(loss={self.loss}, rows={self._layout.row_shape})"
+
+
+def _check_prefix(method: str, prefix: object) -> None:
+    if not isinstance(prefix, str):
+        raise TypeError(f"PolicyLoss.{method}: prefix is a {type(prefix).__name__}, wanted a string")
 
 
 def _check_prefix(method: str, prefix: object) -> None:

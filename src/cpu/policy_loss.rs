@@ -1,18 +1,209 @@
 //! `policy_loss` on the CPU: row sums over a source, the objective, and the streaming backward.
 //!
-//! in  latents `[rows, numel]`, contiguous, any dtype each; row vectors.  out `Field` x rows, batch numbers, gradients.
 //! Sums are float32 (float64 for float64 latents) over `BLOCK` elements in `LANES` interleaved lanes, then float64 over
 //! lanes, blocks and chunks, always in the same order: the bits depend on neither thread count nor schedule.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::memory::{Element, Host, ViewMut};
+use super::objective::{Problem, Row, Sums};
 use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, narrow};
+use super::source::means::{Means, with_means};
+use super::source::step::{Coefficients as StepRow, Outputs, with_outputs};
+use super::source::{Block, Moments, Scratch, Source};
 use super::threads::for_each;
-use crate::objective::{Field, Problem, Row, Sums, fields};
+use crate::call::{
+    BATCH_LEN, Dtype, Field, Latent, Latents, POLICY_DIVISOR, PolicyLoss, PolicyLossBackward, PolicyLossForward, SUMS,
+    Stage, fields, numbers_len, row_sums_len,
+};
 use crate::plan::{CHUNK, Plan, Stretch};
-use crate::tensor::{Element, Host, ViewMut};
-use crate::transition::{Block, Moments, Scratch, Source};
+
+/// Where the gradients of the latents go: of `prev_sample_mean` or `model_output`, and of `uncond_output`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gradients {
+    pub output: Latent,
+    pub uncond_output: Latent,
+}
+
+/// Runs `$body` with `$source` bound to the fastest source of these latents, if there are any to read. `$rows` are the
+/// steps' coefficients, where means are formed from model outputs.
+macro_rules! with_source {
+    ($latents:expr, $len:expr, $rows:expr, $source:ident => $body:expr) => {{
+        let latents: Host<'_, Latents> = $latents;
+        if latents.has_model_output() {
+            Outputs::new(latents, $len, $rows).map(|outputs| with_outputs!(outputs, $source => $body))
+        } else {
+            Means::new(latents, $len).map(|means| with_means!(means, $source => $body))
+        }
+    }};
+}
+
+/// The loss and the numbers, or with `Stage::SumsAlone` the rows' sums. `gradients_ahead`: where the gradients for a
+/// `grad_loss` of 1 go, if they are wanted already; the divisor of the batch is known beforehand then.
+pub fn forward(call: Host<'_, PolicyLossForward>, gradients_ahead: Option<Host<'_, Gradients>>, threads: usize) {
+    match call.call.dtype() {
+        Dtype::F64 => forward_in::<f64>(call, gradients_ahead, threads),
+        _ => forward_in::<f32>(call, gradients_ahead, threads),
+    }
+}
+
+fn forward_in<F: Real>(call: Host<'_, PolicyLossForward>, ahead: Option<Host<'_, Gradients>>, threads: usize) {
+    let (whole, problem) = (call.part(|call| &call.call), Problem::new(call.part(|call| &call.call)));
+    let (rows, plan) = (problem.rows, Plan::new(problem.rows, whole.numel as usize));
+    let output = |address: fn(&PolicyLossForward) -> u64, dtype, len| {
+        call.output(|call| Latent::new(address(call), dtype), len).expect("checked: the forward's outputs are there")
+    };
+    let sums_len = row_sums_len(rows).expect("checked: the sums fit into memory");
+    if call.stage == Stage::SumsAlone {
+        let mut out = output(|call| call.row_sums, Dtype::F64, sums_len);
+        let (of_rows, numel) = out.slice_mut::<f64>().split_at_mut(SUMS * rows);
+        for (out, sums) in of_rows.chunks_exact_mut(SUMS).zip(sums_of::<F>(whole, &problem, plan, threads)) {
+            out.copy_from_slice(&[sums.q, sums.d, sums.cross, sums.f]);
+        }
+        numel[0] = whole.numel as f64;
+        return;
+    }
+
+    let len = numbers_len(rows, problem.has_schedule()).expect("checked: the numbers fit into memory");
+    let mut numbers = output(|call| call.numbers, F::DTYPE, len);
+    if let Some(ahead) = ahead {
+        let targets = Targets::new(ahead, rows * plan.numel);
+        let divisor = whole.divisor().expect("checked: the divisor is known beforehand");
+        let steps = step_rows(&problem);
+        with_source!(whole.part(|call| &call.latents), rows * plan.numel, &steps, source => {
+            rows_with_gradient::<F, _>(&problem, &source, plan, divisor, &numbers, &targets, threads);
+        });
+    } else if call.stage == Stage::ObjectiveAlone {
+        let sums = call.view_at(|call| call.row_sums, Dtype::F64, sums_len).expect("checked: the sums are there");
+        let (of_rows, numel) = sums.slice::<f64>(0, sums_len).split_at(SUMS * rows);
+        let sums: Vec<Sums> =
+            of_rows.chunks_exact(SUMS).map(|row| Sums { q: row[0], d: row[1], cross: row[2], f: row[3] }).collect();
+        row_objective::<F>(&problem.with_numel(numel[0] as usize), &sums, &numbers, threads);
+    } else {
+        row_objective::<F>(&problem, &sums_of::<F>(whole, &problem, plan, threads), &numbers, threads);
+    }
+
+    let (of_rows, batch_out) = numbers.slice_mut::<F>().split_at_mut(len - BATCH_LEN);
+    let at = |field, row| read_field(of_rows, rows, field, row);
+    let (loss, batch) = problem.batch(at);
+    let mut out = output(|call| call.loss, F::DTYPE, whole.loss_len());
+    match (loss, out.slice_mut::<F>()) {
+        (Some(loss), out) => out[0] = F::from_f64(loss),
+        (None, out) => {
+            for (row, out) in out.iter_mut().enumerate() {
+                *out = F::from_f64(problem.row_loss(|field| at(field, row)));
+            }
+        }
+    }
+    for (out, number) in batch_out.iter_mut().zip(batch) {
+        *out = F::from_f64(number);
+    }
+}
+
+/// Empty without a schedule.
+fn step_rows(problem: &Problem<'_>) -> Vec<StepRow> {
+    (0..problem.rows).map_while(|row| problem.transition(row)).map(StepRow::from).collect()
+}
+
+/// Empty without latents.
+fn sums_of<F: Real>(call: Host<'_, PolicyLoss>, problem: &Problem<'_>, plan: Plan, threads: usize) -> Vec<Sums> {
+    let (rows, latents) = (step_rows(problem), call.part(|call| &call.latents));
+    with_source!(latents, plan.rows * plan.numel, &rows, source => row_sums::<F, _>(&source, plan, threads))
+        .unwrap_or_default()
+}
+
+/// The gradients of the latents and of `log_prob`, from what the forward left.
+pub fn backward(call: Host<'_, PolicyLossBackward>, threads: usize) {
+    match call.dtype {
+        Dtype::F64 => backward_in::<f64>(call, threads),
+        _ => backward_in::<f32>(call, threads),
+    }
+}
+
+fn backward_in<F: Real>(call: Host<'_, PolicyLossBackward>, threads: usize) {
+    let (rows, latents) = (call.rows as usize, call.part(|call| &call.latents));
+    let is_step = latents.has_model_output();
+    let at_divisor = fields(is_step) * rows + POLICY_DIVISOR;
+    let len = at_divisor - POLICY_DIVISOR + BATCH_LEN;
+    let numbers = call.view_at(|call| call.numbers, F::DTYPE, len).expect("checked: the numbers are there");
+    let numbers = numbers.slice::<F>(0, len);
+    let divisor = numbers[at_divisor].to_f64();
+    let stored = |field, row| read_field(numbers, rows, field, row);
+    // A coefficient of 0 stays 0, whatever it is multiplied with.
+    let scaled = |field, row, divisor| {
+        let coefficient = stored(field, row);
+        if coefficient == 0.0 { 0.0 } else { call.row(|call| &call.grad_loss, row) * coefficient / divisor }
+    };
+    if let Some(mut out) = call.output(|call| Latent::new(call.grad_log_prob, F::DTYPE), rows) {
+        for (row, out) in out.slice_mut::<F>().iter_mut().enumerate() {
+            *out = F::from_f64(scaled(Field::CoefLogProb, row, divisor));
+        }
+    }
+    let plan = Plan::new(rows, call.numel as usize);
+    let len = rows * plan.numel;
+    let targets = Targets {
+        output: call.output(|call| Latent { data: call.grad_output, ..*call.latents.output().1 }, len),
+        uncond_output: call.output(|call| Latent { data: call.grad_uncond_output, ..call.latents.uncond_output }, len),
+    };
+    if targets.output.is_none() && targets.uncond_output.is_none() {
+        return;
+    }
+    let coefficients = |row| Coefficients {
+        innovation: scaled(Field::CoefInnovation, row, divisor),
+        drift: scaled(Field::CoefDrift, row, divisor),
+        reference: scaled(Field::CoefRef, row, 1.0),
+        guidance: if is_step { stored(Field::StepGuidance, row) } else { 1.0 },
+    };
+    let steps: Vec<StepRow> = (0..if is_step { rows } else { 0 })
+        .map(|row| StepRow {
+            a: stored(Field::StepA, row),
+            b: stored(Field::StepB, row),
+            std: stored(Field::StepStd, row),
+            guidance: stored(Field::StepGuidance, row),
+        })
+        .collect();
+    with_source!(latents, len, &steps, source => gradient::<F, _>(&source, &coefficients, plan, &targets, threads));
+}
+
+/// Multiplies a gradient that was formed for a `grad_loss` of 1. False, where it must be formed again: half precision would
+/// be rounded twice, and of what is not finite the ordinary backward may be (a factor of 0, say).
+pub fn scale_in_place(gradient: Host<'_, Latent>, len: usize, factor: f64, threads: usize) -> bool {
+    match gradient.dtype {
+        Dtype::F32 => scale_in::<f32>(gradient, len, factor, threads),
+        Dtype::F64 => scale_in::<f64>(gradient, len, factor, threads),
+        Dtype::Bf16 | Dtype::F16 => false,
+    }
+}
+
+fn scale_in<F: Real>(gradient: Host<'_, Latent>, len: usize, factor: f64, threads: usize) -> bool {
+    let Some(out) = gradient.output(|gradient| *gradient, len) else { return false };
+    let (plan, all_finite, factor) = (Plan::new(1, len), AtomicBool::new(factor.is_finite()), F::from_f64(factor));
+    for_each(
+        plan.tasks(),
+        threads,
+        || (),
+        |(), task| {
+            for Stretch { first, len, .. } in plan.stretches(task) {
+                // SAFETY: stretches do not overlap, and every task runs once.
+                let part = unsafe { out.part_mut::<F>(first, len) };
+                let mut finite = true;
+                for value in part {
+                    finite &= value.to_f64().is_finite();
+                    *value = *value * factor;
+                }
+                if !finite {
+                    all_finite.store(false, Ordering::Relaxed);
+                }
+            }
+        },
+    );
+    all_finite.into_inner()
+}
+
+// ---- rows ------------------------------------------------------------------------------------------------------------
 
 /// Sums over every row's latents.
-pub fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, threads: usize) -> Vec<Sums> {
+fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, threads: usize) -> Vec<Sums> {
     let mut partials = vec![Sums::default(); plan.partials()];
     {
         let partials = Disjoint::new(&mut partials);
@@ -107,7 +298,7 @@ impl<F: Real> LaneSums<F> {
 }
 
 /// Every row's numbers into `rows`, laid out `[FIELDS, rows]`.
-pub fn row_objective<F: Real>(problem: &Problem<'_>, sums: &[Sums], rows: &ViewMut<'_>, threads: usize) {
+fn row_objective<F: Real>(problem: &Problem<'_>, sums: &[Sums], rows: &ViewMut<'_>, threads: usize) {
     let guard = problem.guard_scale();
     // ~50 ns a row: worth a thread from thousands of rows on.
     let per_task = CHUNK / 16;
@@ -128,15 +319,15 @@ pub fn row_objective<F: Real>(problem: &Problem<'_>, sums: &[Sums], rows: &ViewM
 /// # Safety
 /// Nobody else writes this row.
 unsafe fn write_row<F: Real>(problem: &Problem<'_>, numbers: Row, row: usize, out: &ViewMut<'_>) {
-    for (field, number) in numbers.into_iter().take(fields(problem.step.is_some())).enumerate() {
-        // SAFETY: passed on from the caller; the fields of a row are apart from those of all others.
+    for (field, number) in numbers.into_iter().take(fields(problem.has_schedule())).enumerate() {
+        // SAFETY: no other thread writes this row, and no two fields of it are one element.
         unsafe { out.part_mut::<F>(field * problem.rows + row, 1)[0] = F::from_f64(number) };
     }
 }
 
 /// `row_sums`, `row_objective` and `gradient` (for a `grad_loss` of 1) row by row, and with the same bits: a row's mean
 /// and sample come from the cache when the gradient reads them. `divisor` is that of the batch, known beforehand.
-pub fn rows_with_gradient<F: Real, S: Source<F>>(
+fn rows_with_gradient<F: Real, S: Source<F>>(
     problem: &Problem<'_>,
     source: &S,
     plan: Plan,
@@ -159,7 +350,7 @@ pub fn rows_with_gradient<F: Real, S: Source<F>>(
                 innovation: stored(Field::CoefInnovation) / divisor,
                 drift: stored(Field::CoefDrift) / divisor,
                 reference: stored(Field::CoefRef),
-                guidance: if problem.step.is_some() { stored(Field::StepGuidance) } else { 1.0 },
+                guidance: if problem.has_schedule() { stored(Field::StepGuidance) } else { 1.0 },
             };
             row_gradient(source, plan.stretches_of(row), coefficients, scratch, output, targets);
         }
@@ -168,12 +359,12 @@ pub fn rows_with_gradient<F: Real, S: Source<F>>(
 
 /// What the backward multiplies the differences of one row with.
 #[derive(Clone, Copy, Debug)]
-pub struct Coefficients {
-    pub innovation: f64,
-    pub drift: f64,
-    pub reference: f64,
+struct Coefficients {
+    innovation: f64,
+    drift: f64,
+    reference: f64,
     /// What the output's gradient is multiplied with; the unconditional output's with 1 less this.
-    pub guidance: f64,
+    guidance: f64,
 }
 
 impl Coefficients {
@@ -189,15 +380,20 @@ impl Coefficients {
     }
 }
 
-/// Where gradients go, each in the dtype of what it belongs to.
-#[derive(Default)]
-pub struct Targets<'a, Space = Host> {
-    /// Of `prev_sample_mean` or `model_output`, `[rows, numel]`.
-    pub output: Option<ViewMut<'a, Space>>,
-    pub uncond_output: Option<ViewMut<'a, Space>>,
+/// Where gradients go, each in the dtype of what it belongs to; `[rows, numel]`.
+struct Targets<'a> {
+    output: Option<ViewMut<'a>>,
+    uncond_output: Option<ViewMut<'a>>,
 }
 
-impl Targets<'_> {
+impl<'a> Targets<'a> {
+    fn new(gradients: Host<'a, Gradients>, len: usize) -> Self {
+        Targets {
+            output: gradients.output(|gradients| gradients.output, len),
+            uncond_output: gradients.output(|gradients| gradients.uncond_output, len),
+        }
+    }
+
     /// With the factors of a row.
     fn of_row(&self, guidance: f64) -> impl Iterator<Item = (&ViewMut<'_>, f64)> {
         let pair = [(&self.output, guidance), (&self.uncond_output, 1.0 - guidance)];
@@ -209,7 +405,7 @@ impl Targets<'_> {
 ///
 /// A row whose coefficients are all 0 is written without being read, and a term whose coefficient is 0 is dropped from
 /// the source, so that an infinity there cannot become 0 * inf.
-pub fn gradient<F: Real, S: Source<F>>(
+fn gradient<F: Real, S: Source<F>>(
     source: &S,
     coefficients: &(impl Fn(usize) -> Coefficients + Sync),
     plan: Plan,
@@ -247,11 +443,17 @@ fn row_gradient<F: Real, S: Source<F>>(
 }
 
 /// One block of gradient before it is converted to the dtype that it is wanted in.
-struct Output<T>(Box<[T]>);
+#[derive(Default)]
+struct Output<T>(Vec<T>);
 
-impl<T: Storage> Default for Output<T> {
-    fn default() -> Self {
-        Output(vec![T::default(); BLOCK].into_boxed_slice())
+impl<T: Storage> Output<T> {
+    /// Made when it is first used: most gradients are written where they go.
+    #[inline(always)]
+    fn buffer(&mut self) -> &mut [T] {
+        if self.0.is_empty() {
+            self.0.resize(BLOCK, T::default());
+        }
+        &mut self.0
     }
 }
 
@@ -280,7 +482,7 @@ impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S,
                 // SAFETY: stretches do not overlap, and every task runs once.
                 unsafe { self.out.part_mut(first, len) }
             } else {
-                &mut self.output.0[..len]
+                &mut self.output.buffer()[..len]
             };
             if blocked {
                 target.fill(S::Gradient::default());
@@ -295,8 +497,8 @@ impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S,
                 }
             }
             if !direct {
-                let values = &self.output.0[..len];
-                // SAFETY: as above.
+                let values = &self.output.buffer()[..len];
+                // SAFETY: stretches do not overlap, and every task runs once.
                 unsafe { narrow(values, self.out, first) };
             }
         }
@@ -314,13 +516,6 @@ fn combine<F: Real, T: Storage, const FMA: bool, const ALL: bool>(
         let gradient =
             if ALL { a.mul_add::<FMA>(u[lane], b.mul_add::<FMA>(e[lane], c * r[lane])) } else { a * u[lane] };
         *target = T::store(gradient);
-    }
-}
-
-/// d loss / d log_prob, one number a row.
-pub fn log_prob_gradient<F: Real>(numbers: impl Iterator<Item = f64>, out: &mut ViewMut<'_>) {
-    for (out, number) in out.slice_mut::<F>().iter_mut().zip(numbers) {
-        *out = F::from_f64(number);
     }
 }
 
@@ -345,6 +540,6 @@ impl<T> Disjoint<T> {
 }
 
 /// Reads one number of the `[FIELDS, rows]` block.
-pub fn read_field<F: Real>(rows: &[F], count: usize, field: Field, row: usize) -> f64 {
+fn read_field<F: Real>(rows: &[F], count: usize, field: Field, row: usize) -> f64 {
     rows[field as usize * count + row].to_f64()
 }

@@ -1,71 +1,134 @@
 //! `sde_step` on the CPU: mean, next latent, residual and log-prob in one pass, and the streaming backward.
 //!
-//! in  latents `[rows, numel]`, contiguous, any dtype each.   out latents, and a few numbers a row, see `ops::sde_step`.
 //! A block of `BLOCK` elements goes through the first-level cache step by step: a tensor that does not have the
 //! arithmetic type is converted into a buffer first. Sums as in `policy_loss`: `LANES` interleaved lanes over a block,
 //! then float64 in a fixed order, so that the bits depend on neither thread count nor schedule.
 
+use std::f64::consts::TAU;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::memory::{Host, View, ViewMut};
+use super::schedule::Transition;
 use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, store_scaled, widen, with_part};
+use super::source::step::{guided, mean};
+use super::source::{self, lanes, padded};
 use super::threads::for_each;
-use crate::ops::sde_step::{Backward, Factors, Next, Outputs, Step};
+use crate::call::{
+    Dtype, Latent, SDE_STEP_NUMBERS, Sampler, SdeStep, SdeStepBackward, SdeStepForward, SdeStepLatents, SdeStepNumber,
+};
 use crate::plan::{Plan, Stretch};
-use crate::tensor::ViewMut;
-use crate::transition::schedule::Transition;
 
-/// Buffers for what must be converted; one per thread.
-struct Scratch<F>(Box<[[F; BLOCK]; 3]>);
+type Scratch<F> = source::Scratch<F, 3>;
 
-impl<F: Real> Default for Scratch<F> {
-    fn default() -> Self {
-        // From a zeroed vector, so that pages nobody converts into are never touched.
-        let zeros: Box<[[F; BLOCK]]> = vec![[F::default(); BLOCK]; 3].into_boxed_slice();
-        Scratch(zeros.try_into().unwrap_or_else(|_| unreachable!("the vector has three elements")))
+/// A call's latents, `[rows, numel]` each.
+struct Step<'a> {
+    call: Host<'a, SdeStep>,
+    double: bool,
+    model_output: View<'a>,
+    uncond_output: Option<View<'a>>,
+    sample: View<'a>,
+    /// The next latent, or the noise that draws it.
+    next: View<'a>,
+    draws: bool,
+    stored: Option<ViewMut<'a>>,
+    mean: ViewMut<'a>,
+    residual: Option<ViewMut<'a>>,
+    log_prob: ViewMut<'a>,
+    std: ViewMut<'a>,
+    numbers: ViewMut<'a>,
+}
+
+impl<'a> Step<'a> {
+    fn new(forward: Host<'a, SdeStepForward>) -> Self {
+        let call = forward.part(|forward| &forward.call);
+        let (latents, dtype, rows) = (call.part(|call| &call.latents), call.dtype(), call.rows as usize);
+        let len = rows * call.numel as usize;
+        let input = |of: fn(&SdeStepLatents) -> &Latent| latents.view(of, len);
+        let output = |address: fn(&SdeStepForward) -> u64, dtype, len| {
+            forward.output(|forward| Latent::new(address(forward), dtype), len)
+        };
+        const THERE: &str = "checked: what every call has is there";
+        Step {
+            call,
+            double: dtype == Dtype::F64,
+            model_output: input(|latents| &latents.model_output).expect(THERE),
+            uncond_output: input(|latents| &latents.uncond_output),
+            sample: input(|latents| &latents.sample).expect(THERE),
+            next: input(|latents| latents.next()).expect(THERE),
+            draws: latents.noise.is_present(),
+            stored: output(|forward| forward.stored, latents.sample.dtype, len),
+            mean: output(|forward| forward.prev_sample_mean, dtype, len).expect(THERE),
+            residual: forward.output(|forward| forward.residual, len),
+            log_prob: output(|forward| forward.log_prob, dtype, rows).expect(THERE),
+            std: output(|forward| forward.std, dtype, rows).expect(THERE),
+            numbers: output(|forward| forward.numbers, dtype, SDE_STEP_NUMBERS * rows).expect(THERE),
+        }
+    }
+
+    fn transition(&self, row: usize) -> Transition {
+        Transition::new(self.call.part(|call| &call.schedule), self.call.sampler, row, self.double)
+    }
+
+    /// Writes what becomes of a row. `q`: sum of `(x' - mu)^2`.
+    ///
+    /// # Safety
+    /// No other thread writes this row.
+    unsafe fn write_row<F: Real>(&self, row: usize, q: f64) {
+        let step = self.transition(row);
+        let (n, std) = (self.call.numel as f64, step.std);
+        let (log_prob, coefficient) = if self.call.sampler == Sampler::Cps {
+            (-q / n, 2.0 / n)
+        } else if step.is_deterministic() {
+            (0.0, 0.0)
+        } else {
+            let constant = if self.call.log_prob_normalizer != 0 { std.ln() + 0.5 * TAU.ln() } else { 0.0 };
+            (-q / (n * 2.0 * (std * std)) - constant, 1.0 / (n * (std * std)))
+        };
+        let at = |number: SdeStepNumber| number as usize * self.call.rows as usize + row;
+        for (out, at, number) in [
+            (&self.log_prob, row, log_prob),
+            (&self.std, row, std),
+            (&self.numbers, at(SdeStepNumber::LogProb), coefficient),
+            (&self.numbers, at(SdeStepNumber::Velocity), step.b),
+            (&self.numbers, at(SdeStepNumber::Guidance), step.guidance),
+        ] {
+            // SAFETY: no other thread writes this row, and each number of it is an element of its own.
+            unsafe { out.part_mut::<F>(at, 1)[0] = F::from_f64(number) };
+        }
     }
 }
 
-pub fn forward<F: Real>(step: &Step<'_>, outputs: &Outputs<'_>, plan: Plan, threads: usize) {
+pub fn forward(call: Host<'_, SdeStepForward>, threads: usize) {
+    let step = &Step::new(call);
+    if step.double { forward_in::<f64>(step, threads) } else { forward_in::<f32>(step, threads) }
+}
+
+fn forward_in<F: Real>(step: &Step<'_>, threads: usize) {
+    let plan = Plan::new(step.call.rows as usize, step.call.numel as usize);
     // Of rows in several stretches, the sum of each: the bits of a float64.
     let split = plan.chunks_per_row > 1;
     let partials: Vec<AtomicU64> = (0..if split { plan.partials() } else { 0 }).map(|_| AtomicU64::new(0)).collect();
     for_each(plan.tasks(), threads, Scratch::<F>::default, |scratch, task| {
         for stretch in plan.stretches(task) {
-            let transition = step.schedule.transition(stretch.row, step.double);
-            let q = dispatch(StepKernel { step, outputs, transition, stretch, scratch });
+            let transition = step.transition(stretch.row);
+            let q = dispatch(StepKernel { step, transition, stretch, scratch });
             match partials.get(stretch.partial) {
                 Some(partial) => partial.store(q.to_bits(), Ordering::Relaxed),
                 // SAFETY: every row is one stretch, and every task runs once.
-                None => unsafe { write_row::<F>(step, outputs, stretch.row, q) },
+                None => unsafe { step.write_row::<F>(stretch.row, q) },
             }
         }
     });
     for (row, chunks) in partials.chunks(plan.chunks_per_row).enumerate() {
         let q = chunks.iter().map(|partial| f64::from_bits(partial.load(Ordering::Relaxed))).sum();
         // SAFETY: all threads are done.
-        unsafe { write_row::<F>(step, outputs, row, q) };
-    }
-}
-
-/// # Safety
-/// Nobody else writes this row.
-unsafe fn write_row<F: Real>(step: &Step<'_>, outputs: &Outputs<'_>, row: usize, q: f64) {
-    let of_row = step.row(row, q);
-    let write = |out: &ViewMut<'_>, at: usize, number: f64| {
-        // SAFETY: passed on from the caller; the numbers of a row are apart from those of all others.
-        unsafe { out.part_mut::<F>(at, 1)[0] = F::from_f64(number) };
-    };
-    write(&outputs.log_prob, row, of_row.log_prob);
-    write(&outputs.std, row, of_row.std);
-    for (at, number) in of_row.numbers.into_iter().enumerate() {
-        write(&outputs.numbers, at * step.rows + row, number);
+        unsafe { step.write_row::<F>(row, q) };
     }
 }
 
 /// A stretch of one row; gives its sum of `(x' - mu)^2`.
 struct StepKernel<'a, F: Real> {
     step: &'a Step<'a>,
-    outputs: &'a Outputs<'a>,
     transition: Transition,
     stretch: Stretch,
     scratch: &'a mut Scratch<F>,
@@ -76,27 +139,27 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> f64 {
-        let StepKernel { step, outputs, transition, stretch, scratch } = self;
+        let StepKernel { step, transition, stretch, scratch } = self;
         let mut total = [0.0; LANES];
         for offset in (0..stretch.len).step_by(BLOCK) {
             let (first, len) = (stretch.first + offset, BLOCK.min(stretch.len - offset));
             // SAFETY: stretches do not overlap, and every task runs once.
-            let mean = unsafe { outputs.mean.part_mut::<F>(first, len) };
+            let mean = unsafe { step.mean.part_mut::<F>(first, len) };
             mean_of_block::<F, FMA>(step, transition, first, mean, scratch);
-            let [b0, b1, _] = &mut *scratch.0;
-            let next = next_of_block::<F, FMA>(step, outputs, transition, first, mean, b0, b1);
+            let [b0, b1, _] = scratch.buffers();
+            let next = next_of_block::<F, FMA>(step, transition, first, mean, b0, b1);
             let sums = squares::<F, FMA>(mean, next);
             for lane in 0..LANES {
                 total[lane] += sums[lane].to_f64();
             }
-            if let Some(out) = &outputs.residual {
+            if let Some(out) = &step.residual {
                 let innovation = &mut b1[..len];
                 // 0 times an overflow of the stored latent would be NaN.
                 let per_std = if transition.is_deterministic() { 0.0 } else { 1.0 / transition.std };
                 for at in 0..len {
                     innovation[at] = if per_std == 0.0 { F::default() } else { next[at] - mean[at] };
                 }
-                // SAFETY: as above.
+                // SAFETY: stretches do not overlap, and every task runs once.
                 unsafe { store_scaled(innovation, F::from_f64(per_std), out, first) };
             }
         }
@@ -104,33 +167,38 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
     }
 }
 
-/// `mu = a x + b v`. The operations, and their order, are those of `step_loss`: a mean that is recorded here and given
-/// back as the old policy's gives a drift of exactly 0.
+/// `mu = a x + b v`, by the functions that form the means of `step_loss`: a mean that is recorded here and given back as
+/// the old policy's gives a drift of exactly 0.
 #[inline(always)]
 fn mean_of_block<F: Real, const FMA: bool>(
     step: &Step<'_>,
     transition: Transition,
     first: usize,
-    mean: &mut [F],
+    out: &mut [F],
     scratch: &mut Scratch<F>,
 ) {
-    let (len, [b0, b1, b2]) = (mean.len(), &mut *scratch.0);
-    let [a, b, guidance] = [transition.a, transition.b, transition.guidance].map(F::from_f64);
+    let (len, [b0, b1, b2]) = (out.len(), scratch.buffers());
+    let [a, b, guidance] = [F::from_f64(transition.a), F::from_f64(transition.b), F::from_f64(transition.guidance)];
     let output = widen(step.model_output, first, len, b0);
     let sample = widen(step.sample, first, len, b1);
-    match step.uncond_output {
-        None => {
-            for at in 0..len {
-                mean[at] = b.mul_add::<FMA>(output[at], a * sample[at]);
-            }
+    let uncond = match step.uncond_output {
+        Some(uncond) => Some(widen(uncond, first, len, b2)),
+        None => None,
+    };
+    let full = len / LANES * LANES;
+    for at in (0..full).step_by(LANES) {
+        let mut velocity = lanes::<F, F, FMA>(output, at);
+        if let Some(uncond) = uncond {
+            velocity = guided::<F, FMA>(velocity, lanes::<F, F, FMA>(uncond, at), guidance);
         }
-        Some(uncond) => {
-            let uncond = widen(uncond, first, len, b2);
-            for at in 0..len {
-                let velocity = guidance.mul_add::<FMA>(output[at] - uncond[at], uncond[at]);
-                mean[at] = b.mul_add::<FMA>(velocity, a * sample[at]);
-            }
+        out[at..at + LANES].copy_from_slice(&mean::<F, FMA>(a, b, velocity, lanes::<F, F, FMA>(sample, at)));
+    }
+    if full < len {
+        let mut velocity = padded(output, full);
+        if let Some(uncond) = uncond {
+            velocity = guided::<F, FMA>(velocity, padded(uncond, full), guidance);
         }
+        out[full..].copy_from_slice(&mean::<F, FMA>(a, b, velocity, padded(sample, full))[..len - full]);
     }
 }
 
@@ -138,7 +206,6 @@ fn mean_of_block<F: Real, const FMA: bool>(
 #[inline(always)]
 fn next_of_block<'a, F: Real, const FMA: bool>(
     step: &'a Step<'_>,
-    outputs: &'a Outputs<'_>,
     transition: Transition,
     first: usize,
     mean: &[F],
@@ -146,31 +213,26 @@ fn next_of_block<'a, F: Real, const FMA: bool>(
     noise: &mut [F; BLOCK],
 ) -> &'a [F] {
     let len = mean.len();
-    match (step.next, &outputs.next) {
-        (Next::Given(given), None) => widen(given, first, len, next),
-        (Next::Given(given), Some(out)) => {
-            let next = &mut next[..len];
-            next.copy_from_slice(widen(given, first, len, noise));
-            // SAFETY: stretches do not overlap, and every task runs once.
-            unsafe { store_and_round(next, out, first) };
-            next
-        }
-        (Next::Noise(drawn), Some(out)) => {
-            let (std, noise) = (F::from_f64(transition.std), widen(drawn, first, len, noise));
-            let direct = out.dtype() == F::DTYPE;
-            // SAFETY: as above.
-            let next = if direct { unsafe { out.part_mut::<F>(first, len) } } else { &mut next[..len] };
-            for at in 0..len {
-                next[at] = std.mul_add::<FMA>(noise[at], mean[at]);
-            }
-            if !direct {
-                // SAFETY: as above.
-                unsafe { store_and_round(next, out, first) };
-            }
-            next
-        }
-        (Next::Noise(_), None) => unreachable!("checked: what is drawn is stored"),
+    let Some(out) = &step.stored else { return widen(step.next, first, len, next) };
+    if !step.draws {
+        let next = &mut next[..len];
+        next.copy_from_slice(widen(step.next, first, len, noise));
+        // SAFETY: stretches do not overlap, and every task runs once.
+        unsafe { store_and_round(next, out, first) };
+        return next;
     }
+    let (std, noise) = (F::from_f64(transition.std), widen(step.next, first, len, noise));
+    let direct = out.dtype() == F::DTYPE;
+    // SAFETY: stretches do not overlap, and every task runs once.
+    let next = if direct { unsafe { out.part_mut::<F>(first, len) } } else { &mut next[..len] };
+    for at in 0..len {
+        next[at] = std.mul_add::<FMA>(noise[at], mean[at]);
+    }
+    if !direct {
+        // SAFETY: stretches do not overlap, and every task runs once.
+        unsafe { store_and_round(next, out, first) };
+    }
+    next
 }
 
 /// Sums of `(x' - mu)^2`, one per lane.
@@ -191,17 +253,80 @@ fn squares<F: Real, const FMA: bool>(mean: &[F], next: &[F]) -> [F; LANES] {
     sums
 }
 
-pub fn backward<F: Real>(call: &Backward<'_>, plan: Plan, threads: usize) {
+pub fn backward(call: Host<'_, SdeStepBackward>, threads: usize) {
+    let gradient = &Gradient::new(call);
+    match call.dtype {
+        Dtype::F64 => backward_in::<f64>(gradient, threads),
+        _ => backward_in::<f32>(gradient, threads),
+    }
+}
+
+/// What the backward reads and writes; the gradients are those of the forward's log-prob and mean together.
+struct Gradient<'a> {
+    rows: usize,
+    numel: usize,
+    /// `[rows]`
+    grad_log_prob: Option<View<'a>>,
+    /// `[rows, numel]`
+    grad_mean: Option<View<'a>>,
+    next: View<'a>,
+    mean: View<'a>,
+    numbers: View<'a>,
+    output: Option<ViewMut<'a>>,
+    uncond_output: Option<ViewMut<'a>>,
+}
+
+impl<'a> Gradient<'a> {
+    fn new(call: Host<'a, SdeStepBackward>) -> Self {
+        let (rows, numel, dtype) = (call.rows as usize, call.numel as usize, call.dtype);
+        let saved = |address: fn(&SdeStepBackward) -> u64, len| call.view_at(address, dtype, len);
+        const THERE: &str = "checked: what the forward left is there";
+        Gradient {
+            rows,
+            numel,
+            grad_log_prob: saved(|call| call.grad_log_prob, rows),
+            grad_mean: saved(|call| call.grad_prev_sample_mean, rows * numel),
+            next: call.view(|call| &call.prev_sample, rows * numel).expect(THERE),
+            mean: saved(|call| call.prev_sample_mean, rows * numel).expect(THERE),
+            numbers: saved(|call| call.numbers, SDE_STEP_NUMBERS * rows).expect(THERE),
+            output: call.output(|call| call.grad_model_output, rows * numel),
+            uncond_output: call.output(|call| call.grad_uncond_output, rows * numel),
+        }
+    }
+
+    fn factors<F: Real>(&self, row: usize) -> Factors {
+        let number = |of: SdeStepNumber| self.numbers.slice::<F>(of as usize * self.rows + row, 1)[0].to_f64();
+        let (b, guidance) = (number(SdeStepNumber::Velocity), number(SdeStepNumber::Guidance));
+        // Looked at first: a coefficient of 0 stays 0, whatever it is multiplied with.
+        let log_prob = match (self.grad_log_prob, number(SdeStepNumber::LogProb)) {
+            (Some(gradient), coefficient) if coefficient != 0.0 => gradient.get(row) * coefficient,
+            _ => 0.0,
+        };
+        Factors { log_prob, output: b * guidance, uncond_output: b * (1.0 - guidance) }
+    }
+}
+
+/// What the backward of one row multiplies with: `grad = factor (grad_mean + log_prob (x' - mu))`.
+#[derive(Clone, Copy, Debug)]
+struct Factors {
+    log_prob: f64,
+    /// Of the gradient of the model output, and of the unconditional output.
+    output: f64,
+    uncond_output: f64,
+}
+
+fn backward_in<F: Real>(gradient: &Gradient<'_>, threads: usize) {
+    let plan = Plan::new(gradient.rows, gradient.numel);
     for_each(plan.tasks(), threads, Scratch::<F>::default, |scratch, task| {
         for stretch in plan.stretches(task) {
-            let factors = call.factors::<F>(stretch.row);
-            dispatch(GradientKernel { call, factors, stretch, scratch });
+            let factors = gradient.factors::<F>(stretch.row);
+            dispatch(GradientKernel { call: gradient, factors, stretch, scratch });
         }
     });
 }
 
 struct GradientKernel<'a, F: Real> {
-    call: &'a Backward<'a>,
+    call: &'a Gradient<'a>,
     factors: Factors,
     stretch: Stretch,
     scratch: &'a mut Scratch<F>,
@@ -213,17 +338,17 @@ impl<F: Real> Kernel for GradientKernel<'_, F> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         let GradientKernel { call, factors, stretch, scratch } = self;
-        let [result, buffer, _] = &mut *scratch.0;
+        let [result, buffer, _] = scratch.buffers();
         for offset in (0..stretch.len).step_by(BLOCK) {
             let (first, len) = (stretch.first + offset, BLOCK.min(stretch.len - offset));
             let gradient = gradient_of_mean::<F, FMA>(call, factors, first, &mut result[..len], buffer);
             // SAFETY: stretches do not overlap, and every task runs once.
             unsafe {
-                if let Some(out) = &call.grad_output {
+                if let Some(out) = &call.output {
                     store_scaled(gradient, F::from_f64(factors.output), out, first);
                 }
-                if let Some(out) = &call.grad_uncond {
-                    store_scaled(gradient, F::from_f64(factors.uncond), out, first);
+                if let Some(out) = &call.uncond_output {
+                    store_scaled(gradient, F::from_f64(factors.uncond_output), out, first);
                 }
             }
         }
@@ -233,7 +358,7 @@ impl<F: Real> Kernel for GradientKernel<'_, F> {
 /// `grad_mean + log_prob (x' - mu)`; without a coefficient, neither latent is read.
 #[inline(always)]
 fn gradient_of_mean<'a, F: Real, const FMA: bool>(
-    call: &'a Backward<'_>,
+    call: &'a Gradient<'_>,
     factors: Factors,
     first: usize,
     result: &'a mut [F],
@@ -269,7 +394,7 @@ fn gradient_of_mean<'a, F: Real, const FMA: bool>(
 /// As `store_scaled`.
 #[inline(always)]
 unsafe fn store_and_round<F: Real>(values: &mut [F], out: &ViewMut<'_>, first: usize) {
-    // SAFETY: passed on from the caller.
+    // SAFETY: no other thread writes these elements, by the contract of this function.
     unsafe { with_part!(out, first, values.len(), part => rounded(values, part)) }
 }
 

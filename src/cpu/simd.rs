@@ -7,7 +7,10 @@
 use std::ops::{Mul, Sub};
 use std::sync::OnceLock;
 
-use crate::tensor::{Bf16, Dtype, Element, F16, View, ViewMut};
+use half::{bf16, f16};
+
+use super::memory::{Element, View, ViewMut};
+use crate::call::Dtype;
 
 /// Elements that a body handles at a time: two AVX-512 registers of float32, so that four running sums make the eight
 /// independent chains which two fused multiply-adds of latency four keep busy.
@@ -79,7 +82,7 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
         match instruction_set() {
             // SAFETY: `instruction_set` saw these features on this processor.
             InstructionSet::Avx512 => return unsafe { avx512(kernel) },
-            // SAFETY: as above.
+            // SAFETY: `instruction_set` saw these features on this processor.
             InstructionSet::Avx2 => return unsafe { avx2(kernel) },
             InstructionSet::Baseline => {}
         }
@@ -196,25 +199,25 @@ impl Storage for f64 {
     }
 }
 
-impl Storage for Bf16 {
+impl Storage for bf16 {
     #[inline(always)]
     fn load<F: Real>(self) -> F {
-        F::from_f32(bf16_to_f32(self.0))
+        F::from_f32(bf16_to_f32(self.to_bits()))
     }
     #[inline(always)]
     fn store<F: Real>(value: F) -> Self {
-        Bf16(f32_to_bf16(value.to_f32()))
+        bf16::from_bits(f32_to_bf16(value.to_f32()))
     }
 }
 
-impl Storage for F16 {
+impl Storage for f16 {
     #[inline(always)]
     fn load<F: Real>(self) -> F {
-        F::from_f32(f16_to_f32(self.0))
+        F::from_f32(f16_to_f32(self.to_bits()))
     }
     #[inline(always)]
     fn store<F: Real>(value: F) -> Self {
-        F16(f32_to_f16(value.to_f32()))
+        f16::from_bits(f32_to_f16(value.to_f32()))
     }
 
     /// A residual in float16 is read in every call that has one, and the integers of `f16_to_f32` were a third of it.
@@ -246,10 +249,10 @@ impl Storage for F16 {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx,f16c")]
 #[inline]
-unsafe fn eight_halves(halves: *const F16) -> [f32; 8] {
+unsafe fn eight_halves(halves: *const f16) -> [f32; 8] {
     use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
     let mut out = [0.0; 8];
-    // SAFETY: passed on from the caller; unaligned addresses are allowed in both.
+    // SAFETY: eight elements can be read, by the contract of this function; unaligned addresses are allowed in both.
     unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(halves.cast()))) };
     out
 }
@@ -263,8 +266,8 @@ pub fn widen<'a, F: Real>(view: View<'a>, first: usize, len: usize, buffer: &'a 
     }
     let buffer = &mut buffer[..len];
     match dtype {
-        Dtype::Bf16 => load_all(view.slice::<Bf16>(first, len), buffer),
-        Dtype::F16 => load_all(view.slice::<F16>(first, len), buffer),
+        Dtype::Bf16 => load_all(view.slice::<bf16>(first, len), buffer),
+        Dtype::F16 => load_all(view.slice::<f16>(first, len), buffer),
         Dtype::F32 => load_all(view.slice::<f32>(first, len), buffer),
         Dtype::F64 => load_all(view.slice::<f64>(first, len), buffer),
     }
@@ -282,19 +285,19 @@ fn load_all<T: Storage, F: Real>(from: &[T], to: &mut [F]) {
 macro_rules! with_part {
     ($out:expr, $first:expr, $len:expr, $part:ident => $body:expr) => {
         match $out.dtype() {
-            $crate::tensor::Dtype::F32 => {
+            $crate::call::Dtype::F32 => {
                 let $part = $out.part_mut::<f32>($first, $len);
                 $body
             }
-            $crate::tensor::Dtype::Bf16 => {
-                let $part = $out.part_mut::<$crate::tensor::Bf16>($first, $len);
+            $crate::call::Dtype::Bf16 => {
+                let $part = $out.part_mut::<half::bf16>($first, $len);
                 $body
             }
-            $crate::tensor::Dtype::F16 => {
-                let $part = $out.part_mut::<$crate::tensor::F16>($first, $len);
+            $crate::call::Dtype::F16 => {
+                let $part = $out.part_mut::<half::f16>($first, $len);
                 $body
             }
-            $crate::tensor::Dtype::F64 => {
+            $crate::call::Dtype::F64 => {
                 let $part = $out.part_mut::<f64>($first, $len);
                 $body
             }
@@ -309,7 +312,7 @@ pub(crate) use with_part;
 /// As `ViewMut::part_mut`: no other thread writes these elements.
 #[inline(always)]
 pub unsafe fn store_scaled<F: Real>(values: &[F], scale: F, out: &ViewMut<'_>, first: usize) {
-    // SAFETY: passed on from the caller.
+    // SAFETY: no other thread writes these elements, by the contract of this function.
     unsafe { with_part!(out, first, values.len(), part => scaled(values, scale, part)) }
 }
 
@@ -326,7 +329,7 @@ fn scaled<F: Real, T: Storage>(from: &[F], scale: F, to: &mut [T]) {
 /// As `ViewMut::part_mut`: no other thread writes these elements.
 #[inline(always)]
 pub unsafe fn narrow<S: Storage>(values: &[S], out: &ViewMut<'_>, first: usize) {
-    // SAFETY: passed on from the caller.
+    // SAFETY: no other thread writes these elements, by the contract of this function.
     unsafe { with_part!(out, first, values.len(), part => store_all(values, part)) }
 }
 
@@ -340,7 +343,6 @@ fn store_all<S: Storage, T: Storage>(from: &[S], to: &mut [T]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::{bf16, f16};
 
     fn same(mine: f32, wanted: f32) -> bool {
         mine.to_bits() == wanted.to_bits() || (mine.is_nan() && wanted.is_nan())
@@ -354,21 +356,21 @@ mod tests {
         }
     }
 
-    struct Widen<'a>(&'a [F16; LANES]);
+    struct Widen<'a>(&'a [f16; LANES]);
     impl Kernel for Widen<'_> {
         type Output = [f32; LANES];
         #[inline(always)]
         fn run<const FMA: bool>(self) -> [f32; LANES] {
-            F16::load_lanes::<f32, FMA>(self.0)
+            f16::load_lanes::<f32, FMA>(self.0)
         }
     }
 
     #[test]
     fn lanes_of_halves_widen_exactly() {
         for first in (0..=u16::MAX).step_by(LANES) {
-            let halves: [F16; LANES] = std::array::from_fn(|lane| F16(first + lane as u16));
+            let halves: [f16; LANES] = std::array::from_fn(|lane| f16::from_bits(first + lane as u16));
             for (lane, mine) in dispatch(Widen(&halves)).into_iter().enumerate() {
-                assert!(same(mine, f16::from_bits(halves[lane].0).to_f32()), "f16 {:#x}", halves[lane].0);
+                assert!(same(mine, halves[lane].to_f32()), "f16 {:?}", halves[lane]);
             }
         }
     }

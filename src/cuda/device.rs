@@ -70,11 +70,12 @@ pub fn survey() -> Result<Option<Driver>, Error> {
 }
 
 /// One value per device, made on first use. A failure is not kept: the next call tries again.
-pub(super) struct PerDevice<T>([OnceLock<T>; MAX_DEVICES], Mutex<()>);
+pub struct PerDevice<T>([OnceLock<T>; MAX_DEVICES], Mutex<()>);
 
 const MAX_DEVICES: usize = 64;
 
 impl<T> PerDevice<T> {
+    #[allow(clippy::new_without_default)] // a default is no constant
     pub const fn new() -> Self {
         PerDevice([const { OnceLock::new() }; MAX_DEVICES], Mutex::new(()))
     }
@@ -104,7 +105,7 @@ pub struct Device {
 
 // SAFETY: a context handle may be used by every thread, and a retained primary context stays valid.
 unsafe impl Send for Device {}
-// SAFETY: as above; nothing in a `Device` changes.
+// SAFETY: several threads may use a context at once, and nothing in a `Device` changes.
 unsafe impl Sync for Device {}
 
 impl Device {
@@ -145,28 +146,24 @@ impl Device {
     }
 
     /// Loads the image of `unit` that fits, and finds `names` in it. For `PerDevice`, so that it happens once.
-    pub(super) fn load<const N: usize>(
-        &self,
-        unit: &'static str,
-        names: [&str; N],
-    ) -> Result<[sys::CUfunction; N], Error> {
+    pub(super) fn load(&self, unit: &'static str, names: &[String]) -> Result<Vec<sys::CUfunction>, Error> {
         let Device { ordinal, capability, .. } = *self;
         let image = choose(IMAGES, unit, capability).ok_or(Error::NoImage { ordinal, capability })?;
         let _bound = self.bind()?;
         let _relaxed = Relaxed::enter()?;
         // SAFETY: the image is a whole cubin, or PTX that ends with a NUL, by `build.rs` and the tests of `image`.
         let module = unsafe { result::module::load_data(image.bytes.as_ptr().cast()) }.during("cuModuleLoadData")?;
-        let mut functions = [ptr::null_mut(); N];
-        for (function, name) in functions.iter_mut().zip(names) {
-            let name = CString::new(name).expect("kernel names have no NUL");
+        let find = |name: &String| {
+            let name = CString::new(name.as_str()).expect("kernel names have no NUL");
             // SAFETY: the module was just loaded.
-            *function = unsafe { result::module::get_function(module, name) }.during("cuModuleGetFunction")?;
+            let function = unsafe { result::module::get_function(module, name) }.during("cuModuleGetFunction")?;
             let any = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
             // Drivers load a kernel when it is first asked for. Here is the place, not inside somebody's capture.
             // SAFETY: the function was just found.
-            unsafe { result::function::get_function_attribute(*function, any) }.during("cuFuncGetAttribute")?;
-        }
-        Ok(functions)
+            unsafe { result::function::get_function_attribute(function, any) }.during("cuFuncGetAttribute")?;
+            Ok(function)
+        };
+        names.iter().map(find).collect()
     }
 }
 
@@ -204,7 +201,7 @@ impl Relaxed {
 
 impl Drop for Relaxed {
     fn drop(&mut self) {
-        // SAFETY: as above, with the mode that was there before.
+        // SAFETY: exchanges this thread's mode with the one that was there before.
         let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut self.0) };
     }
 }

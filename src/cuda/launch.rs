@@ -1,36 +1,18 @@
-//! The one place that launches a kernel.
+//! The one place that launches a kernel, and the table of kernels of one `kernels/<unit>.cu`.
 
 use std::ffi::c_void;
-use std::marker::PhantomData;
 use std::ptr;
 
+use bytemuck::NoUninit;
 use cudarc::driver::{result, sys};
 
-use super::device::{Device, During};
+use super::device::{Device, During, PerDevice};
+use crate::call::{Dtype, Latent};
 use crate::error::Error;
-
-/// A loaded kernel that takes one `Parameters` by value.
-#[derive(Debug)]
-pub struct Kernel<Parameters> {
-    function: sys::CUfunction,
-    parameters: PhantomData<fn(Parameters)>,
-}
-
-// SAFETY: a function handle may be used by every thread, and its module is never unloaded.
-unsafe impl<Parameters> Send for Kernel<Parameters> {}
-// SAFETY: as above; nothing in a `Kernel` changes.
-unsafe impl<Parameters> Sync for Kernel<Parameters> {}
-
-impl<Parameters> Kernel<Parameters> {
-    /// # Safety
-    /// `function` comes from a module that stays loaded, and its only argument has the layout of `Parameters`.
-    pub unsafe fn new(function: sys::CUfunction) -> Self {
-        Kernel { function, parameters: PhantomData }
-    }
-}
+use crate::plan::GridPlan;
 
 /// Where a call runs: PyTorch's device number, and the stream that is current there.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Target {
     pub device: usize,
     pub stream: usize,
@@ -44,42 +26,112 @@ impl Target {
         if self.stream <= 1 {
             return Ok(false);
         }
-        // SAFETY: the stream is alive, see `launch`.
+        // SAFETY: PyTorch looked the stream up for this call, so it is alive.
         let status = unsafe { result::stream::is_capturing(ptr::without_provenance_mut(self.stream)) };
         let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         status.map(|status| status != none).during("cuStreamIsCapturing")
     }
 }
 
-/// A one-dimensional grid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Grid {
-    pub blocks: u32,
-    pub threads: u32,
+#[derive(Clone, Copy, Debug)]
+pub enum Direction {
+    Forward,
+    Backward,
 }
 
-/// Puts one kernel on a stream and returns at once.
-///
-/// # Safety
-/// - `stream` is a stream of `device`, or 0 for its default one, and alive until this returns: PyTorch looked it up for
-///   this call.
-/// - Every address in `parameters` is memory of `device` that stays valid, and that no other stream writes (or, where
-///   the kernel writes, touches), until the kernel has run: PyTorch's allocator gives memory back to the stream it came
-///   from, behind the kernel.
-/// - The kernel stays inside that memory for this grid: its plan and its parameters were made from the same sizes.
-pub unsafe fn launch<Parameters>(
-    kernel: &Kernel<Parameters>,
-    device: &Device,
-    stream: usize,
-    grid: Grid,
-    parameters: &Parameters,
-) -> Result<(), Error> {
-    let _bound = device.bind()?;
-    // The driver copies the parameters before it returns; it reads as many bytes as the kernel takes.
-    let mut arguments = [ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
-    let (stream, blocks, threads) = (ptr::without_provenance_mut(stream), (grid.blocks, 1, 1), (grid.threads, 1, 1));
-    // SAFETY: the function is loaded and takes exactly these parameters by the contract of `Kernel::new`, in the
-    // context that is current now; the rest is the contract of this function.
-    unsafe { result::launch_kernel(kernel.function, blocks, threads, 0, stream, &mut arguments) }
+/// A kernel that knows its dtypes, or takes every mix.
+#[derive(Debug)]
+pub struct Variant {
+    pub suffix: &'static str,
+    /// Whether it takes model outputs, else means.
+    pub is_step: bool,
+    /// Of the outputs, the samples, and the old and the reference policy.
+    pub dtypes: Option<[Dtype; 3]>,
+}
+
+/// The kernels of one compiled unit: `<unit>_{forward, backward}_<variant>`, each with one argument by value.
+pub struct Unit {
+    pub name: &'static str,
+    /// Those that take every mix come last.
+    pub variants: &'static [Variant],
+    /// Bytes of the argument of a forward and of a backward.
+    pub bytes: [usize; 2],
+    pub loaded: PerDevice<Loaded>,
+}
+
+/// Function handles of a device: all forwards, then all backwards.
+pub struct Loaded(Vec<sys::CUfunction>);
+
+// SAFETY: a function handle may be used by every thread, and its module is never unloaded.
+unsafe impl Send for Loaded {}
+// SAFETY: a function handle may be used by several threads at once, and the list does not change.
+unsafe impl Sync for Loaded {}
+
+impl Unit {
+    /// Names of all entry points, forward and then backward, with the bytes of their only argument.
+    pub fn entry_points(&self) -> impl Iterator<Item = (String, usize)> {
+        ["forward", "backward"].into_iter().zip(self.bytes).flat_map(move |(direction, bytes)| {
+            self.variants.iter().map(move |one| (format!("{}_{direction}_{}", self.name, one.suffix), bytes))
+        })
+    }
+
+    /// Multiprocessors of the device, with the kernels loaded there.
+    pub fn multiprocessors(&self, ordinal: usize) -> Result<u32, Error> {
+        self.load(ordinal).map(|(device, _)| device.multiprocessors)
+    }
+
+    fn load(&self, ordinal: usize) -> Result<(&'static Device, &Loaded), Error> {
+        let device = Device::get(ordinal)?;
+        let loaded = self.loaded.get_or_make(ordinal, || {
+            let names: Vec<String> = self.entry_points().map(|(name, _)| name).collect();
+            device.load(self.name, &names).map(Loaded)
+        })?;
+        Ok((device, loaded))
+    }
+
+    /// The variant for these latents: of the outputs, the samples, and the other policies. What is absent fits every
+    /// variant.
+    fn variant(&self, is_step: bool, groups: [&[Latent]; 3]) -> usize {
+        let fits = |variant: &Variant| {
+            let of_group = |(latents, dtype): (&[Latent], Dtype)| {
+                latents.iter().all(|latent| !latent.is_present() || latent.dtype == dtype)
+            };
+            variant.is_step == is_step
+                && variant.dtypes.is_none_or(|dtypes| groups.into_iter().zip(dtypes).all(of_group))
+        };
+        self.variants.iter().position(fits).expect("the last variant of each kind fits everything")
+    }
+
+    /// Puts the kernel for these latents on a stream and returns at once.
+    ///
+    /// # Safety
+    /// - `Parameters` is the argument of this unit's kernels in this direction.
+    /// - `target.stream` is a stream of `target.device`, or 0 for its default one, and alive until this returns.
+    /// - Every address in `parameters` is memory of that device that stays valid, and that no other stream writes (or,
+    ///   where the kernel writes, touches), until the kernel has run.
+    /// - `plan` and the sizes in `parameters` belong together, so that the kernel stays inside that memory.
+    pub unsafe fn launch<Parameters: NoUninit>(
+        &self,
+        target: Target,
+        direction: Direction,
+        (is_step, groups): (bool, [&[Latent]; 3]),
+        plan: GridPlan,
+        parameters: &Parameters,
+    ) -> Result<(), Error> {
+        let (device, Loaded(functions)) = self.load(target.device)?;
+        let first = direction as usize * self.variants.len();
+        let function = functions[first + self.variant(is_step, groups)];
+        assert_eq!(size_of::<Parameters>(), self.bytes[direction as usize]);
+        let _bound = device.bind()?;
+        // The driver copies the parameters before it returns; it reads as many bytes as the kernel takes.
+        let mut arguments = [ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
+        let (grid, block) = ((plan.blocks, 1, 1), (GridPlan::THREADS, 1, 1));
+        // SAFETY: the function is loaded in the context that is current now and takes exactly these parameters; stream
+        // and memory are what the caller promised.
+        unsafe {
+            let stream = ptr::without_provenance_mut(target.stream);
+            result::launch_kernel(function, grid, block, 0, stream, &mut arguments)
+        }
         .during("cuLaunchKernel")
+    }
 }

@@ -1,6 +1,6 @@
 """`loss` and `step_loss` on the emulated kernels: the arguments of a launch, sent to a server process.
 
-The structs are those of kernels/policy_loss.cuh; the server refuses one of another size.
+The server refuses an argument of another size than the kernel's.
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import defaults
 from emulator.build import Fault, build
-from launch_arguments import Backward, Forward, Latents, Problem, RowVector, Schedule
+from launch_arguments import PolicyLossBackward, PolicyLossForward, Structure, option
 from torch import Tensor
 
-from flowdppo_ops import FlowDPPO, PolicyLoss, _args, _native, _step_args
+import flowdppo_ops
+from flowdppo_ops import FlowDPPO, PolicyLoss, _native
+from flowdppo_ops._checks import Call, check_loss, check_step_loss
 from flowdppo_ops._torch import FAMILY
+from flowdppo_ops.result import Layout
 
 SHORT_ROW = 512  # kShortRow
-LATENTS = tuple(name for name, _ in Latents._fields_)  # in the order of `_args.Latents`
-FORMS = ("mean", "output", "residual")
+LATENTS, OLD, REF = (
+    tuple(name for name in _native.LATENTS if name.startswith(prefix)) for prefix in ("", "old_", "ref_")
+)
+OUTPUTS, SAMPLES = ("prev_sample_mean", "model_output", "uncond_output"), ("sample", "prev_sample")
 WHOLE, SUMS_ALONE, OBJECTIVE_ALONE = range(3)  # Stage
 CANARY = 0xA5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -151,49 +157,68 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def row_stride(value: Tensor, row_shape: tuple[int, ...]) -> tuple[Tensor, int, int]:
+    """The row vector, written out if it must be, with (divide, modulo): row r has element r // divide % modulo."""
+    leading = value.reshape(value.shape[: len(row_shape)] or (1,) * len(row_shape))
+    wanted = torch.arange(value.numel()).reshape(leading.shape).expand(row_shape).flatten()
+    rows = torch.arange(wanted.numel())
+    for divide in range(1, len(rows) + 1):
+        if len(rows) % divide == 0 and torch.equal(rows // divide % value.numel(), wanted):
+            return value, divide, value.numel()
+    return leading.expand(row_shape).contiguous(), 1, len(rows)
+
+
 class Launch:
-    """An argument under construction: its scalars, and the buffers that its pointers will point to."""
+    """An argument under construction: its scalars, and the buffers that its pointers will point to. Places in it are
+    names with dots between them: "call.latents.sample"."""
 
     def __init__(
-        self, server: Server, argument: ctypes.Structure, offsets: dict[str, int], row_shape: tuple[int, ...]
+        self, server: Server, argument: Structure, offsets: dict[str, int], row_shape: tuple[int, ...]
     ) -> None:
         self.server, self.argument, self.offsets, self.row_shape = server, argument, offsets, row_shape
         self.buffers: list[_Buffer] = []
         self.outputs: dict[str, tuple[torch.dtype, int]] = {}
 
-    def point(self, at: int, tensor: Tensor, offset: int = 0) -> None:
-        """The pointer at this byte of the argument to the tensor; `offset`: elements off a multiple of 16 bytes."""
-        self.buffers.append(_Buffer(_bytes(tensor), [at], offset * tensor.element_size()))
+    def find(self, place: str) -> tuple[Any, int]:
+        """The field, and where in the argument it stands."""
+        found, at = self.argument, 0
+        for name in place.split("."):
+            at += getattr(type(found), name).offset
+            found = getattr(found, name)
+        return found, at
 
-    def latents(self, latents: _args.Latents) -> None:
-        start = self.at("latents")
-        for name, tensor in zip(LATENTS, latents, strict=True):
-            if tensor is not None:
-                getattr(self.argument.latents, name).dtype = DTYPES[tensor.dtype]
-                self.point(start + getattr(Latents, name).offset, tensor, self.offsets.get(name, 0))
+    def input(self, place: str, tensor: Tensor, *, has_bytes: bool = True) -> None:
+        """Points to the tensor, as far off a multiple of 16 bytes as `offsets` says. Without its bytes, where none may
+        be read."""
+        name = place.rpartition(".")[2]
+        data = _bytes(tensor) if has_bytes else b""
+        self.buffers.append(_Buffer(data, [self.find(place)[1]], self.offsets.get(name, 0) * tensor.element_size()))
 
-    def row_vector(self, struct: RowVector, at: int, value: float | Tensor | None) -> None:
-        struct.present = value is not None
+    def latent(self, place: str, tensor: Tensor, *, has_bytes: bool = True) -> None:
+        self.find(place)[0].dtype = DTYPES[tensor.dtype]
+        self.input(place, tensor, has_bytes=has_bytes)
+
+    def row_vector(self, place: str, value: float | Tensor) -> None:
+        vector = self.find(place)[0]
+        vector.present = 1
         if isinstance(value, Tensor):
-            struct.dtype = DTYPES[value.dtype]
-            struct.divide, struct.modulo = _args.row_stride(tuple(value.shape), self.row_shape)
-            self.point(at, value)
-        elif value is not None:
-            struct.value = value
+            vector.dtype = DTYPES[value.dtype]
+            written, vector.divide, vector.modulo = row_stride(value, self.row_shape)
+            self.input(place, written)
+        else:
+            vector.value = value
 
-    def input(self, name: str, value: Tensor) -> None:
-        self.point(self.at(name), value, self.offsets.get(name, 0))
+    def row_vectors(self, start: str, names: list[str], given: dict[str, Any]) -> None:
+        for name in names:
+            if name in given:
+                self.row_vector(f"{start}.{name}", given[name])
 
     def output(self, name: str, dtype: torch.dtype, count: int, fill: int = CANARY) -> None:
         """Filled with canaries: an element that is not written does not pass for a result."""
         size = torch.empty(0, dtype=dtype).element_size()
         offset = self.offsets.get(name, 0) * size
-        self.buffers.append(_Buffer(bytes([fill]) * (count * size), [self.at(name)], offset, is_output=True))
+        self.buffers.append(_Buffer(bytes([fill]) * (count * size), [self.find(name)[1]], offset, is_output=True))
         self.outputs[name] = (dtype, count)
-
-    def at(self, name: str) -> int:
-        """Where in the argument a pointer stands."""
-        return getattr(type(self.argument), name).offset
 
     def run(self, kernel: str, blocks: int, seed: int) -> dict[str, Tensor]:
         replies = self.server.launch(kernel, self.argument, self.buffers, blocks, seed)
@@ -206,9 +231,9 @@ class Launch:
 class Emulated:
     """A loss on the emulated kernels, called with keywords.
 
-    splits: blocks of a row; 0 a warp per row; None as a launcher would choose. offsets: elements by which the latents
-    (names as in `Latents`), "grad_output" and "grad_uncond" lie off a multiple of 16 bytes. Every launch takes another
-    order of blocks and threads, unless `seed` says which.
+    splits: blocks of a row; 0 a warp per row; None as a launcher would choose. offsets: elements by which the latents,
+    "grad_output" and "grad_uncond_output" lie off a multiple of 16 bytes. Every launch takes another order of blocks
+    and threads, unless `seed` says which.
     """
 
     def __init__(
@@ -223,11 +248,13 @@ class Emulated:
         self.server, self.splits, self.offsets, self.variant = server, splits, offsets or {}, variant
         self.seeds = itertools.count(1) if seed is None else itertools.repeat(seed)
 
-    def run(self, call: _args.LossCall, row_sums: Tensor | None = None) -> PolicyLoss:
+    def run(self, call: Call, row_sums: Tensor | None = None) -> PolicyLoss:
         """`row_sums`: those of all shards, of which the latents are one."""
-        latents, vectors = call.latents, call.vectors
-        loss, numbers = _Function.apply(latents.output, latents.uncond_output, vectors.log_prob, call, self, row_sums)
-        return PolicyLoss(loss, numbers, call.row_shape, latents.old is not None, latents.ref is not None)
+        leaves = (output_of(call.fields), call.fields.get("uncond_output"), call.fields.get("log_prob"))
+        loss, numbers = _Function.apply(*leaves, call, self, row_sums)
+        has_std = "std" in call.fields or is_step(call.fields)
+        layout = Layout(call.row_shape, has_std and has(OLD, call.fields), has(REF, call.fields))
+        return PolicyLoss(loss, numbers, layout)
 
     def plan(self, rows: int, numel: int) -> tuple[int, int]:
         """(splits, blocks)"""
@@ -236,122 +263,101 @@ class Emulated:
             splits = 0 if numel <= SHORT_ROW else math.ceil(numel / 4096)
         return splits, math.ceil(rows / self.server.warps) if splits == 0 else rows * splits
 
-    def kernel(self, direction: str, latents: _args.Latents, is_step: bool) -> str:
-        output, uncond, sample, prev_sample, old, ref = (None if t is None else t.dtype for t in latents)
+    def kernel(self, direction: str, latents: dict[str, Tensor]) -> str:
+        came = [{latents[name].dtype for name in names if name in latents} for names in (OUTPUTS, SAMPLES, OLD + REF)]
         fitting = [
             name
-            for dtypes, name in VARIANTS[is_step].items()
-            for outputs, samples, policies in [dtypes]
-            if {output, uncond} <= {None, outputs}
-            and {sample, prev_sample} <= {None, samples}
-            and {old, ref} <= {None, policies}
+            for dtypes, name in VARIANTS[is_step(latents)].items()
+            if all(one <= {dtype} for one, dtype in zip(came, dtypes, strict=True))
         ]
-        mixed = "step_mixed" if is_step else "mixed"
+        mixed = "step_mixed" if is_step(latents) else "mixed"
         return f"policy_loss_{direction}_{self.variant or (fitting or [mixed])[0]}"
 
-    def forward(self, call: _args.LossCall, row_sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call, row_sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss and numbers."""
-        stage = WHOLE if row_sums is None else OBJECTIVE_ALONE
-        launch, rows = self._forward(call, stage)
-        per_row = call.settings.reduction == "none"
+        launch = self._forward(call, WHOLE if row_sums is None else OBJECTIVE_ALONE)
+        rows, per_row = launch.argument.call.rows, call.settings["reduction"] == "none"
         launch.output("loss", torch.float32, rows if per_row else 1)
-        launch.output("numbers", torch.float32, rows * fields(call.schedule is not None) + _native.BATCH_LEN)
+        launch.output("numbers", torch.float32, rows * fields(is_step(call.fields)) + _native.BATCH_LEN)
         if row_sums is not None:
             launch.input("row_sums", row_sums)
-        numel = 0 if stage == OBJECTIVE_ALONE else launch.argument.problem.numel
-        out = self._run_forward(launch, call, rows, numel)
+        out = self._run_forward(launch, call)
         return out["loss"].reshape(call.row_shape if per_row else ()), out["numbers"]
 
-    def row_sums(self, call: _args.LossCall) -> Tensor:
+    def row_sums(self, call: Call) -> Tensor:
         """Of the shard of every row that the latents are, `[4 rows + 1]`."""
-        launch, rows = self._forward(call, SUMS_ALONE)
-        launch.output("row_sums", torch.float64, 4 * rows + 1)
-        return self._run_forward(launch, call, rows, launch.argument.problem.numel)["row_sums"]
+        launch = self._forward(call, SUMS_ALONE)
+        launch.output("row_sums", torch.float64, 4 * launch.argument.call.rows + 1)
+        return self._run_forward(launch, call)["row_sums"]
 
-    def _forward(self, call: _args.LossCall, stage: int) -> tuple[Launch, int]:
-        latents, vectors, settings, schedule = call.latents, call.vectors, call.settings, call.schedule
-        if call.double:
+    def _forward(self, call: Call, stage: int) -> Launch:
+        given, settings = call.fields, call.settings
+        wide = [name for name in (*LATENTS, "log_prob", "old_log_prob") if name in given]
+        if any(given[name].dtype == torch.float64 for name in wide):
             raise Float64("no kernel takes float64 latents")
-        rows = vectors.advantages.numel()
-        launch = Launch(self.server, Forward(stage=stage), self.offsets, call.row_shape)
-        # Without their bytes where none may be read.
-        launch.latents(latents if stage != OBJECTIVE_ALONE else _args.Latents(*[None] * len(latents)))
-        problem = launch.argument.problem
-        problem.rows, problem.numel = rows, 0 if latents.output is None else latents.output.numel() // rows
-        problem.objective = ("flow_dppo", "flow_grpo", "grpo_guard").index(settings.objective)
-        problem.density = ("gaussian", "cps").index(settings.density)
-        problem.latent_sum = settings.latent_reduction == "sum"
-        problem.reduction = ("mean", "sum", "none", "kept_mean").index(settings.reduction)
-        problem.mask = ("asymmetric", "symmetric", "none").index(settings.mask)
-        problem.kl_divisor = ("gaussian", "constant", "velocity").index(settings.kl_divisor)
-        for name in ("keep_nan_kl", "per_row_scale", "low", "high", "adv_clip_max", "ref_kl_weight"):
-            setattr(problem, name, getattr(settings, name))
-        problem.has_kl = latents.old is not None and (vectors.std is not None or schedule is not None)
-        problem.has_ref = latents.ref is not None
-        at = Forward.problem.offset
-        for name, value in vectors._asdict().items():
-            launch.row_vector(getattr(problem, name), at + getattr(Problem, name).offset, value)
-        if schedule is not None:
-            problem.old_form, problem.ref_form = FORMS.index(schedule.old_form), FORMS.index(schedule.ref_form)
-            problem.schedule.sampler = 1 + _args.SAMPLERS.index(schedule.sampler)
-            at += Problem.schedule.offset
-            given = dict(
-                zip(("sigma", "sigma_next", "noise_level", "sigma_max", "guidance"), schedule[3:], strict=True)
-            )
-            for name, value in given.items():
-                launch.row_vector(getattr(problem.schedule, name), at + getattr(Schedule, name).offset, value)
-        return launch, rows
+        launch = Launch(self.server, PolicyLossForward(stage=stage), self.offsets, call.row_shape)
+        argument = launch.argument.call
+        output = output_of(given)
+        argument.rows = given["advantages"].numel()
+        argument.numel = 0 if output is None else output.numel() // argument.rows
+        for name in LATENTS:
+            if name in given:
+                launch.latent(f"call.latents.{name}", given[name], has_bytes=stage != OBJECTIVE_ALONE)
+        launch.row_vectors("call.vectors", _native.ROW_VECTORS, given)
+        launch.row_vectors("call.schedule", _native.SCHEDULE, given)
+        argument.objective.kind = option("objective", settings["objective"])
+        for name in ("mask", "kl_divisor"):
+            setattr(argument.objective, name, option(name, settings[name]))
+        for name in ("kl_mask_threshold", "clip_low", "clip_high", "adv_clip_max", "keep_nan_kl", "per_row_scale"):
+            setattr(argument.objective, name, settings[name])
+        argument.settings.ref_kl_weight = settings["ref_kl_weight"]
+        for name in ("sampler", "density", "latent_reduction", "reduction"):
+            setattr(argument.settings, name, option(name, settings[name]))
+        return launch
 
-    def _run_forward(self, launch: Launch, call: _args.LossCall, rows: int, numel: int) -> dict[str, Tensor]:
+    def _run_forward(self, launch: Launch, call: Call) -> dict[str, Tensor]:
+        rows, numel = launch.argument.call.rows, launch.argument.call.numel
         whole_rows = launch.argument.stage == OBJECTIVE_ALONE
         splits, blocks = (0, math.ceil(rows / self.server.warps)) if whole_rows else self.plan(rows, numel)
         launch.argument.splits = splits
         launch.output("partials", torch.float32, rows * max(splits, 1) * 4)
         launch.output("tickets", torch.int32, rows + 1, fill=0)
-        kernel = self.kernel("forward", call.latents, call.schedule is not None)
-        return launch.run(kernel, blocks, next(self.seeds))
+        latents = {name: call.fields[name] for name in LATENTS if name in call.fields}
+        return launch.run(self.kernel("forward", latents), blocks, next(self.seeds))
 
     def backward(
-        self,
-        grad_loss: Tensor,
-        numbers: Tensor,
-        latents: _args.Latents,
-        schedule: _args.Schedule | None,
-        wants: tuple[bool, bool, bool],
+        self, grad_loss: Tensor, numbers: Tensor, latents: dict[str, Tensor], wants: tuple[bool, bool, bool]
     ) -> dict[str, Tensor]:
-        """`wants`: the gradients of the output, of the unconditional output and of the log-prob."""
-        is_step = schedule is not None
-        rows = (numbers.numel() - _native.BATCH_LEN) // fields(is_step)
-        numel = 0 if latents.output is None else latents.output.numel() // rows
+        """`latents`: those that are read. `wants`: the gradients of the output, of the unconditional output and of the
+        log-prob."""
+        rows = (numbers.numel() - _native.BATCH_LEN) // fields(is_step(latents))
+        output = output_of(latents)
+        numel = 0 if output is None else output.numel() // rows
         splits, blocks = self.plan(rows, numel)
-        argument = Backward(splits=splits, rows=rows, numel=numel)
+        argument = PolicyLossBackward(splits=splits, rows=rows, numel=numel)
         launch = Launch(self.server, argument, self.offsets, (rows,))
-        launch.latents(latents)
-        launch.row_vector(launch.argument.grad_loss, Backward.grad_loss.offset, grad_loss.contiguous().reshape(-1))
+        for name, tensor in latents.items():
+            launch.latent(f"latents.{name}", tensor)
+        launch.row_vector("grad_loss", grad_loss.contiguous().reshape(-1))
         launch.input("numbers", numbers)
-        if schedule is not None:
-            launch.argument.old_form = FORMS.index(schedule.old_form)
-            launch.argument.ref_form = FORMS.index(schedule.ref_form)
         if not any(wants[:2]):
             blocks = math.ceil(rows / (32 * self.server.warps))
         if wants[0]:
-            launch.output("grad_output", latents.output.dtype, latents.output.numel())
+            launch.output("grad_output", output.dtype, output.numel())
         if wants[1]:
-            launch.output("grad_uncond", latents.uncond_output.dtype, latents.uncond_output.numel())
+            launch.output("grad_uncond_output", latents["uncond_output"].dtype, output.numel())
         if wants[2]:
             launch.output("grad_log_prob", torch.float32, rows)
-        return launch.run(self.kernel("backward", latents, is_step), blocks, next(self.seeds))
+        return launch.run(self.kernel("backward", latents), blocks, next(self.seeds))
 
 
 class EmulatedLoss(Emulated):
     """`flowdppo_ops.loss`"""
 
     def __call__(self, prev_sample_mean: Any, old_prev_sample_mean: Any, advantages: Any, **options: Any) -> PolicyLoss:
-        names = ("std", "sqrt_dt", "prev_sample", "log_prob", "old_log_prob", "weights", "ref_prev_sample_mean")
-        defaults = dict.fromkeys((*names, "ref_std", "process_group")) | {"ref_kl_weight": 0.0}
-        defaults |= {"objective": FlowDPPO(), "density": "gaussian", "latent_reduction": "mean", "reduction": "mean"}
-        options = defaults | {"prev_sample_mean": prev_sample_mean, "advantages": advantages} | options
-        return self.run(_args.check_loss("emulated", FAMILY, old_prev_sample_mean=old_prev_sample_mean, **options))
+        given = {"prev_sample_mean": prev_sample_mean, "old_prev_sample_mean": old_prev_sample_mean}
+        given |= {"objective": FlowDPPO(), "advantages": advantages} | options
+        return self.run(check_loss("emulated", FAMILY, defaults(flowdppo_ops.loss) | given))
 
 
 class EmulatedStepLoss(Emulated):
@@ -360,16 +366,34 @@ class EmulatedStepLoss(Emulated):
     def __call__(self, **options: Any) -> PolicyLoss:
         return self.run(self.checked(**options))
 
-    def checked(self, **options: Any) -> _args.LossCall:
-        names = ("uncond_output", "guidance_scale", "old_prev_sample_mean", "old_model_output", "old_residual")
-        names += ("old_log_prob", "weights", "ref_prev_sample_mean", "ref_model_output", "ref_std", "process_group")
-        defaults = dict.fromkeys(names) | {"ref_kl_weight": 0.0, "sampler": "flow_sde", "sigma_max": 0.99}
-        defaults |= {"objective": FlowDPPO(), "latent_reduction": "mean", "reduction": "mean"}
-        return _step_args.check_step_loss("emulated", FAMILY, **(defaults | options))
+    def checked(self, **options: Any) -> Call:
+        given = {"objective": FlowDPPO()} | options
+        return check_step_loss("emulated", FAMILY, defaults(flowdppo_ops.step_loss) | given)
+
+
+def is_step(latents: dict[str, Any]) -> bool:
+    return "model_output" in latents
+
+
+def has(names: tuple[str, ...], latents: dict[str, Any]) -> bool:
+    return any(name in latents for name in names)
+
+
+def output_of(latents: dict[str, Any]) -> Tensor | None:
+    """What the gradient of the trained policy goes to."""
+    return latents.get("model_output" if is_step(latents) else "prev_sample_mean")
 
 
 def fields(is_step: bool) -> int:
     return _native.STEP_FIELDS if is_step else _native.FIELDS
+
+
+def read_by_backward(call: Call) -> dict[str, Tensor]:
+    """Of latents whose difference has no coefficient in any row, none is given."""
+    given, is_guard = call.fields, call.settings["objective"] == "grpo_guard"
+    if not (is_guard or "prev_sample" in given or has(REF, given)):
+        return {}
+    return {name: given[name] for name in LATENTS if name in given and (is_guard or name not in OLD)}
 
 
 class _Function(torch.autograd.Function):
@@ -383,15 +407,11 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        latents, (numbers,) = ctx.call.latents, ctx.saved_tensors
+        latents, (numbers,) = read_by_backward(ctx.call), ctx.saved_tensors
         wants_output, *wants_others = ctx.needs_input_grad[:3]
-        differentiable = _args.differentiates_mean(latents, ctx.call.settings.objective)
-        if ctx.call.settings.objective != "grpo_guard":
-            latents = latents._replace(old=None)
-        wants = (wants_output and differentiable, *wants_others)
-        out = ctx.emulated.backward(grad_loss, numbers, latents, ctx.call.schedule, wants)
-        like = {"grad_output": latents.output, "grad_uncond": latents.uncond_output}
-        like["grad_log_prob"] = ctx.call.vectors.log_prob
+        out = ctx.emulated.backward(grad_loss, numbers, latents, (wants_output and bool(latents), *wants_others))
+        like = {"grad_output": output_of(ctx.call.fields)}
+        like |= {f"grad_{name}": ctx.call.fields.get(name) for name in ("uncond_output", "log_prob")}
         grads = [
             out[name].reshape(tensor.shape).to(tensor.dtype) if name in out else None for name, tensor in like.items()
         ]

@@ -6,22 +6,15 @@ from __future__ import annotations
 import sys
 from itertools import product
 
-from flowdppo_ops import FlowGRPO, _native
+from flowdppo_ops import FlowGRPO
+from standin.gpu import on_gpu
 from standin.harness import Driver
 from standin.scenarios import refused
 
 
-def on_gpu(device: int = 0, stream: int = 0):
-    """Sends CPU tensors along the road of CUDA tensors: to the stand-in, the host's memory is a device's."""
-    from flowdppo_ops import _cuda
-
-    _cuda.target = lambda tensor: (device, stream)
-    return _cuda
-
-
 def parity() -> None:
     """The results of `loss` are within the suite's tolerance, and the masks the same; the workspace is as it was."""
-    driver, cuda = Driver(), on_gpu()
+    driver, gpu = Driver(), on_gpu()
     from cases import DTYPES, OBJECTIVES, VARIANTS, draw, mask_cells
     from parity import equal_bits, run, three_way
 
@@ -47,8 +40,8 @@ def parity() -> None:
     equal_bits(run(loss, arguments), run(loss, arguments))
 
     assert len(driver.launches()) == 2 * (len(calls) + 4)  # a forward and a backward each
-    assert list(cuda._tickets) == [(0, 0)]
-    assert not cuda._tickets[0, 0].any()
+    (tickets,) = gpu.tickets
+    assert not tickets.any()
 
 
 def step_parity() -> None:
@@ -153,7 +146,7 @@ def sharded_parity() -> None:
 def clip_limits() -> None:
     """1 - 0.09 rounded to float32 is not 1 - float32(0.09) rounded: ratios there are kept or not as on the CPU."""
     Driver()
-    cuda = on_gpu()
+    gpu = on_gpu()
     import torch
 
     from flowdppo_ops import loss
@@ -164,8 +157,8 @@ def clip_limits() -> None:
     advantages = torch.tensor([-1.0, 1.0]).repeat_interleave(128)
     arguments = {"log_prob": log_prob, "old_log_prob": torch.zeros(256)}
     keep = []
-    for target in (cuda.target, lambda tensor: None):
-        cuda.target = target
+    for target in (gpu.target, lambda: None):
+        gpu.target = target
         keep.append(loss(None, None, advantages, **arguments, objective=FlowGRPO(clip_range=(low, high))).keep)
     assert torch.equal(*keep), (keep[0] != keep[1]).nonzero()
     assert all(0 < side.sum() < 128 for side in keep[0].view(2, 128))
@@ -175,51 +168,46 @@ def kept_tickets() -> None:
     """Kept per stream and grown; never those of a capture, nor of a call through the dispatcher."""
     driver = Driver()
     stream = driver.stream()
-    cuda = on_gpu(0, stream)
-    import torch
+    gpu = on_gpu(0, stream)
     from cases import draw
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from flowdppo_ops import loss
 
-    used = []
-    forward = _native.policy_loss_forward_cuda
-
-    def watched(*arguments):
-        used.append(arguments[-1])
-        forward(*arguments)
-
-    _native.policy_loss_forward_cuda = watched
-
     class Watching(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             return function(*args, **(kwargs or {}))
 
-    def call(rows: int = 4) -> None:
+    def used(rows: int = 4) -> int:
+        """The address that a call gave to its kernel."""
         loss(**draw((rows,), (6,)))
+        (launch,) = driver.launches()
+        return launch.parameters.tickets
 
-    call()
-    call()
-    kept = cuda._tickets[0, stream]
-    assert used == [(kept.data_ptr(), 1024)] * 2
-    assert kept.dtype == torch.int32
+    def lengths() -> list[int]:
+        return [tickets.numel() for tickets in gpu.tickets]
+
+    first, second = used(), used()
+    (kept,) = gpu.tickets
+    assert first == second == kept.data_ptr()
+    assert (lengths(), kept.element_size()) == ([1024], 4)
 
     driver.capture(stream, True)
-    call()
+    captured = used()
     driver.capture(stream, False)
     with Watching():
-        call()
-    for address, length in used[2:]:
-        assert (address != kept.data_ptr(), length) == (True, 5)
-    assert next(iter(cuda._tickets.values())) is kept
+        watched = used()
+    assert lengths() == [1024, 5, 5]
+    assert [captured, watched] == [tickets.data_ptr() for tickets in gpu.tickets[1:]]
 
-    for rows, length in ((1023, 1024), (1024, 2048), (5, 2048)):
-        call(rows)
-        assert used[-1][1] == length
-    cuda.target = lambda tensor: (0, 0)
-    call()
-    assert set(cuda._tickets) == {(0, stream), (0, 0)}
-    assert cuda._tickets[0, 0].data_ptr() != cuda._tickets[0, stream].data_ptr()
+    assert used(1023) == kept.data_ptr()
+    assert lengths() == [1024, 5, 5]
+    assert used(1024) == used(5) == gpu.tickets[-1].data_ptr()
+    assert lengths() == [1024, 5, 5, 2048]
+    gpu.target = lambda: (0, 0)
+    assert used() == gpu.tickets[-1].data_ptr()
+    assert lengths() == [1024, 5, 5, 2048, 1024]
+    assert not any(tickets.any() for tickets in gpu.tickets)
 
 
 def float64_from_python() -> None:

@@ -9,9 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launch_arguments
-import sde_step_arguments
 from compilers import cxx
+from launch_arguments import ARGUMENTS
 
 HERE = Path(__file__).parent
 
@@ -132,6 +131,5 @@ class Launch:
         name, blocks, threads, stream, parameters = re.fullmatch(pattern, line).groups()
         self.name, self.blocks, self.threads = name, int(blocks), int(threads)
         self.stream = 0 if stream in ("0", "(nil)") else int(stream, 16)
-        structures = sde_step_arguments if name.startswith("sde_step") else launch_arguments
-        kind = structures.Forward if "forward" in name else structures.Backward
+        (kind,) = (kind for prefix, kind in ARGUMENTS.items() if name.startswith(prefix))
         self.parameters = kind.from_buffer_copy(bytes.fromhex(parameters))

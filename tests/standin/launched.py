@@ -12,13 +12,13 @@ import every_kernel
 import gpu_api
 import torch
 
-from standin import emulated
+from standin.gpu import on_gpu
 from standin.harness import Driver
 
 
 def main(*arguments: str) -> tuple[int, list[str]]:
     """Exit status and complaints of the script, where the driver's log stands in for the profiler."""
-    driver, _ = Driver(), emulated.on_gpu()
+    driver, _ = Driver(), on_gpu()
     gpu_api.DEVICE = "cpu"
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_name = lambda: "the stand-in"

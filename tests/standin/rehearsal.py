@@ -10,6 +10,8 @@ device while a graph is captured or under `set_sync_debug_mode("error")`. Not sh
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -23,21 +25,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from flowdppo_ops import _cuda, _native
-from standin.harness import Driver
+from standin.harness import Driver, Launch
 
 GPU = torch.device("cuda", 0)
 WAITS = {"item", "tolist", "__bool__", "__float__", "__int__", "numpy", "nonzero", "equal", "allclose"}
 # What leaves the memory of its arguments alone, and launches nothing.
 NO_WORK = {"data_ptr", "detach", "requires_grad_", "numel", "dim", "is_neg", "empty_like", "new_empty", "contiguous"}
 NO_WORK |= {"view", "reshape", "expand", "split", "unbind", "flatten", "__getitem__", "grad", "is_contiguous", "stride"}
+NO_WORK |= {"is_inference", "__len__"}
 
 _storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address of a storage its own
 _driver = Driver()
-_now = SimpleNamespace(stream=None, graph=None, sync="default", seen=None)
+_now = SimpleNamespace(stream=None, graph=None, sync="default", seen=None, backward=False)
 
 
 def is_gpu(tensor: Tensor) -> bool:
+    if _now.backward:
+        return True
     with DisableTorchFunction():
         found = _storages.get(tensor.untyped_storage()._cdata)
     return found is not None and not found.expired()
@@ -68,9 +72,11 @@ class Devices(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         getter = getattr(function, "__name__", "") == "__get__"
         name = function.__self__.__name__ if getter else function.__name__
-        if getter and name in ("device", "is_cuda"):
-            there = is_gpu(args[0])
-            return there if name == "is_cuda" else GPU if there else function(*args)
+        if getter and name == "device":
+            return GPU if is_gpu(args[0]) else function(*args)
+        if name == "backward" and is_gpu(args[0]):
+            with backward():
+                return function(*args, **kwargs)
         if name in ("to", "cpu", "cuda"):
             return self.moved(name, *args, **kwargs)
         given = tensors_of((args, kwargs))
@@ -114,6 +120,8 @@ class Devices(TorchFunctionMode):
 
 
 class Stream:
+    stream_id = 1  # PyTorch's own streams have another id than their handle
+
     def __init__(self, handle: int | None = None) -> None:
         self.cuda_stream = _driver.stream() if handle is None else handle
 
@@ -129,6 +137,21 @@ def entered(stream: Stream) -> Iterator[None]:
         _now.stream = before
 
 
+@contextlib.contextmanager
+def backward() -> Iterator[None]:
+    """Autograd's C++ makes tensors that nobody here sees: in the backward of what is on the GPU, all are there."""
+    _now.backward = True
+    try:
+        yield
+    finally:
+        _now.backward = False
+
+
+def launch_again(launch: Launch) -> None:
+    emulator = ctypes.CDLL(os.environ["STANDIN_KERNELS"])
+    emulator.emu_launch(launch.name.encode(), bytes(launch.parameters), launch.blocks, 0)
+
+
 class Graph:
     """What a capture did is done again, into the same memory, which the graph keeps."""
 
@@ -136,7 +159,12 @@ class Graph:
         self._log: list[tuple[Callable[[], Any] | None, Any]] = []
 
     def captured(self, call: Callable[[], Any] | None, result: Any) -> None:
+        self.launched()
         self._log.append((call, result))
+
+    def launched(self) -> None:
+        """Of the package's kernels since the last look."""
+        self._log += [(partial(launch_again, launch), ()) for launch in _driver.launches()]
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -151,10 +179,12 @@ class Graph:
 def capture(graph: Graph) -> Iterator[None]:
     stream = Stream()
     _driver.capture(stream.cuda_stream, True)
+    _driver.log()
     _now.graph = graph
     try:
         with entered(stream):
             yield
+        graph.launched()
     finally:
         _now.graph = None
         _driver.capture(stream.cuda_stream, False)
@@ -202,7 +232,8 @@ def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) ->
     for output, upstream in zip(outputs, given, strict=True):
         if upstream.ndim and grad_outputs is not None and is_gpu(output) != is_gpu(upstream):
             raise RuntimeError("grad: an upstream gradient on another device than its output")
-    found = _grad(outputs, inputs, given, **options)
+    with backward() if any(map(is_gpu, outputs)) else contextlib.nullcontext():
+        found = _grad(outputs, inputs, given, **options)
     if _now.graph is not None:
         _now.graph.captured(None, given)
     return tuple(map(at_leaf, found, inputs))
@@ -214,18 +245,6 @@ def at_leaf(gradient: Tensor, leaf: Tensor) -> Tensor:
         return on_gpu(gradient)
     with DisableTorchFunction():
         return gradient.clone() if is_gpu(gradient) else gradient
-
-
-def launched(name: str) -> Callable[..., None]:
-    """A native call, which a graph does again."""
-    native = getattr(_native, name)
-
-    def call(*arguments: Any) -> None:
-        native(*arguments)
-        if _now.graph is not None:
-            _now.graph.captured(partial(native, *arguments), ())
-
-    return call
 
 
 def set_sync_debug_mode(mode: str) -> None:
@@ -248,10 +267,8 @@ for _name, _stand_in in {
     "graph": capture,
 }.items():
     setattr(torch.cuda, _name, _stand_in)
-for _name in dir(_native):
-    if _name.endswith("_cuda") and "workspace" not in _name:
-        setattr(_native, _name, launched(_name))
-_cuda.target = lambda tensor: (0, _now.stream.cuda_stream) if is_gpu(tensor) else None
+Tensor.is_cuda, Tensor.is_cpu = property(is_gpu), property(lambda tensor: not is_gpu(tensor))
+Tensor.get_device = lambda tensor: 0 if is_gpu(tensor) else -1
 
 
 @pytest.hookimpl(wrapper=True)

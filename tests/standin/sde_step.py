@@ -5,51 +5,64 @@ from __future__ import annotations
 import math
 import sys
 from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from flowdppo_ops import _native
-from standin.emulated import on_gpu
+from standin.gpu import memory, on_gpu, without_memory
 from standin.harness import Driver
-from standin.scenarios import MULTIPROCESSORS, KiB, refused
+from standin.scenarios import BF16, DTYPES, F16, F32, F64, MULTIPROCESSORS, SCHEDULE, holds, refused
 
-MiB = 1 << 20
-F32, BF16, F16, F64 = "float32", "bfloat16", "float16", "float64"
-NUMBERS = ("flow_sde", 0.75, 0.5, 0.25, 0.125, None)
+DRAWN = {"model_output": F32, "sample": F32, "noise": F32}
+OUTPUTS = ("stored", "log_prob", "prev_sample_mean", "std", "residual", "numbers")
+
+FIELDS: dict[str, Any] = {}  # of the latest call
 
 
 def forward(
-    target=(0, 0),
-    *,
-    rows=3,
-    numel=600,
-    dtypes=(F32, None, F32, None, F32),
-    schedule=NUMBERS,
-    normalizer=True,
-    stored=F32,
-    residual=None,
-    partials=None,
-    tickets=None,
-):
-    """A forward at made-up addresses: model output, unconditional output, sample, next latent, noise at 1 to 5 MiB; the
-    stored latent, the mean and the residual at 6, 7 and 8."""
-    arrays = tuple(None if dtype is None else ((1 + i) * MiB, dtype) for i, dtype in enumerate(dtypes))
-    latents = stored and (6 * MiB, stored), 7 * MiB, residual and (8 * MiB, residual)
-    out = (*latents, 16 * KiB, 32 * KiB, 48 * KiB)
-    partials, tickets = partials or (64 * KiB, MiB), tickets or (80 * KiB, rows)
-    _native.sde_step_forward_cuda(target, arrays, schedule, rows, numel, normalizer, out, partials, tickets)
+    rows: tuple[int, ...] = (3,),
+    numel: int = 600,
+    dtypes: dict[str, torch.dtype] = DRAWN,
+    vectors: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Tensor | None]:
+    fields = {name: memory(*rows, numel, dtype=dtype) for name, dtype in dtypes.items()} | SCHEDULE | (vectors or {})
+    FIELDS.clear()
+    FIELDS.update(fields)
+    options = {"sampler": "flow_sde", "log_prob_normalizer": True, "residual_dtype": None, "row_dims": len(rows)}
+    return dict(zip(OUTPUTS, _native.SdeStepCall(fields, options | settings).forward(), strict=True))
 
 
 def backward(
-    target=(0, 0), *, rows=3, numel=600, stored=F32, grads=(16 * KiB, MiB), output=(8 * MiB, F32), uncond=None
-):
-    saved = (*grads, (2 * MiB, stored), 3 * MiB, 48 * KiB)
-    _native.sde_step_backward_cuda(target, saved, rows, numel, output, uncond)
+    rows: int = 3,
+    numel: int = 600,
+    stored: torch.dtype = F32,
+    has: tuple[bool, bool] = (True, True),
+    dtypes: tuple[torch.dtype | None, torch.dtype | None] = (F32, None),
+) -> list[Tensor | None]:
+    """`has`: the gradients of log-prob and mean that came. `dtypes`: of those that are wanted."""
+    FIELDS.clear()
+    FIELDS["prev_sample"] = memory(rows, numel, dtype=stored)
+    FIELDS["prev_sample_mean"], FIELDS["numbers"] = memory(rows, numel), memory(_native.SDE_STEP_NUMBERS * rows)
+    saved = tuple(FIELDS.values())
+    FIELDS["grad_log_prob"], FIELDS["grad_prev_sample_mean"] = (
+        memory(*shape) if came else None for came, shape in zip(has, ((rows,), (rows, numel)), strict=True)
+    )
+    grads = FIELDS["grad_log_prob"], FIELDS["grad_prev_sample_mean"]
+    return _native.sde_step_backward(grads, *saved, list(dtypes))
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 # ---- images and arguments --------------------------------------------------------------------------------------------
 
 
 def its_image_alone() -> None:
-    driver = Driver()
+    driver, _ = Driver(), on_gpu()
     for _ in range(2):
         forward()
         backward()
@@ -60,68 +73,92 @@ def its_image_alone() -> None:
 
 def every_entry_point() -> None:
     driver, seen = Driver(), {}
+    on_gpu()
     mixes = {"f32": (F32, F32), "bf16_f32": (BF16, F32), "bf16": (BF16, BF16), "f16": (F16, F16), "mixed": (F32, BF16)}
     for (variant, (output, sample)), noise in product(mixes.items(), (F32, BF16, F16)):
-        forward(dtypes=(output, None, sample, None, noise), stored=sample)
-        backward(stored=sample, output=(8 * MiB, output))
+        forward(dtypes={"model_output": output, "sample": sample, "noise": noise})
+        backward(stored=sample, dtypes=(output, None))
         launches = driver.launches()
         assert [launch.name for launch in launches] == [f"sde_step_{way}_{variant}" for way in ("forward", "backward")]
         seen |= {launch.name: len(bytes(launch.parameters)) for launch in launches}
     assert seen == {name: size for name, size in _native.cuda_entry_points() if name.startswith("sde_step")}
     # An unconditional output of another dtype than the conditional one.
-    forward(dtypes=(BF16, F32, F32, None, F32), schedule=(*NUMBERS[:5], 2.0))
-    backward(output=(8 * MiB, BF16), uncond=(9 * MiB, F32))
+    forward(dtypes=DRAWN | {"model_output": BF16, "uncond_output": F32}, vectors={"guidance_scale": 2.0})
+    backward(dtypes=(BF16, F32))
     assert [launch.name.split("_")[-1] for launch in driver.launches()] == ["mixed", "mixed"]
 
 
 def forward_arguments() -> None:
     driver = Driver()
     stream = driver.stream()
-    rows = (1 * KiB, F32, 1, 3), (2 * KiB, BF16, 3, 2), (3 * KiB, F64, 1, 6), 0.5, (4 * KiB, F16, 1, 1)
-    options = {"rows": 6, "numel": 10_000, "schedule": ("cps", *rows), "normalizer": False, "residual": F16}
-    forward((0, stream), dtypes=(F16, BF16, F32, None, F16), **options)
+    gpu, made = on_gpu(0, stream), without_memory()
+    vectors = {
+        "sigma": memory(1, 3),
+        "sigma_next": memory(2, 1, dtype=BF16),
+        "noise_level": memory(2, 3, dtype=F64),
+        "sigma_max": 0.5,
+        "guidance_scale": memory(1, 1, dtype=F16),
+    }
+    dtypes = {"model_output": F16, "uncond_output": BF16, "sample": F32, "noise": F16}
+    options = {"sampler": "cps", "log_prob_normalizer": False, "residual_dtype": F16}
+    out = forward((2, 3), 10_000, dtypes, vectors, **options)
     (launch,) = driver.launches()
     splits = 3  # parts of at least 4096 elements
     assert (launch.name, launch.blocks, launch.threads) == ("sde_step_forward_mixed", 6 * splits, 256)
     assert launch.stream == stream
-    # address, value, dtype, present, divide, modulo, pad
-    schedule = (1 * KiB, 0.0, 0, 1, 1, 3, 0), (2 * KiB, 0.0, 1, 1, 3, 2, 0), (3 * KiB, 0.0, 3, 1, 1, 6, 0)
-    schedule += (0, 0.5, 0, 1, 1, 1, 0), (4 * KiB, 0.0, 2, 1, 1, 1, 0)
-    latents = (1 * MiB, 2, 0), (2 * MiB, 1, 0), (3 * MiB, 0, 0), (5 * MiB, 2, 0)
-    out = 6 * MiB, 7 * MiB, 8 * MiB, 16 * KiB, 32 * KiB, 48 * KiB
-    wanted = (*latents, (*schedule, 3, 0), *out, 64 * KiB, 80 * KiB, 6, 10_000, 1, 0, 2, splits)
-    assert launch.parameters.as_tuple() == wanted, launch.parameters.as_tuple()
+    mine, argument = launch.parameters, launch.parameters.call
+    holds(argument.latents, FIELDS)
+    strides = {"sigma": (1, 3), "sigma_next": (3, 2), "noise_level": (1, 6), "guidance_scale": (1, 1)}
+    holds(argument.schedule, FIELDS, **strides)
+    assert (argument.rows, argument.numel, argument.sampler, argument.log_prob_normalizer) == (6, 10_000, 3, 0)
+    assert mine.residual.as_tuple() == (out["residual"].data_ptr(), 2, 0)
+    for name in ("stored", "log_prob", "prev_sample_mean", "std", "numbers"):
+        assert getattr(mine, name) == out[name].data_ptr(), name
+    assert [mine.partials, mine.tickets] == addresses(made[-1], gpu.tickets[0])
+    assert (made[-1].numel(), mine.splits) == (6 * splits, splits)
     # A given latent, stored already: nothing is drawn, nothing stored, nothing that is not wanted.
-    forward(dtypes=(F32, None, F32, F32, None), stored=None, schedule=("dance_sde", *NUMBERS[1:]))
+    out = forward(dtypes={"model_output": F32, "sample": F32, "prev_sample": F32}, sampler="dance_sde")
     (launch,) = driver.launches()
     given = launch.parameters
-    assert given.next.as_tuple() == (4 * MiB, 0, 0)
-    assert (given.draws, given.stored, given.residual, given.normalizer, given.splits) == (0, 0, 0, 1, 1)
-    assert (given.uncond.data, given.schedule.guidance.present, given.schedule.sampler) == (0, 0, 2)
+    holds(given.call.latents, FIELDS)
+    holds(given.call.schedule, FIELDS)
+    assert (given.stored, given.residual.data, given.splits) == (0, 0, 1)
+    assert (given.call.sampler, given.call.log_prob_normalizer) == (2, 1)
+    assert (out["stored"], out["residual"]) == (None, None)
+    # In another dtype it is stored in that of the sample.
+    out = forward(dtypes={"model_output": F32, "sample": F32, "prev_sample": F16})
+    assert driver.launches()[0].parameters.stored == out["stored"].data_ptr()
 
 
 def backward_arguments() -> None:
     driver = Driver()
     stream = driver.stream()
-    options = {"stored": F16, "output": (8 * MiB, BF16), "uncond": (9 * MiB, F16)}
-    backward((0, stream), rows=2, numel=8192, **options)
+    on_gpu(0, stream)
+    grads = backward(2, 8192, F16, dtypes=(BF16, F16))
     (launch,) = driver.launches()
     assert (launch.name, launch.blocks, launch.threads) == ("sde_step_backward_mixed", 4, 256)
     assert launch.stream == stream
-    saved = (2 * MiB, 2, 0), 3 * MiB, 48 * KiB, 16 * KiB, MiB
-    wanted = (*saved, 8 * MiB, 9 * MiB, 2, 8192, 1, 2, 2, 0)
-    assert launch.parameters.as_tuple() == wanted, launch.parameters.as_tuple()
-    for grads in ((None, MiB), (16 * KiB, None)):
-        backward(grads=grads, output=None, uncond=(9 * MiB, F32))
+    mine = launch.parameters
+    assert (mine.rows, mine.numel, mine.splits, mine.dtype) == (2, 8192, 2, 0)
+    assert mine.prev_sample.as_tuple() == (FIELDS["prev_sample"].data_ptr(), 2, 0)
+    for name in ("prev_sample_mean", "numbers", "grad_log_prob", "grad_prev_sample_mean"):
+        assert getattr(mine, name) == FIELDS[name].data_ptr(), name
+    targets = [mine.grad_model_output.as_tuple(), mine.grad_uncond_output.as_tuple()]
+    assert targets == [(grad.data_ptr(), DTYPES[grad.dtype], 0) for grad in grads]
+    for has in ((False, True), (True, False)):
+        _, uncond = backward(has=has, dtypes=(None, F32))
         (launch,) = driver.launches()
-        sources = launch.parameters.grad_log_prob, launch.parameters.grad_mean
-        assert sources == tuple(address or 0 for address in grads)
-        assert (launch.parameters.grad_output, launch.parameters.grad_uncond) == (0, 9 * MiB)
+        mine = launch.parameters
+        wanted = addresses(FIELDS["grad_log_prob"], FIELDS["grad_prev_sample_mean"])
+        assert [mine.grad_log_prob, mine.grad_prev_sample_mean] == wanted
+        assert [address != 0 for address in wanted] == [*has]
+        assert [mine.grad_model_output.data, mine.grad_uncond_output.data] == addresses(None, uncond)
 
 
 def grids() -> None:
-    """Blocks stay within a grid and cover the rows; splits and grid belong together."""
-    driver = Driver()
+    """Blocks stay within a grid and cover the rows; splits, grid and workspace belong together."""
+    driver, gpu = Driver(), on_gpu()
+    made = without_memory()
     several = 16 * MULTIPROCESSORS
     for rows, numel, splits in (
         (1_000_000, 512, 0),
@@ -130,51 +167,42 @@ def grids() -> None:
         (16, 65_536, several // 16),
         (3, 1 << 33, math.ceil(several / 3)),
     ):
-        needed, capturing = _native.sde_step_workspace_cuda((0, 0), rows, numel)
-        assert (needed, capturing) == (rows * splits if splits > 1 else 0, False)
+        forward((rows,), numel)
         # What no block waits for needs no counters.
-        forward(rows=rows, numel=numel, partials=(64 * KiB, needed), tickets=(80 * KiB, rows if splits > 1 else 0))
-        backward(rows=rows, numel=numel)
-        for launch in driver.launches():
+        assert made[-1].numel() == (rows * splits if splits > 1 else 0)
+        assert splits <= 1 or gpu.tickets[-1].numel() >= rows
+        backward(rows, numel)
+        for launch, of in zip(driver.launches(), (lambda p: p.call, lambda p: p), strict=True):
             blocks = rows * splits if splits else math.ceil(rows / 8)
             assert (launch.blocks, launch.parameters.splits) == (blocks, splits), (rows, numel, launch.blocks)
-            assert (launch.parameters.rows, launch.parameters.numel) == (rows, numel)
-    refused(RuntimeError, lambda: forward(rows=1 << 31, numel=600), "2147483648 rows", "grid")
+            assert (of(launch.parameters).rows, of(launch.parameters).numel) == (rows, numel)
+    refused(RuntimeError, lambda: forward((1 << 31,), 600), "2147483648 rows", "grid")
     stream = driver.stream()
+    gpu.target = lambda: (0, stream)
     driver.capture(stream, True)
-    assert _native.sde_step_workspace_cuda((0, stream), 3, 600) == (0, True)
+    forward((3,), 10_000)
+    assert gpu.tickets[-1].numel() == 3
 
 
 def bad_arguments() -> None:
     """Refused before the driver is asked for anything."""
-    driver = Driver()
-    guided = (*NUMBERS[:5], 2.0)
-    for dtypes, schedule, name in (
-        ((F64, None, F32, None, F32), NUMBERS, "model_output"),
-        ((F32, F64, F32, None, F32), guided, "uncond_output"),
-        ((F32, None, F64, None, F32), NUMBERS, "sample"),
-        ((F32, None, F32, F64, None), NUMBERS, "prev_sample"),
-        ((F32, None, F32, None, F64), NUMBERS, "noise"),
-    ):
-        given = {"dtypes": dtypes, "schedule": schedule, "stored": dtypes[2]}
-        refused(TypeError, lambda given=given: forward(**given), f"{name} has dtype float64", "CPU")
-    refused(TypeError, lambda: forward(residual=F64), "residual has dtype float64")
-    refused(TypeError, lambda: forward(stored=F16), "prev_sample has dtype float16, wanted float32")
-    given = {"dtypes": (F32, None, F32, F16, None), "stored": None}
-    refused(TypeError, lambda: forward(**given), "prev_sample has dtype float16, wanted float32")
-    refused(ValueError, lambda: forward(stored=None), "memory for prev_sample is missing")
-    refused(ValueError, lambda: forward(dtypes=(F32, None, F32, None, None)), "one of prev_sample and noise is missing")
-    refused(ValueError, lambda: forward(dtypes=(F32, None, F32, F32, F32)), "one of prev_sample and noise is missing")
-    refused(ValueError, lambda: forward(dtypes=(F32, F32, F32, None, F32)), "guidance_scale is missing")
-    refused(ValueError, lambda: forward(schedule=guided), "uncond_output is missing")
-    refused(ValueError, lambda: forward(schedule=("euler", *NUMBERS[1:])), "sampler is", "flow_sde, dance_sde, cps")
-    too_many = ("cps", (KiB, F32, 1, 4), *NUMBERS[2:])
-    refused(ValueError, lambda: forward(schedule=too_many), "sigma has 4 elements")
-    refused(ValueError, lambda: forward(numel=10_000, tickets=(80 * KiB, 2)), "tickets has 2 elements, wanted 3")
-    refused(ValueError, lambda: forward(numel=10_000, partials=(64 * KiB, 8)), "partials has 8 elements, wanted 9")
+    driver, _ = Driver(), on_gpu()
+    guided = {"guidance_scale": 2.0}
+    given = {"model_output": F32, "sample": F32, "prev_sample": F32}
+    for name in ("model_output", "uncond_output", "sample", "prev_sample", "noise"):
+        dtypes = {} if name == "prev_sample" else DRAWN
+        dtypes = (dtypes or given) | {name: F64}
+        vectors = guided if name == "uncond_output" else {}
+        refused(TypeError, lambda d=dtypes, v=vectors: forward(dtypes=d, vectors=v), f"{name} has dtype float64", "CPU")
+    refused(TypeError, lambda: forward(residual_dtype=F64), "residual has dtype float64")
+    neither = {"model_output": F32, "sample": F32}
+    for dtypes in (neither, given | {"noise": F32}):
+        refused(ValueError, lambda dtypes=dtypes: forward(dtypes=dtypes), "one of prev_sample and noise is missing")
+    refused(ValueError, lambda: forward(dtypes=DRAWN | {"uncond_output": F32}), "uncond_output with guidance_scale")
+    refused(ValueError, lambda: forward(vectors=guided), "uncond_output with guidance_scale")
+    refused(ValueError, lambda: forward(vectors={"sigma": memory(4)}), "sigma has shape")
     refused(TypeError, lambda: backward(stored=F64), "prev_sample has dtype float64", "CPU")
-    refused(TypeError, lambda: backward(output=(8 * MiB, F64)), "grad_output has dtype float64")
-    refused(ValueError, lambda: backward(output=(2, F32)), "grad_output is at address 0x2")
+    refused(TypeError, lambda: backward(dtypes=(F64, None)), "grad_model_output has dtype float64")
     assert driver.launches() == []
 
 
@@ -183,7 +211,7 @@ def bad_arguments() -> None:
 
 def parity() -> None:
     """The results are within the suite's tolerance; one launch forward, one backward; the workspace is as it was."""
-    driver, cuda = Driver(), on_gpu()
+    driver, gpu = Driver(), on_gpu()
     from parity import equal_bits
     from sde_step_cases import FLOAT32_DTYPES, LAYOUTS, SAMPLERS, draw, run, three_way
 
@@ -205,13 +233,13 @@ def parity() -> None:
 
     names = [launch.name.split("_")[2] for launch in driver.launches()]
     assert names == ["forward", "backward"] * (len(calls) + 2)
-    assert list(cuda._tickets) == [(0, 0)]
-    assert not cuda._tickets[0, 0].any()
+    (tickets,) = gpu.tickets
+    assert not tickets.any()
 
 
 def launches() -> None:
     """One each way, through the dispatcher as well; none for a gradient that nobody wants."""
-    driver, cuda = Driver(), on_gpu()
+    driver, gpu = Driver(), on_gpu()
     import torch
     from sde_step_cases import draw, run
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -226,7 +254,7 @@ def launches() -> None:
     with Watching():
         run(sde_step, arguments)
     assert [launch.name for launch in driver.launches()] == ["sde_step_forward_f32", "sde_step_backward_f32"]
-    assert not cuda._tickets, "a tensor outlived a call through the dispatcher"
+    assert [tickets.numel() for tickets in gpu.tickets] == [3], "tickets of its own for a call through the dispatcher"
     sde_step(**arguments)
     with torch.no_grad():
         sde_step(**arguments | {"model_output": arguments["model_output"].requires_grad_()})

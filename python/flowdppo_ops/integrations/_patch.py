@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping
 from importlib import import_module
 from typing import Any, NamedTuple
+
+from .. import _environment
 
 log = logging.getLogger("flowdppo_ops")
 
@@ -27,12 +28,7 @@ class Replacement(NamedTuple):
 
 def wants_strict(strict: bool | None) -> bool:
     """`strict`, or for None what FLOWDPPO_OPS_STRICT says: "1" or not set is True, "0" False."""
-    if strict is not None:
-        return bool(strict)
-    setting = os.environ.get("FLOWDPPO_OPS_STRICT", "1")
-    if setting not in ("0", "1"):
-        raise ValueError(f"FLOWDPPO_OPS_STRICT is {setting!r}, wanted '0' or '1'")
-    return setting == "1"
+    return _environment.wants_strict() if strict is None else bool(strict)
 
 
 class Patch:

@@ -2,10 +2,11 @@
 
 use std::marker::PhantomData;
 
-use super::{Block, Moments, Scratch, Source, lanes, padded};
+use super::{Block, Moments, Scratch, Source, common_dtype, lanes, padded};
+use crate::call::{Dtype, Latents};
+use crate::cpu::memory::{Host, View};
 use crate::cpu::simd::{BLOCK, LANES, Real, Storage, widen};
 use crate::plan::Stretch;
-use crate::tensor::{Dtype, View};
 
 /// Means as given, of any dtypes. What is absent stands for `mu` itself: its difference is 0 and its loads hit the
 /// first-level cache, which costs less than a second copy of the loop would.
@@ -17,12 +18,20 @@ pub struct Means<'a> {
     pub ref_prev_sample_mean: Option<View<'a>>,
 }
 
-impl Means<'_> {
-    /// The dtype of all that is present, if it is one.
+impl<'a> Means<'a> {
+    /// Of latents of `len` elements; None without a mean.
+    pub fn new(latents: Host<'a, Latents>, len: usize) -> Option<Self> {
+        Some(Means {
+            prev_sample_mean: latents.view(|latents| &latents.prev_sample_mean, len)?,
+            prev_sample: latents.view(|latents| &latents.prev_sample, len),
+            old_prev_sample_mean: latents.view(|latents| &latents.old_prev_sample_mean, len),
+            ref_prev_sample_mean: latents.view(|latents| &latents.ref_prev_sample_mean, len),
+        })
+    }
+
     pub fn common_dtype(&self) -> Option<Dtype> {
-        let dtype = self.prev_sample_mean.dtype();
-        let others = [self.prev_sample, self.old_prev_sample_mean, self.ref_prev_sample_mean];
-        others.into_iter().flatten().all(|view| view.dtype() == dtype).then_some(dtype)
+        let Means { prev_sample_mean, prev_sample, old_prev_sample_mean, ref_prev_sample_mean } = *self;
+        common_dtype([Some(prev_sample_mean), prev_sample, old_prev_sample_mean, ref_prev_sample_mean])
     }
 }
 
@@ -33,20 +42,21 @@ pub struct MeansOf<'a, T>(pub Means<'a>, pub PhantomData<T>);
 /// Runs `$body` with `$source` bound to the fastest source of `$means`.
 macro_rules! with_means {
     ($means:expr, $source:ident => $body:expr) => {{
+        use half::{bf16, f16};
         use std::marker::PhantomData;
-        use $crate::tensor::{Bf16, Dtype, F16};
-        let means: $crate::transition::means::Means<'_> = $means;
+        use $crate::call::Dtype;
+        let means: $crate::cpu::source::means::Means<'_> = $means;
         match means.common_dtype() {
             Some(Dtype::F32) => {
-                let $source = $crate::transition::means::MeansOf(means, PhantomData::<f32>);
+                let $source = $crate::cpu::source::means::MeansOf(means, PhantomData::<f32>);
                 $body
             }
             Some(Dtype::Bf16) => {
-                let $source = $crate::transition::means::MeansOf(means, PhantomData::<Bf16>);
+                let $source = $crate::cpu::source::means::MeansOf(means, PhantomData::<bf16>);
                 $body
             }
             Some(Dtype::F16) => {
-                let $source = $crate::transition::means::MeansOf(means, PhantomData::<F16>);
+                let $source = $crate::cpu::source::means::MeansOf(means, PhantomData::<f16>);
                 $body
             }
             Some(Dtype::F64) | None => {
@@ -88,7 +98,7 @@ impl<F: Real> Source<F> for Means<'_> {
 
     #[inline(always)]
     fn block<'a>(&'a self, Stretch { first, len, .. }: Stretch, scratch: &'a mut Scratch<F>) -> MeansBlock<'a, F> {
-        let [b0, b1, b2, b3, ..] = &mut *scratch.0;
+        let [b0, b1, b2, b3, ..] = scratch.buffers();
         let mean = widen(self.prev_sample_mean, first, len, b0);
         let or_mean = |view: Option<View<'a>>, buffer: &'a mut [F; BLOCK]| match view {
             Some(view) => widen(view, first, len, buffer),

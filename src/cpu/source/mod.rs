@@ -1,24 +1,41 @@
-//! Transition: how a row's `x'`, `mu` and `mu°` come out of memory, and what a schedule makes of a row.
+//! Source: how a row's `x'`, `mu` and `mu_old` come out of memory. The twin of `kernels/transition.cuh`.
 //!
-//! The twin of `kernels/transition.cuh` and `kernels/schedule.cuh`. A `Source` is the only thing in which the operators
-//! over row statistics differ: everything behind it sees differences, `LANES` elements at a time. `loss` reads given
-//! means (`means`), `step_loss` forms them from model outputs (`step`).
+//! A `Source` is the only thing in which `loss` and `step_loss` differ: everything behind it sees differences, `LANES`
+//! elements at a time. `loss` reads given means (`means`), `step_loss` forms them from model outputs (`step`).
 
 pub mod means;
-pub mod schedule;
 pub mod step;
 
-use crate::cpu::simd::{BLOCK, LANES, Real, Storage};
+use super::memory::View;
+use super::simd::{BLOCK, LANES, Real, Storage};
 use crate::plan::Stretch;
 
-/// Buffers for what must be converted before it is used; one per thread.
-pub struct Scratch<F>(Box<[[F; BLOCK]; 6]>);
+/// Buffers for what must be converted before it is used; one per thread, made when the first is used.
+pub struct Scratch<F, const BUFFERS: usize = 6>(Option<Box<[[F; BLOCK]; BUFFERS]>>);
 
-impl<F: Real> Default for Scratch<F> {
+impl<F, const BUFFERS: usize> Default for Scratch<F, BUFFERS> {
     fn default() -> Self {
+        Scratch(None)
+    }
+}
+
+impl<F: Real, const BUFFERS: usize> Scratch<F, BUFFERS> {
+    #[inline(always)]
+    pub fn buffers(&mut self) -> &mut [[F; BLOCK]; BUFFERS] {
+        if self.0.is_none() {
+            self.0 = Some(Self::zeroed());
+        }
+        match &mut self.0 {
+            Some(buffers) => buffers,
+            None => unreachable!("they were made above"),
+        }
+    }
+
+    #[cold]
+    fn zeroed() -> Box<[[F; BLOCK]; BUFFERS]> {
         // From a zeroed vector, so that pages nobody converts into are never touched.
-        let zeros: Box<[[F; BLOCK]]> = vec![[F::default(); BLOCK]; 6].into_boxed_slice();
-        Scratch(zeros.try_into().unwrap_or_else(|_| unreachable!("the vector has six elements")))
+        let zeros: Box<[[F; BLOCK]]> = vec![[F::default(); BLOCK]; BUFFERS].into_boxed_slice();
+        zeros.try_into().unwrap_or_else(|_| unreachable!("the vector has {BUFFERS} elements"))
     }
 }
 
@@ -57,9 +74,16 @@ pub trait Source<F: Real>: Sync {
     fn block<'a>(&'a self, part: Stretch, scratch: &'a mut Scratch<F>) -> Self::Block<'a>;
 }
 
+/// The dtype of all that are present, if it is one.
+fn common_dtype<const N: usize>(views: [Option<View<'_>>; N]) -> Option<crate::call::Dtype> {
+    let mut dtypes = views.into_iter().flatten().map(|view| view.dtype());
+    let first = dtypes.next()?;
+    dtypes.all(|dtype| dtype == first).then_some(first)
+}
+
 /// `LANES` elements in the arithmetic type.
 #[inline(always)]
-fn lanes<T: Storage, F: Real, const FMA: bool>(values: &[T], at: usize) -> [F; LANES] {
+pub(super) fn lanes<T: Storage, F: Real, const FMA: bool>(values: &[T], at: usize) -> [F; LANES] {
     match values[at..].first_chunk() {
         Some(values) => T::load_lanes::<F, FMA>(values),
         None => unreachable!("the caller stays {LANES} elements before the end"),
@@ -68,7 +92,7 @@ fn lanes<T: Storage, F: Real, const FMA: bool>(values: &[T], at: usize) -> [F; L
 
 /// The elements from `at` on, then zeros.
 #[inline(always)]
-fn padded<T: Storage, F: Real>(values: &[T], at: usize) -> [F; LANES] {
+pub(super) fn padded<T: Storage, F: Real>(values: &[T], at: usize) -> [F; LANES] {
     let mut out = [F::default(); LANES];
     for (out, value) in out.iter_mut().zip(&values[at..]) {
         *out = value.load();

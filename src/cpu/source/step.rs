@@ -2,11 +2,12 @@
 
 use std::marker::PhantomData;
 
-use super::schedule::{Schedule, Transition};
-use super::{Block, Moments, Scratch, Source, lanes, padded};
+use super::{Block, Moments, Scratch, Source, common_dtype, lanes, padded};
+use crate::call::{Dtype, Latent, Latents};
+use crate::cpu::memory::{Host, View};
+use crate::cpu::schedule::Transition;
 use crate::cpu::simd::{BLOCK, LANES, Real, Storage, widen};
 use crate::plan::Stretch;
-use crate::tensor::{Dtype, Host, View};
 
 /// What another policy's latents hold.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,23 +20,11 @@ pub enum Form {
     Residual,
 }
 
-impl Form {
-    pub fn parse(name: &str) -> Option<Form> {
-        match name {
-            "mean" => Some(Form::Mean),
-            "output" => Some(Form::Output),
-            "residual" => Some(Form::Residual),
-            _ => None,
-        }
-    }
-}
-
-/// What `step_loss` has beyond `loss`, but for the latents.
-#[derive(Clone, Copy, Debug)]
-pub struct Step<'a, Space = Host> {
-    pub schedule: Schedule<'a, Space>,
-    pub old_form: Form,
-    pub ref_form: Form,
+/// Another policy, in the form that it came in.
+#[derive(Clone, Copy)]
+pub struct Policy<'a> {
+    view: View<'a>,
+    form: Form,
 }
 
 /// A row's coefficients as the inner loops need them.
@@ -61,23 +50,37 @@ pub struct Outputs<'a> {
     pub uncond_output: Option<View<'a>>,
     pub sample: View<'a>,
     pub prev_sample: Option<View<'a>>,
-    pub old: Option<View<'a>>,
-    pub old_form: Form,
-    pub reference: Option<View<'a>>,
-    pub ref_form: Form,
+    pub old: Option<Policy<'a>>,
+    pub reference: Option<Policy<'a>>,
     /// One a row.
     pub rows: &'a [Coefficients],
 }
 
-impl Outputs<'_> {
+impl<'a> Outputs<'a> {
+    /// Of latents of `len` elements; None without a model output and its sample.
+    pub fn new(latents: Host<'a, Latents>, len: usize, rows: &'a [Coefficients]) -> Option<Self> {
+        let policy = |form, of: fn(&Latents) -> &Latent| latents.view(of, len).map(|view| Policy { view, form });
+        Some(Outputs {
+            output: latents.view(|latents| &latents.model_output, len)?,
+            uncond_output: latents.view(|latents| &latents.uncond_output, len),
+            sample: latents.view(|latents| &latents.sample, len)?,
+            prev_sample: latents.view(|latents| &latents.prev_sample, len),
+            old: policy(Form::Mean, |latents| &latents.old_prev_sample_mean)
+                .or_else(|| policy(Form::Output, |latents| &latents.old_model_output))
+                .or_else(|| policy(Form::Residual, |latents| &latents.old_residual)),
+            reference: policy(Form::Mean, |latents| &latents.ref_prev_sample_mean)
+                .or_else(|| policy(Form::Output, |latents| &latents.ref_model_output)),
+            rows,
+        })
+    }
+
     /// The dtypes of the model outputs, of the samples, and of the other policies, where each is one. Without other
     /// policies the last is that of the samples.
     fn dtypes(&self) -> Option<(Dtype, Dtype, Dtype)> {
-        let (output, sample) = (self.output.dtype(), self.sample.dtype());
-        let other = self.old.or(self.reference).map_or(sample, |view| view.dtype());
-        let fits = |view: Option<View<'_>>, dtype| view.is_none_or(|view| view.dtype() == dtype);
-        let uniform = fits(self.uncond_output, output) && fits(self.prev_sample, sample) && fits(self.reference, other);
-        uniform.then_some((output, sample, other))
+        let others = [self.old, self.reference].map(|policy| policy.map(|policy| policy.view));
+        let sample = common_dtype([Some(self.sample), self.prev_sample])?;
+        let other = if others.iter().all(Option::is_none) { sample } else { common_dtype(others)? };
+        Some((common_dtype([Some(self.output), self.uncond_output])?, sample, other))
     }
 
     pub fn combination(&self) -> Combination {
@@ -111,9 +114,9 @@ pub struct OutputsOf<'a, V, X, O>(pub Outputs<'a>, pub PhantomData<(V, X, O)>);
 /// Runs `$body` with `$source` bound to the fastest source of `$outputs`.
 macro_rules! with_outputs {
     ($outputs:expr, $source:ident => $body:expr) => {{
+        use half::{bf16, f16};
         use std::marker::PhantomData;
-        use $crate::tensor::{Bf16, F16};
-        use $crate::transition::step::{Combination, Outputs, OutputsOf};
+        use $crate::cpu::source::step::{Combination, Outputs, OutputsOf};
         let outputs: Outputs<'_> = $outputs;
         macro_rules! run {
             ($output:ty, $sample:ty, $other:ty) => {{
@@ -123,10 +126,10 @@ macro_rules! with_outputs {
         }
         match outputs.combination() {
             Combination::Float32 => run!(f32, f32, f32),
-            Combination::Bfloat16 => run!(Bf16, Bf16, Bf16),
-            Combination::OldMean => run!(Bf16, f32, f32),
-            Combination::OldOutput => run!(Bf16, f32, Bf16),
-            Combination::OldResidual => run!(Bf16, f32, F16),
+            Combination::Bfloat16 => run!(bf16, bf16, bf16),
+            Combination::OldMean => run!(bf16, f32, f32),
+            Combination::OldOutput => run!(bf16, f32, bf16),
+            Combination::OldResidual => run!(bf16, f32, f16),
             Combination::Any => {
                 let $source = outputs;
                 $body
@@ -151,7 +154,7 @@ impl<F: Real> Source<F> for Outputs<'_> {
     fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self {
         let old = self.old.filter(|_| drift);
         // The drift from a residual is measured from x'.
-        let from_next = old.is_some() && self.old_form == Form::Residual;
+        let from_next = old.is_some_and(|old| old.form == Form::Residual);
         Outputs {
             prev_sample: self.prev_sample.filter(|_| innovation || from_next),
             old,
@@ -163,16 +166,14 @@ impl<F: Real> Source<F> for Outputs<'_> {
     #[inline(always)]
     fn block<'a>(&'a self, part: Stretch, scratch: &'a mut Scratch<F>) -> Self::Block<'a> {
         let Stretch { row, first, len, .. } = part;
-        let [b0, b1, b2, b3, b4, b5] = &mut *scratch.0;
+        let [b0, b1, b2, b3, b4, b5] = scratch.buffers();
         OutputsBlock {
             output: widen(self.output, first, len, b0),
             uncond: widen_if(self.uncond_output, first, len, b1),
             sample: widen(self.sample, first, len, b2),
             next: widen_if(self.prev_sample, first, len, b3),
-            old: widen_if(self.old, first, len, b4),
-            old_form: self.old_form,
-            reference: widen_if(self.reference, first, len, b5),
-            ref_form: self.ref_form,
+            old: widen_policy(self.old, first, len, b4),
+            reference: widen_policy(self.reference, first, len, b5),
             row: RowOf::new(self.rows[row]),
         }
     }
@@ -187,6 +188,19 @@ fn widen_if<'a, F: Real>(
 ) -> Option<&'a [F]> {
     match view {
         Some(view) => Some(widen(view, first, len, buffer)),
+        None => None,
+    }
+}
+
+#[inline(always)]
+fn widen_policy<'a, F: Real>(
+    policy: Option<Policy<'a>>,
+    first: usize,
+    len: usize,
+    buffer: &'a mut [F; BLOCK],
+) -> Option<(Form, &'a [F])> {
+    match policy {
+        Some(Policy { view, form }) => Some((form, widen(view, first, len, buffer))),
         None => None,
     }
 }
@@ -210,16 +224,14 @@ impl<F: Real, V: Storage, X: Storage, O: Storage> Source<F> for OutputsOf<'_, V,
     #[inline(always)]
     fn block<'a>(&'a self, part: Stretch, _: &'a mut Scratch<F>) -> Self::Block<'a> {
         let Stretch { row, first, len, .. } = part;
-        let Outputs { output, uncond_output, sample, prev_sample, old, old_form, reference, ref_form, rows } = self.0;
+        let Outputs { output, uncond_output, sample, prev_sample, old, reference, rows } = self.0;
         OutputsBlock {
             output: output.slice(first, len),
             uncond: uncond_output.map(|view| view.slice(first, len)),
             sample: sample.slice(first, len),
             next: prev_sample.map(|view| view.slice(first, len)),
-            old: old.map(|view| view.slice(first, len)),
-            old_form,
-            reference: reference.map(|view| view.slice(first, len)),
-            ref_form,
+            old: old.map(|Policy { view, form }| (form, view.slice(first, len))),
+            reference: reference.map(|Policy { view, form }| (form, view.slice(first, len))),
             row: RowOf::new(rows[row]),
         }
     }
@@ -258,10 +270,8 @@ pub struct OutputsBlock<'a, V, X, O, F> {
     uncond: Option<&'a [V]>,
     sample: &'a [X],
     next: Option<&'a [X]>,
-    old: Option<&'a [O]>,
-    old_form: Form,
-    reference: Option<&'a [O]>,
-    ref_form: Form,
+    old: Option<(Form, &'a [O])>,
+    reference: Option<(Form, &'a [O])>,
     row: RowOf<F>,
 }
 
@@ -297,12 +307,12 @@ impl<F: Real, V: Storage, X: Storage, O: Storage> OutputsBlock<'_, V, X, O, F> {
         }
         let zeros = [F::default(); LANES];
         let mut moments = Moments { innovation: point.innovation, drift: zeros, ref_drift: zeros };
-        if let Some(old) = self.old {
-            let unread = self.row.deterministic && self.old_form == Form::Residual;
-            moments.drift = point.drift(self.old_form, if unread { zeros } else { read::<O, F, FMA, TAIL>(old, at) });
+        if let Some((form, old)) = self.old {
+            let unread = self.row.deterministic && form == Form::Residual;
+            moments.drift = point.drift(form, if unread { zeros } else { read::<O, F, FMA, TAIL>(old, at) });
         }
-        if let Some(reference) = self.reference {
-            moments.ref_drift = point.drift(self.ref_form, read::<O, F, FMA, TAIL>(reference, at));
+        if let Some((form, reference)) = self.reference {
+            moments.ref_drift = point.drift(form, read::<O, F, FMA, TAIL>(reference, at));
         }
         moments
     }

@@ -6,120 +6,12 @@
 
 use std::f64::consts::TAU;
 
-use crate::tensor::{Host, Rows};
-use crate::transition::schedule::Transition;
-use crate::transition::step::Step;
-
-/// Names of the metrics, in the order in which every backend writes them.
-pub const METRICS: [&str; 18] = [
-    "ratio_mean",
-    "ratio_std",
-    "ratio_min",
-    "ratio_max",
-    "approx_kl",
-    "ppo_kl",
-    "kl_new_old_mean",
-    "kl_new_old_max",
-    "kl_mask_fraction",
-    "pos_rm_fraction",
-    "neg_rm_fraction",
-    "masked_fraction",
-    "unmasked_fraction",
-    "clip_fraction",
-    "clipfrac_gt_one",
-    "clipfrac_lt_one",
-    "nonfinite_fraction",
-    "kl_loss",
-];
-
-/// Before the metrics, what the backward divides the policy's gradient by: the row count or the kept count, or 1.
-pub const POLICY_DIVISOR: usize = 0;
-pub const BATCH_LEN: usize = 1 + METRICS.len();
-
-/// Rows of the per-row block, in order; Python reads the first five, the backward the coefficients.
-#[derive(Clone, Copy)]
-#[repr(usize)]
-pub enum Field {
-    LogProb,
-    LogRatio,
-    Ratio,
-    Kl,
-    Keep,
-    /// The row's policy loss, before any reduction.
-    Loss,
-    /// `mean (mu - mu_ref)^2 / (2 ref_std^2)`, without its weight.
-    RefKl,
-    /// d loss / d mu_j, with a schedule d loss / d v_j, is `CoefInnovation` (x'_j - mu_j) + `CoefDrift` (mu_j - mu°_j) +
-    /// `CoefRef` (mu_j - mu_ref_j); the first two still to be divided by the batch's divisor.
-    CoefInnovation,
-    CoefDrift,
-    CoefRef,
-    /// d loss / d log_prob, still to be divided by the batch's divisor.
-    CoefLogProb,
-    /// With a schedule alone, for the backward: the row's `mu = a x + b v`, std and guidance.
-    StepA,
-    StepB,
-    StepStd,
-    StepGuidance,
-}
-pub const FIELDS: usize = Field::CoefLogProb as usize + 1;
-/// Of a call with a schedule.
-pub const STEP_FIELDS: usize = Field::StepGuidance as usize + 1;
-
-pub fn fields(has_schedule: bool) -> usize {
-    if has_schedule { STEP_FIELDS } else { FIELDS }
-}
-
-/// Length of a call's numbers: `[fields, rows]`, then the batch's.
-pub fn numbers_len(rows: usize, has_schedule: bool) -> Option<usize> {
-    rows.checked_mul(fields(has_schedule))?.checked_add(BATCH_LEN)
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Mask {
-    Asymmetric,
-    Symmetric,
-    None,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub struct Clip {
-    pub low: f64,
-    pub high: f64,
-    pub adv_clip_max: f64,
-}
-
-/// What the squared drift is divided by.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum KlDivisor {
-    /// 2 std^2: the KL of two Gaussians.
-    Gaussian,
-    /// 2
-    Constant,
-    /// b^2: the mean squared difference of the model outputs.
-    Velocity,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub enum Objective {
-    FlowDppo { threshold: f64, kl_divisor: KlDivisor, mask: Mask, keep_nan_kl: bool },
-    FlowGrpo(Clip),
-    GrpoGuard { clip: Clip, per_row_scale: bool },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Density {
-    Gaussian,
-    Cps,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Reduction {
-    Mean,
-    Sum,
-    None,
-    KeptMean,
-}
+use super::memory::Host;
+use super::schedule::Transition;
+use crate::call::{
+    BATCH_LEN, Density, Dtype, Field, KlDivisor, LatentReduction, METRICS, Mask, ObjectiveKind, POLICY_DIVISOR,
+    PolicyLoss, Reduction, RowVector, RowVectors, STEP_FIELDS,
+};
 
 /// Sums over a row's latents, of `u = x' - mu`, `e = mu - mu°` and `f = mu - mu_ref`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -140,31 +32,17 @@ impl Sums {
     }
 }
 
-/// The row vectors of a call and its settings: everything but the latents.
-#[derive(Clone, Copy, Debug)]
-pub struct Problem<'a, Space = Host> {
+/// The rows of a call: everything but the latents.
+#[derive(Clone, Copy)]
+pub struct Problem<'a> {
+    call: Host<'a, PolicyLoss>,
     pub rows: usize,
-    /// Elements of a row over which its statistics are taken.
-    pub numel: usize,
-    pub objective: Objective,
-    pub density: Density,
-    pub latent_sum: bool,
-    pub reduction: Reduction,
-    pub ref_kl_weight: f64,
+    /// Elements of a row over which its statistics are taken: with sharded latents those of all shards.
+    numel: usize,
     /// Outputs are float64; float32 otherwise.
-    pub double: bool,
-    /// An old policy was read, and there is a std to measure the drift with.
-    pub has_kl: bool,
-    pub has_ref: bool,
-    /// Of `step_loss`: stands for `std` and `sqrt_dt`.
-    pub step: Option<Step<'a, Space>>,
-    pub advantages: Rows<'a, Space>,
-    pub log_prob: Option<Rows<'a, Space>>,
-    pub old_log_prob: Option<Rows<'a, Space>>,
-    pub weights: Option<Rows<'a, Space>>,
-    pub std: Option<Rows<'a, Space>>,
-    pub sqrt_dt: Option<Rows<'a, Space>>,
-    pub ref_std: Option<Rows<'a, Space>>,
+    double: bool,
+    has_kl: bool,
+    has_ref: bool,
 }
 
 /// What one row becomes, by `Field`; the last four with a schedule alone.
@@ -179,49 +57,59 @@ pub struct GuardScale {
     outer: f64,
 }
 
-impl<Space> Problem<'_, Space> {
-    /// Whether a row's numbers depend on all rows: GRPO-Guard's scale.
-    pub fn needs_batch_means(&self) -> bool {
-        matches!(self.objective, Objective::GrpoGuard { per_row_scale: false, .. })
-    }
-
-    /// What the policy's part of the gradient is divided by, where that does not depend on the rows' outcome.
-    pub fn divisor(&self) -> Option<f64> {
-        match self.reduction {
-            Reduction::Mean => Some(self.rows as f64),
-            Reduction::Sum | Reduction::None => Some(1.0),
-            Reduction::KeptMean => None,
+impl<'a> Problem<'a> {
+    pub fn new(call: Host<'a, PolicyLoss>) -> Self {
+        Problem {
+            call,
+            rows: call.rows as usize,
+            numel: call.numel as usize,
+            double: call.dtype() == Dtype::F64,
+            has_kl: call.has_kl(),
+            has_ref: call.latents.has_ref(),
         }
     }
-}
 
-impl Problem<'_> {
+    /// The same for rows of so many elements.
+    pub fn with_numel(self, numel: usize) -> Self {
+        Problem { numel, ..self }
+    }
+
+    pub fn has_schedule(&self) -> bool {
+        self.call.has_schedule()
+    }
+
     /// Rounds to the output precision; float32 overflow becomes an infinity here as it does in float32 arithmetic.
     #[inline]
     fn round(&self, value: f64) -> f64 {
         if self.double { value } else { f64::from(value as f32) }
     }
 
+    /// NaN where it is absent.
     #[inline]
-    fn read(&self, vector: Option<Rows<'_>>, row: usize) -> f64 {
-        vector.map_or(f64::NAN, |vector| self.round(vector.get(row)))
+    fn read(&self, of: fn(&RowVectors) -> &RowVector, row: usize) -> f64 {
+        self.round(self.call.row(|call| of(&call.vectors), row))
+    }
+
+    fn advantage(&self, row: usize) -> f64 {
+        self.read(|vectors| &vectors.advantages, row)
     }
 
     /// Of a call with a schedule.
     pub fn transition(&self, row: usize) -> Option<Transition> {
-        self.step.map(|step| step.schedule.transition(row, self.double))
+        let schedule = self.call.part(|call| &call.schedule);
+        self.has_schedule().then(|| Transition::new(schedule, self.call.settings.sampler, row, self.double))
     }
 
     /// (std, sqrt_dt), from the schedule if there is one.
     fn deviations(&self, row: usize, transition: Option<Transition>) -> (f64, f64) {
         match transition {
             Some(step) => (step.std, step.sqrt_dt),
-            None => (self.read(self.std, row), self.read(self.sqrt_dt, row)),
+            None => (self.read(|vectors| &vectors.std, row), self.read(|vectors| &vectors.sqrt_dt, row)),
         }
     }
 
     pub fn guard_scale(&self) -> GuardScale {
-        if !self.needs_batch_means() {
+        if !self.call.needs_batch_means() {
             return GuardScale { c: 1.0, outer: 1.0 };
         }
         let mean = |value: &dyn Fn((f64, f64)) -> f64| {
@@ -234,71 +122,76 @@ impl Problem<'_> {
 
     /// One row, before any reduction over rows.
     pub fn row(&self, row: usize, sums: Sums, guard: GuardScale) -> Row {
+        let PolicyLoss { vectors, objective, settings, .. } = &*self.call;
+        let latent_sum = settings.latent_reduction == LatentReduction::Sum;
         // "mean": per-element numbers; "sum": joint ones, where the normaliser counts once per element. Divided, not
         // multiplied with 1 / numel: at 49 elements that misses a KL equal to its threshold by an ulp.
-        let (divisor, elements) =
-            if self.latent_sum { (1.0, self.numel as f64) } else { (self.numel.max(1) as f64, 1.0) };
+        let (divisor, elements) = if latent_sum { (1.0, self.numel as f64) } else { (self.numel.max(1) as f64, 1.0) };
         let (q, d, cross) = (sums.q / divisor, sums.d / divisor, sums.cross / divisor);
         let transition = self.transition(row);
         let (std, sqrt_dt) = self.deviations(row, transition);
         let variance = std * std;
-        let cps = self.density == Density::Cps;
+        let cps = settings.density == Density::Cps;
         // Nothing was random in a deterministic step: its density and the ratio of two policies there are 1.
         let deterministic = transition.is_some_and(|step| step.is_deterministic());
 
-        let log_prob = self.round(match self.log_prob {
-            Some(given) => given.get(row),
-            None if cps => -q,
-            None if deterministic => 0.0,
-            None => -q / (2.0 * variance) - elements * (std.ln() + 0.5 * TAU.ln()),
-        });
-        let log_ratio = self.round(match self.old_log_prob {
-            Some(old) => log_prob - self.round(old.get(row)),
-            // p / std^2 - d / (2 std^2) with p = cross + d; exactly 0 when the means are equal.
-            None if cps => 2.0 * cross + d,
-            None if deterministic => 0.0,
-            None => (cross + 0.5 * d) / variance,
+        let log_prob = if vectors.log_prob.is_present() {
+            self.read(|vectors| &vectors.log_prob, row)
+        } else if cps {
+            self.round(-q)
+        } else if deterministic {
+            0.0
+        } else {
+            self.round(-q / (2.0 * variance) - elements * (std.ln() + 0.5 * TAU.ln()))
+        };
+        // p / std^2 - d / (2 std^2) with p = cross + d; exactly 0 when the means are equal.
+        let log_ratio = self.round(if vectors.old_log_prob.is_present() {
+            log_prob - self.read(|vectors| &vectors.old_log_prob, row)
+        } else if cps {
+            2.0 * cross + d
+        } else if deterministic {
+            0.0
+        } else {
+            (cross + 0.5 * d) / variance
         });
 
-        let advantage = self.round(self.advantages.get(row));
-        let weights = self.weights.map_or(1.0, |weights| self.round(weights.get(row)));
+        let advantage = self.advantage(row);
+        let weights = if vectors.weights.is_present() { self.read(|vectors| &vectors.weights, row) } else { 1.0 };
         // exponent = (log_ratio + drift / (2 c^2)) scale; scale is 1 and the drift absent but for GRPO-Guard.
-        let (scale, outer) = match self.objective {
-            Objective::GrpoGuard { per_row_scale: true, .. } => (std, sqrt_dt.powi(-2)),
-            Objective::GrpoGuard { .. } => (guard.c, guard.outer),
-            _ => (1.0, 1.0),
+        let is_guard = objective.kind == ObjectiveKind::GrpoGuard;
+        let (scale, outer) = match (is_guard, objective.per_row_scale != 0) {
+            (true, true) => (std, sqrt_dt.powi(-2)),
+            (true, false) => (guard.c, guard.outer),
+            (false, _) => (1.0, 1.0),
         };
-        let is_guard = matches!(self.objective, Objective::GrpoGuard { .. });
         // A scale of 0 comes from deterministic steps alone.
         let drifts = is_guard && !(scale == 0.0 && transition.is_some());
         let centre = if drifts { d / (2.0 * scale * scale) } else { 0.0 };
         let ratio = self.round(((log_ratio + centre) * scale).exp());
-        let kl_divisor = match self.objective {
-            Objective::FlowDppo { kl_divisor: KlDivisor::Constant, .. } => 2.0,
-            Objective::FlowDppo { kl_divisor: KlDivisor::Velocity, .. } => {
-                transition.map_or(f64::NAN, |step| step.b * step.b)
-            }
-            _ => 2.0 * variance,
+        let kl_divisor = match objective.kl_divisor {
+            KlDivisor::Gaussian => 2.0 * variance,
+            KlDivisor::Constant => 2.0,
+            KlDivisor::Velocity => transition.map_or(f64::NAN, |step| step.b * step.b),
         };
         // What is absent is 0, not NaN: nobody is shown it, and NaN would not compare equal to itself in opcheck.
         let has_kl = self.has_kl && !(kl_divisor == 0.0 && transition.is_some());
         let kl = if has_kl { self.round(d / kl_divisor) } else { 0.0 };
 
-        let (advantage, blocked, blocked_loss) = match self.objective {
-            Objective::FlowDppo { mask, .. } => {
+        let (advantage, blocked, blocked_loss) = match objective.kind {
+            ObjectiveKind::FlowDppo => {
                 let away = (ratio > 1.0 && advantage > 0.0) || (ratio < 1.0 && advantage < 0.0);
-                let blocked = match mask {
+                let blocked = match objective.mask {
                     Mask::Asymmetric => self.is_high(kl) && away,
                     Mask::Symmetric => self.is_high(kl),
                     Mask::None => false,
                 };
                 (advantage, blocked, 0.0)
             }
-            Objective::FlowGrpo(clip) | Objective::GrpoGuard { clip, .. } => {
+            ObjectiveKind::FlowGrpo | ObjectiveKind::GrpoGuard => {
                 // The larger surrogate is the clipped one exactly when the ratio left the range on the side that the
                 // advantage favours.
-                let (lower, upper) = (self.round(1.0 - clip.low), self.round(1.0 + clip.high));
-                let limit = self.round(clip.adv_clip_max);
+                let (lower, upper) = (self.round(1.0 - objective.clip_low), self.round(1.0 + objective.clip_high));
+                let limit = self.round(objective.adv_clip_max);
                 let advantage = if advantage.is_nan() { advantage } else { advantage.clamp(-limit, limit) };
                 let blocked = (ratio > upper && advantage > 0.0) || (ratio < lower && advantage < 0.0);
                 (advantage, blocked, -advantage * if ratio > upper { upper } else { lower })
@@ -317,15 +210,15 @@ impl Problem<'_> {
             slope * (1.0 / variance) / divisor
         };
         let drift = if drifts { slope / (scale * scale * divisor) } else { 0.0 };
-        let ref_std = self.ref_std.map_or(std, |ref_std| self.round(ref_std.get(row)));
-        let over_rows = match self.reduction {
+        let ref_std = if vectors.ref_std.is_present() { self.read(|vectors| &vectors.ref_std, row) } else { std };
+        let over_rows = match settings.reduction {
             Reduction::Mean | Reduction::KeptMean => self.rows as f64,
             Reduction::Sum | Reduction::None => 1.0,
         };
         let has_ref = self.has_ref && !(ref_std == 0.0 && transition.is_some());
         let (ref_kl, reference) = if has_ref {
             let per_element = 1.0 / (ref_std * ref_std * divisor);
-            (0.5 * sums.f * per_element, self.ref_kl_weight * per_element / over_rows)
+            (0.5 * sums.f * per_element, settings.ref_kl_weight * per_element / over_rows)
         } else {
             (0.0, 0.0)
         };
@@ -344,7 +237,7 @@ impl Problem<'_> {
             (Field::Keep, f64::from(u8::from(!blocked))),
             (Field::Loss, loss),
             (Field::RefKl, ref_kl),
-            (Field::CoefInnovation, if self.log_prob.is_some() { 0.0 } else { innovation * b }),
+            (Field::CoefInnovation, if vectors.log_prob.is_present() { 0.0 } else { innovation * b }),
             (Field::CoefDrift, drift * b),
             (Field::CoefRef, reference * b),
             (Field::CoefLogProb, slope),
@@ -361,13 +254,9 @@ impl Problem<'_> {
 
     /// High means outside the trust region: equality counts, and NaN as the objective says.
     fn is_high(&self, kl: f64) -> bool {
-        match self.objective {
-            Objective::FlowDppo { threshold, keep_nan_kl, .. } => {
-                let threshold = self.round(threshold);
-                kl >= threshold || (kl.is_nan() && !keep_nan_kl)
-            }
-            _ => false,
-        }
+        let objective = &self.call.objective;
+        let threshold = self.round(objective.kl_mask_threshold);
+        objective.kind == ObjectiveKind::FlowDppo && (kl >= threshold || (kl.is_nan() && objective.keep_nan_kl == 0))
     }
 
     /// Loss (None with `Reduction::None`), then the policy divisor and the metrics, from the finished rows.
@@ -379,12 +268,11 @@ impl Problem<'_> {
             (0..self.rows).map(|row| at(field, row)).reduce(pick).unwrap_or(f64::NAN)
         };
         let keep = |row| at(Field::Keep, row) != 0.0;
-        let advantage = |row| self.round(self.advantages.get(row));
-        let (low, up) = match self.objective {
-            Objective::FlowDppo { .. } => (f64::INFINITY, f64::INFINITY),
-            Objective::FlowGrpo(clip) | Objective::GrpoGuard { clip, .. } => {
-                (self.round(clip.low), self.round(clip.high))
-            }
+        let advantage = |row| self.advantage(row);
+        let PolicyLoss { objective, settings, .. } = &*self.call;
+        let (low, up) = match objective.kind {
+            ObjectiveKind::FlowDppo => (f64::INFINITY, f64::INFINITY),
+            _ => (self.round(objective.clip_low), self.round(objective.clip_high)),
         };
         let above = |row| self.round(at(Field::Ratio, row) - 1.0) > up;
         let below = |row| self.round(1.0 - at(Field::Ratio, row)) > low;
@@ -419,16 +307,16 @@ impl Problem<'_> {
             ref_kl,
         ];
 
-        let kept_only = self.reduction == Reduction::KeptMean;
+        let kept_only = settings.reduction == Reduction::KeptMean;
         let policy: f64 = (0..self.rows).filter(|&row| !kept_only || keep(row)).map(|row| at(Field::Loss, row)).sum();
         let kept = || ((0..self.rows).filter(|&row| keep(row)).count() as f64).max(1.0);
-        let divisor = self.divisor().unwrap_or_else(kept);
-        let penalty = match self.reduction {
+        let divisor = self.call.divisor().unwrap_or_else(kept);
+        let penalty = match settings.reduction {
             _ if !self.has_ref => 0.0,
-            Reduction::Sum => self.ref_kl_weight * ref_kl * rows,
-            _ => self.ref_kl_weight * ref_kl,
+            Reduction::Sum => settings.ref_kl_weight * ref_kl * rows,
+            _ => settings.ref_kl_weight * ref_kl,
         };
-        let loss = (self.reduction != Reduction::None).then_some(policy / divisor + penalty);
+        let loss = (settings.reduction != Reduction::None).then_some(policy / divisor + penalty);
         let mut batch = [divisor; BATCH_LEN];
         batch[POLICY_DIVISOR + 1..].copy_from_slice(&metrics);
         (loss, batch)
@@ -436,7 +324,7 @@ impl Problem<'_> {
 
     /// The row's own loss with `Reduction::None`.
     pub fn row_loss(&self, at: impl Fn(Field) -> f64) -> f64 {
-        at(Field::Loss) + if self.has_ref { self.ref_kl_weight * at(Field::RefKl) } else { 0.0 }
+        at(Field::Loss) + if self.has_ref { self.call.settings.ref_kl_weight * at(Field::RefKl) } else { 0.0 }
     }
 }
 

@@ -1,0 +1,258 @@
+"""The operator `policy_loss`, behind `loss` and `step_loss`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._checks import Call
+from ..result import Layout, PolicyLoss
+from .common import (
+    Once,
+    as_tensors,
+    check_devices,
+    is_plain,
+    not_supported,
+    refuse_transforms,
+    restored,
+    save,
+    saved,
+    schema,
+    without_none,
+)
+
+LATENTS = tuple(_native.LATENTS)
+FIELDS = LATENTS + tuple(_native.ROW_VECTORS) + tuple(_native.SCHEDULE)
+
+
+def run_checked(call: Call, memo: _native.PolicyLossMemo, arguments: tuple) -> PolicyLoss:
+    """A call that has not been seen before, or that needs more than the short way."""
+    fields = call.fields
+    refuse_transforms(call.where, fields.values())
+    # Log-probs alone are whole on every rank.
+    group = call.process_group if any(name in fields for name in LATENTS) else None
+    if not is_plain(fields.values()):
+        loss, numbers = _through_the_dispatcher(call, group)
+        has_old = any(name.startswith("old_") for name in fields if name in LATENTS)
+        has_ref = any(name.startswith("ref_") for name in fields if name in LATENTS)
+        return PolicyLoss(loss, numbers, Layout(call.row_shape, has_old, has_ref))
+    if group is not None:
+        native = _native.PolicyLossCall(fields, call.settings)
+        sums = native.shard_sums()
+        torch.distributed.all_reduce(sums, group=group)
+        return run(native, sums)
+    if call.objective._native is None:
+        object.__setattr__(call.objective, "_native", _native.Objective(call.settings))
+    return run(memo.learn(arguments, fields, call.settings))
+
+
+def run(call: _native.PolicyLossCall, row_sums: Tensor | None = None) -> PolicyLoss:
+    """The short way: `row_sums` are those of all shards."""
+    leaves = call.leaves()
+    if leaves is None:
+        loss, _ = call.forward(False, row_sums)
+    else:
+        loss = _Loss.apply(*leaves, call, row_sums)
+    return PolicyLoss(loss, call.numbers, call.layout)
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of `output` (`prev_sample_mean` or `model_output`), `uncond_output` and `log_prob`. The numbers stay
+    outside: a second output costs 2 us."""
+
+    @staticmethod
+    def forward(ctx, output, uncond_output, log_prob, call, row_sums):
+        loss, ctx.formed = call.forward(True, row_sums)
+        to_save, ctx.kept = call.saved()
+        ctx.save_for_backward(log_prob, *to_save)
+        ctx.layout, ctx.dtype = call.layout, loss.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, grad_loss)
+        return Once.apply("flowdppo_ops.loss", lambda: _gradients(ctx, grad_loss), grad_loss, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, *_tangents):
+        not_supported("flowdppo_ops.loss", "forward-mode differentiation is")
+
+
+def _gradients(ctx, grad_loss: Tensor) -> tuple:
+    _, numbers, *tensors = ctx.saved_tensors
+    layout, wants = ctx.layout, list(ctx.needs_input_grad[:3])
+    latents = dict(zip(layout.saved, tensors, strict=True)) | (ctx.kept or {})
+    wants[0] = wants[0] and bool(latents)
+    # Handed out once: whoever gets them may write to them.
+    formed, ctx.formed = ctx.formed, None
+    grad_output, grad_uncond, grad_log_prob = _native.policy_loss_backward(
+        grad_loss,
+        restored(numbers, ctx.dtype),
+        latents,
+        wants,
+        formed,
+    )
+    if grad_log_prob is not None:
+        grad_log_prob = grad_log_prob.view(layout.row_shape)
+    return grad_output, grad_uncond, grad_log_prob, None, None
+
+
+# ---- the registered operators --------------------------------------------------------------------------------------
+
+_SETTINGS = {
+    "objective": "str",
+    "kl_mask_threshold": "float",
+    "clip_low": "float",
+    "clip_high": "float",
+    "adv_clip_max": "float",
+    "mask": "str",
+    "kl_divisor": "str",
+    "keep_nan_kl": "bool",
+    "per_row_scale": "bool",
+    "sampler": "str",
+    "density": "str",
+    "latent_reduction": "str",
+    "reduction": "str",
+    "ref_kl_weight": "float",
+}
+_ARGUMENTS = FIELDS + tuple(_SETTINGS)
+_SCHEMA = ", ".join([schema(FIELDS, ("advantages",)), *(f"{kind} {name}" for name, kind in _SETTINGS.items())])
+_WANTS = ("wants_output", "wants_uncond_output", "wants_log_prob")
+
+torch.library.define("flowdppo_ops::policy_loss_shard_sums", f"({_SCHEMA}) -> Tensor")
+torch.library.define("flowdppo_ops::policy_loss", f"({_SCHEMA}, Tensor? shard_sums) -> (Tensor loss, Tensor numbers)")
+torch.library.define(
+    "flowdppo_ops::policy_loss_backward",
+    f"(Tensor grad_loss, Tensor numbers, {schema(LATENTS, ())}, {', '.join(f'bool {name}' for name in _WANTS)}) -> "
+    "(Tensor grad_output, Tensor grad_uncond_output, Tensor grad_log_prob)",
+)
+
+
+def _through_the_dispatcher(call: Call, process_group: Any) -> tuple[Tensor, Tensor]:
+    arguments = dict.fromkeys(FIELDS) | as_tensors(call.fields, call.fields["advantages"]) | call.settings
+    sums = None
+    if process_group is not None:
+        from torch.distributed._functional_collectives import all_reduce  # traceable, unlike the one in place
+
+        sums = all_reduce(torch.ops.flowdppo_ops.policy_loss_shard_sums(**arguments), "sum", process_group)
+    return torch.ops.flowdppo_ops.policy_loss(**arguments, shard_sums=sums)
+
+
+def _native_call(args: tuple) -> _native.PolicyLossCall:
+    arguments = dict(zip(_ARGUMENTS, args, strict=True))
+    fields = {name: arguments[name] for name in FIELDS if arguments[name] is not None}
+    return _native.PolicyLossCall(fields, {name: arguments[name] for name in _SETTINGS})
+
+
+def _arithmetic_dtype(arguments: dict[str, Any]) -> torch.dtype:
+    wide = (arguments[name] for name in (*LATENTS, "log_prob", "old_log_prob"))
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in wide) else torch.float32
+
+
+@torch.library.impl("flowdppo_ops::policy_loss_shard_sums", ("cpu", "cuda"))
+def _policy_loss_shard_sums(*args):
+    return _native_call(args).shard_sums(may_keep=False)
+
+
+@torch.library.register_fake("flowdppo_ops::policy_loss_shard_sums")
+def _policy_loss_shard_sums_fake(*args):
+    check_devices("advantages", arguments := dict(zip(_ARGUMENTS, args, strict=True)))
+    advantages = arguments["advantages"]
+    return advantages.new_empty(4 * advantages.numel() + 1, dtype=torch.float64)
+
+
+torch.library.register_autograd(
+    "flowdppo_ops::policy_loss_shard_sums",
+    lambda ctx, _: (None,) * len(_ARGUMENTS),
+    # The gradient is `policy_loss`'s, which takes the same latents.
+    setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(output),
+)
+
+
+@torch.library.impl("flowdppo_ops::policy_loss", ("cpu", "cuda"))
+def _policy_loss(*args):
+    call = _native_call(args[:-1])
+    loss, _ = call.forward(False, args[-1], may_keep=False)
+    return loss, call.numbers
+
+
+@torch.library.register_fake("flowdppo_ops::policy_loss")
+def _policy_loss_fake(*args):
+    arguments = dict(zip(_ARGUMENTS, args[:-1], strict=True))
+    check_devices("advantages", arguments | {"shard_sums": args[-1]})
+    advantages, dtype = arguments["advantages"], _arithmetic_dtype(arguments)
+    fields = _native.FIELDS if arguments["sampler"] == "none" else _native.STEP_FIELDS
+    loss = advantages.new_empty(advantages.shape if arguments["reduction"] == "none" else (), dtype=dtype)
+    return loss, advantages.new_empty(advantages.numel() * fields + _native.BATCH_LEN, dtype=dtype)
+
+
+@torch.library.impl("flowdppo_ops::policy_loss_backward", ("cpu", "cuda"))
+def _policy_loss_backward(grad_loss, numbers, *args):
+    tensors = dict(zip(LATENTS, args, strict=False))
+    latents = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    grads = _native.policy_loss_backward(grad_loss, numbers, latents, args[len(LATENTS) :])
+    return without_none(grads, numbers)
+
+
+@torch.library.register_fake("flowdppo_ops::policy_loss_backward")
+def _policy_loss_backward_fake(grad_loss, numbers, *args):
+    latents = dict(zip(LATENTS, args, strict=False))
+    check_devices("numbers", latents | {"numbers": numbers, "grad_loss": grad_loss})
+    wants_output, wants_uncond, wants_log_prob = args[len(LATENTS) :]
+    is_step = latents["model_output"] is not None
+    rows = (numbers.numel() - _native.BATCH_LEN) // (_native.STEP_FIELDS if is_step else _native.FIELDS)
+    return (
+        torch.empty_like(latents[_output(is_step)]) if wants_output else numbers.new_empty(0),
+        torch.empty_like(latents["uncond_output"]) if wants_uncond else numbers.new_empty(0),
+        numbers.new_empty(rows if wants_log_prob else 0),
+    )
+
+
+def _refuse_second(ctx, *_grads):
+    not_supported("flowdppo_ops.loss", "second derivatives are")
+
+
+torch.library.register_autograd("flowdppo_ops::policy_loss_backward", _refuse_second)
+
+
+def _output(is_step: bool) -> str:
+    return "model_output" if is_step else "prev_sample_mean"
+
+
+def _setup_context(ctx, inputs, output):
+    arguments = dict(zip(_ARGUMENTS, inputs, strict=False))
+    is_guard = arguments["objective"] == "grpo_guard"
+    has_ref = arguments["ref_prev_sample_mean"] is not None or arguments["ref_model_output"] is not None
+    ctx.reads = arguments["prev_sample"] is not None or has_ref or is_guard
+    read = [arguments[name] if ctx.reads and (is_guard or not name.startswith("old_")) else None for name in LATENTS]
+    save(ctx, output[1], *read)
+    ctx.dtype = output[1].dtype
+    ctx.is_step = arguments["model_output"] is not None
+    log_prob = arguments["log_prob"]
+    ctx.log_prob_like = None if log_prob is None else (log_prob.shape, log_prob.dtype)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _registered_backward(ctx, grad_loss, _grad_numbers):
+    grads = dict.fromkeys((*_ARGUMENTS, "shard_sums"))
+    if grad_loss is not None:
+        needed = dict(zip(grads, ctx.needs_input_grad, strict=True))
+        names = (_output(ctx.is_step), "uncond_output", "log_prob")
+        wants = [needed[name] and (ctx.reads or name == "log_prob") for name in names]
+        numbers, *latents = saved(ctx)
+        found = torch.ops.flowdppo_ops.policy_loss_backward(grad_loss, restored(numbers, ctx.dtype), *latents, *wants)
+        for name, wanted, grad in zip(names, wants, found, strict=True):
+            if wanted:
+                grads[name] = grad
+        if wants[2]:
+            shape, dtype = ctx.log_prob_like
+            grads["log_prob"] = grads["log_prob"].view(shape).to(dtype)
+    return tuple(grads.values())
+
+
+torch.library.register_autograd("flowdppo_ops::policy_loss", _registered_backward, setup_context=_setup_context)

@@ -1,0 +1,203 @@
+"""The operator `sde_step`, behind `sde_step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._checks import Call
+from .._torch import Generator, draw_noise
+from .common import (
+    Once,
+    as_tensors,
+    check_devices,
+    is_plain,
+    not_supported,
+    refuse_transforms,
+    restored,
+    save,
+    saved,
+    schema,
+    without_none,
+)
+
+FIELDS = tuple(_native.SDE_STEP_LATENTS) + tuple(_native.SCHEDULE)
+WHERE = "flowdppo_ops.sde_step"
+
+# `(prev_sample, log_prob, prev_sample_mean, std, residual)`; differentiable through the second and the third.
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+def run_checked(call: Call, memo: _native.SdeStepMemo, arguments: tuple) -> Results:
+    """A call that has not been seen before, or that needs more than the short way."""
+    refuse_transforms(call.where, call.fields.values())
+    if is_plain(call.fields.values()):
+        return run(memo.learn(arguments, call.fields, call.settings), call.fields["sample"], call.generator)
+    fields, settings = dict(call.fields), call.settings
+    sample = fields["sample"]
+    if "prev_sample" not in fields and "noise" not in fields:
+        double = any(fields[name].dtype == torch.float64 for name in _native.SDE_STEP_LATENTS if name in fields)
+        fields["noise"] = draw_noise(sample, torch.float64 if double else torch.float32, call.generator)
+    arguments = dict.fromkeys(FIELDS) | as_tensors(fields, sample) | settings
+    stored, *results, residual, _ = torch.ops.flowdppo_ops.sde_step(**arguments)
+    if _is_as_stored(arguments):
+        stored = fields["prev_sample"].detach()
+    return stored, *results, None if settings["residual_dtype"] is None else residual
+
+
+def run(call: _native.SdeStepCall, sample: Tensor, generator: Generator) -> Results:
+    """The short way."""
+    if call.needs_noise:  # drawn here, so that the operator gives the same for the same inputs
+        call.give_noise(draw_noise(sample, torch.float64 if call.is_double else torch.float32, generator))
+    leaves = call.leaves()
+    outputs = call.forward()
+    stored, log_prob, mean, std, residual, _ = outputs
+    if leaves is not None:
+        log_prob, mean = _Step.apply(*leaves, call.stored if stored is None else stored, outputs)
+    return call.stored.detach() if stored is None else stored, log_prob, mean, std, residual
+
+
+class _Step(torch.autograd.Function):
+    """Ties log-prob and mean, already computed, to the two outputs of the model."""
+
+    @staticmethod
+    def forward(ctx, model_output, uncond_output, stored, outputs):
+        _, log_prob, mean, _, _, numbers = outputs
+        save(ctx, stored, mean, numbers)
+        ctx.dtype = mean.dtype
+        ctx.dtypes = model_output.dtype, None if uncond_output is None else uncond_output.dtype
+        ctx.set_materialize_grads(False)
+        return log_prob, mean
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, grads)
+        # The mean, an output, ties the gradients to what it was made of.
+        return Once.apply(WHERE, lambda: _gradients(ctx, grads), *grads, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, *_tangents):
+        not_supported(WHERE, "forward-mode differentiation is")
+
+
+def _gradients(ctx, grads: tuple[Tensor | None, Tensor | None]) -> tuple:
+    if grads == (None, None):
+        return None, None, None, None
+    return *_native.sde_step_backward(grads, *_saved(ctx), _wanted_dtypes(ctx)), None, None
+
+
+def _saved(ctx) -> tuple[Tensor, Tensor, Tensor]:
+    """Next latent, mean and numbers; a hook may have given them back in another dtype."""
+    stored, mean, numbers = saved(ctx)
+    return stored, restored(mean, ctx.dtype), restored(numbers, ctx.dtype)
+
+
+def _wanted_dtypes(ctx) -> list[torch.dtype | None]:
+    """Of the two gradients; the first two arguments of both ways are what they go to."""
+    return [dtype if wanted else None for dtype, wanted in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+
+
+# ---- the registered operators --------------------------------------------------------------------------------------
+
+_SETTINGS = {
+    "sampler": "str",
+    "log_prob_normalizer": "bool",
+    "residual_dtype": "ScalarType?",
+    "row_dims": "int",
+}
+_ARGUMENTS = FIELDS + tuple(_SETTINGS)
+_OUTPUTS = ("prev_sample", "log_prob", "prev_sample_mean", "std", "residual", "numbers")
+_OPTIONAL = ("uncond_output", "prev_sample", "noise", "guidance_scale")
+_NEEDED = [name for name in FIELDS if name not in _OPTIONAL]
+
+torch.library.define(
+    "flowdppo_ops::sde_step",
+    f"({schema(FIELDS, _NEEDED)}, {', '.join(f'{kind} {name}' for name, kind in _SETTINGS.items())}) -> "
+    f"({schema(_OUTPUTS, _OUTPUTS)})",
+)
+torch.library.define(
+    "flowdppo_ops::sde_step_backward",
+    "(Tensor? grad_log_prob, Tensor? grad_mean, Tensor prev_sample, Tensor prev_sample_mean, Tensor numbers, "
+    "ScalarType? output_dtype, ScalarType? uncond_dtype) -> (Tensor grad_output, Tensor grad_uncond)",
+)
+
+
+def _is_as_stored(arguments: dict[str, Any]) -> bool:
+    """Whether the next latent is given, and in the dtype that it is stored in: there is none to write."""
+    given = arguments["prev_sample"]
+    return given is not None and given.dtype == arguments["sample"].dtype
+
+
+@torch.library.impl("flowdppo_ops::sde_step", ("cpu", "cuda"))
+def _sde_step(*args):
+    arguments = dict(zip(_ARGUMENTS, args, strict=True))
+    fields = {name: arguments[name] for name in FIELDS if arguments[name] is not None}
+    call = _native.SdeStepCall(fields, {name: arguments[name] for name in _SETTINGS})
+    return without_none(call.forward(may_keep=False), arguments["sample"])
+
+
+@torch.library.register_fake("flowdppo_ops::sde_step")
+def _sde_step_fake(*args):
+    arguments = dict(zip(_ARGUMENTS, args, strict=True))
+    check_devices("model_output", arguments)
+    sample, row_dims, residual_dtype = (arguments[name] for name in ("sample", "row_dims", "residual_dtype"))
+    latents = (arguments[name] for name in _native.SDE_STEP_LATENTS)
+    double = any(latent is not None and latent.dtype == torch.float64 for latent in latents)
+    dtype, shape = torch.float64 if double else torch.float32, sample.shape
+    outputs = (
+        None if _is_as_stored(arguments) else sample.new_empty(shape),
+        sample.new_empty(shape[:row_dims], dtype=dtype),
+        sample.new_empty(shape, dtype=dtype),
+        sample.new_empty(shape[:row_dims], dtype=dtype),
+        None if residual_dtype is None else sample.new_empty(shape, dtype=residual_dtype),
+        sample.new_empty(_native.SDE_STEP_NUMBERS * shape[:row_dims].numel(), dtype=dtype),
+    )
+    return without_none(outputs, sample)
+
+
+@torch.library.impl("flowdppo_ops::sde_step_backward", ("cpu", "cuda"))
+def _sde_step_backward(grad_log_prob, grad_mean, prev_sample, mean, numbers, *dtypes):
+    grads = _native.sde_step_backward((grad_log_prob, grad_mean), prev_sample, mean, numbers, dtypes)
+    return without_none(grads, mean)
+
+
+@torch.library.register_fake("flowdppo_ops::sde_step_backward")
+def _sde_step_backward_fake(grad_log_prob, grad_mean, prev_sample, mean, numbers, *dtypes):
+    given = {"grad_log_prob": grad_log_prob, "grad_mean": grad_mean, "prev_sample": prev_sample, "numbers": numbers}
+    check_devices("prev_sample_mean", given | {"prev_sample_mean": mean})
+    return tuple(mean.new_empty(0) if dtype is None else torch.empty_like(mean, dtype=dtype) for dtype in dtypes)
+
+
+def _refuse_second(ctx, *_grads):
+    not_supported(WHERE, "second derivatives are")
+
+
+torch.library.register_autograd("flowdppo_ops::sde_step_backward", _refuse_second)
+
+
+def _setup_context(ctx, inputs, output):
+    arguments, out = dict(zip(_ARGUMENTS, inputs, strict=True)), dict(zip(_OUTPUTS, output, strict=True))
+    stored = arguments["prev_sample"] if _is_as_stored(arguments) else out["prev_sample"]
+    save(ctx, stored, out["prev_sample_mean"], out["numbers"])
+    ctx.dtype = out["numbers"].dtype
+    uncond = arguments["uncond_output"]
+    ctx.dtypes = arguments["model_output"].dtype, None if uncond is None else uncond.dtype
+    ctx.mark_non_differentiable(*(out[name] for name in ("prev_sample", "std", "residual", "numbers")))
+    ctx.set_materialize_grads(False)
+
+
+def _registered_backward(ctx, _prev_sample, grad_log_prob, grad_mean, *_others):
+    grads = dict.fromkeys(_ARGUMENTS)
+    if grad_log_prob is not None or grad_mean is not None:
+        dtypes = _wanted_dtypes(ctx)
+        made = torch.ops.flowdppo_ops.sde_step_backward(grad_log_prob, grad_mean, *_saved(ctx), *dtypes)
+        for name, grad, dtype in zip(("model_output", "uncond_output"), made, dtypes, strict=True):
+            grads[name] = None if dtype is None else grad
+    return tuple(grads.values())
+
+
+torch.library.register_autograd("flowdppo_ops::sde_step", _registered_backward, setup_context=_setup_context)

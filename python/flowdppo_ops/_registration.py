@@ -1,0 +1,44 @@
+"""Registers the operators with PyTorch: at once if it is imported, else as soon as it is.
+
+A program that `torch.export.load` reads names them, and whoever loads it may have imported this package and PyTorch in
+either order, and nothing of the package that imports PyTorch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+
+def register_operators() -> None:
+    if sys.modules.get("torch") is not None:
+        _register()
+    elif "torch" not in sys.modules:  # else somebody has barred it
+        sys.meta_path.insert(0, _AfterPyTorch())
+
+
+def _register() -> None:
+    import_module("flowdppo_ops._operators.policy_loss")
+    import_module("flowdppo_ops._operators.sde_step")
+
+
+class _AfterPyTorch:
+    """Finds PyTorch as Python's own finder does, and registers the operators when it has been executed."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,104 @@
+//! The boundary to Python: named values in, checked calls out, errors as exceptions.
+//!
+//! `array` describes tensors and NumPy arrays (`dlpack`: where it can be done in one step), `bind` checks them against one another, `memo` remembers calls that Python
+//! has checked, and one file per operator has its functions.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::call::{self, Density, LatentReduction, Reduction, Sampler};
+use crate::cpu::simd::{self, InstructionSet};
+use crate::cuda::image::{IMAGES, Image, choose};
+use crate::cuda::{self, device, device::Driver};
+use crate::error::Error;
+
+mod array;
+mod bind;
+mod dlpack;
+mod environment;
+mod memo;
+mod objective;
+mod policy_loss;
+mod sde_step;
+mod workspace;
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("METRICS", call::METRICS)?;
+    module.add("FIELDS", call::FIELDS)?;
+    module.add("STEP_FIELDS", call::STEP_FIELDS)?;
+    module.add("BATCH_LEN", call::BATCH_LEN)?;
+    module.add("SDE_STEP_NUMBERS", call::SDE_STEP_NUMBERS)?;
+    module.add("LATENTS", call::Latents::NAMES)?;
+    module.add("ROW_VECTORS", call::RowVectors::NAMES)?;
+    module.add("SCHEDULE", call::Schedule::NAMES)?;
+    module.add("SDE_STEP_LATENTS", call::SdeStepLatents::NAMES)?;
+    module.add("SAMPLERS", Sampler::NAMES[1..].to_vec())?; // the first stands for none
+    module.add("DENSITIES", Density::NAMES.to_vec())?;
+    module.add("LATENT_REDUCTIONS", LatentReduction::NAMES.to_vec())?;
+    module.add("REDUCTIONS", Reduction::NAMES.to_vec())?;
+    module.add_class::<objective::NativeObjective>()?;
+    module.add_class::<policy_loss::PolicyLossCall>()?;
+    module.add_class::<policy_loss::PolicyLossMemo>()?;
+    module.add_function(wrap_pyfunction!(policy_loss::policy_loss_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(policy_loss::policy_loss_numpy, module)?)?;
+    module.add_class::<sde_step::SdeStepCall>()?;
+    module.add_class::<sde_step::SdeStepMemo>()?;
+    module.add_function(wrap_pyfunction!(sde_step::sde_step_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(instruction_set, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_driver, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_images, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_images_for, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_entry_points, module)?)
+}
+
+/// A panic is a bug of ours; as an `Exception` it reaches `except Exception`, which pyo3's own does not.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    let text = |panic: Box<dyn Any + Send>| match panic.downcast_ref::<&str>() {
+        Some(text) => (*text).to_owned(),
+        None => panic.downcast_ref::<String>().cloned().unwrap_or_default(),
+    };
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Panic(text(panic))))
+}
+
+/// The embedded kernels, for static checks: unit, compute capability, is PTX, bytes.
+#[pyfunction]
+fn cuda_images(py: Python<'_>) -> Vec<(&'static str, u32, bool, Bound<'_, PyBytes>)> {
+    let row = |image: &Image| (image.unit, image.capability, image.is_ptx, PyBytes::new(py, image.bytes));
+    IMAGES.iter().map(row).collect()
+}
+
+/// The kernels that the launcher calls by name, and the bytes of the one argument it gives them.
+#[pyfunction]
+fn cuda_entry_points() -> Vec<(String, usize)> {
+    cuda::policy_loss::UNIT.entry_points().chain(cuda::sde_step::UNIT.entry_points()).collect()
+}
+
+/// Of the embedded kernels, the one of each unit that a GPU of that capability gets: unit, capability, is PTX.
+#[pyfunction]
+fn cuda_images_for(capability: u32) -> Vec<(&'static str, u32, bool)> {
+    let mut units: Vec<_> = IMAGES.iter().map(|image| image.unit).collect();
+    units.sort_unstable();
+    units.dedup();
+    let chosen = units.into_iter().filter_map(|unit| choose(IMAGES, unit, capability));
+    chosen.map(|image| (image.unit, image.capability, image.is_ptx)).collect()
+}
+
+/// Its version and GPUs; None without one.
+#[pyfunction]
+fn cuda_driver() -> Result<Option<Driver>, Error> {
+    guarded(device::survey)
+}
+
+/// The instructions that the CPU backend takes on this processor.
+#[pyfunction]
+fn instruction_set() -> &'static str {
+    match simd::instruction_set() {
+        InstructionSet::Avx512 => "avx512",
+        InstructionSet::Avx2 => "avx2",
+        InstructionSet::Baseline => "baseline",
+    }
+}

@@ -1,0 +1,693 @@
+//! The one description of a call: what the boundary extracts is what the CPU backend reads and what a kernel is given.
+//!
+//! `kernels/call.cuh` is the twin of every struct and enum here, field for field; sizes and offsets are asserted on both
+//! sides, so that neither can drift alone. Fields have the names of the public functions' arguments. An address of 0
+//! means that an argument is absent. `NoUninit` proves that a struct has no hidden padding.
+//!
+//! Addresses are those of live memory, of one device, for as long as the call runs: the boundary reads them off tensors
+//! that it holds, and checks dtype, length, layout and device of each.
+
+use std::mem::offset_of;
+
+use bytemuck::NoUninit;
+
+use crate::error::Error;
+
+// ---- tables: names once, in the order in which they stand in memory -------------------------------------------------
+
+/// A C enum whose variants have the names that users write.
+macro_rules! options {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, NoUninit)]
+        #[repr(i32)]
+        pub enum $name { #[default] $($(#[$variant_doc])* $variant,)+ }
+
+        impl $name {
+            pub const NAMES: &[&str] = &[$($text),+];
+
+            pub fn parse(argument: &'static str, came: &str) -> Result<Self, Error> {
+                match came {
+                    $($text => Ok(Self::$variant),)+
+                    _ => Err(Error::Option { name: argument, came: came.to_owned(), wanted: Self::NAMES }),
+                }
+            }
+
+            pub fn name(self) -> &'static str {
+                Self::NAMES[self as usize]
+            }
+        }
+    };
+}
+
+/// A struct of fields of one type, which can be gone through by name.
+macro_rules! table {
+    ($(#[$doc:meta])* $name:ident of $kind:ty { $($(#[$field_doc:meta])* $field:ident,)+ }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, Default, NoUninit)]
+        pub struct $name { $($(#[$field_doc])* pub $field: $kind,)+ }
+
+        impl $name {
+            pub const NAMES: [&str; [$(stringify!($field)),+].len()] = [$(stringify!($field)),+];
+
+            pub fn each(&self) -> [&$kind; Self::NAMES.len()] {
+                [$(&self.$field),+]
+            }
+
+            pub fn each_mut(&mut self) -> [&mut $kind; Self::NAMES.len()] {
+                [$(&mut self.$field),+]
+            }
+
+            pub fn named(&self) -> impl Iterator<Item = (&'static str, &$kind)> {
+                Self::NAMES.into_iter().zip(self.each())
+            }
+        }
+    };
+}
+
+/// An enum that counts rows of a block of numbers, and the names of its variants.
+macro_rules! numbered {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(usize)]
+        pub enum $name { $($(#[$variant_doc])* $variant,)+ }
+
+        impl $name {
+            pub const NAMES: [&str; [$(stringify!($variant)),+].len()] = [$(stringify!($variant)),+];
+        }
+    };
+}
+
+options! {
+    /// What an array holds.
+    Dtype {
+        F32 = "float32",
+        Bf16 = "bfloat16",
+        F16 = "float16",
+        F64 = "float64",
+    }
+}
+
+impl Dtype {
+    pub const ALL: [Dtype; 4] = [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F64];
+
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F64 => 8,
+        }
+    }
+}
+
+/// A condition as it crosses to C.
+pub type Flag = i32;
+
+// ---- arrays ----------------------------------------------------------------------------------------------------------
+
+/// `[rows, numel]`, contiguous.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct Latent {
+    pub data: u64,
+    pub dtype: Dtype,
+    pub pad: i32,
+}
+
+impl Latent {
+    pub fn new(data: u64, dtype: Dtype) -> Latent {
+        Latent { data, dtype, pad: 0 }
+    }
+
+    pub fn is_present(&self) -> bool {
+        self.data != 0
+    }
+}
+
+/// One number for all rows, or an array that broadcasts to the rows without being expanded: row r has element
+/// `r / divide % modulo`. Rows `[B, S]` read `[1, S]` with (1, S), `[B, 1]` with (S, B), one element with (1, 1).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct RowVector {
+    /// 0: `value`, for all rows.
+    pub data: u64,
+    pub value: f64,
+    pub dtype: Dtype,
+    pub present: Flag,
+    /// At least 1, and so is `modulo`, where there are data.
+    pub divide: u32,
+    pub modulo: u32,
+}
+
+impl RowVector {
+    pub fn number(value: f64) -> RowVector {
+        RowVector { value, present: 1, ..RowVector::default() }
+    }
+
+    /// Of `rows` rows. Refuses what would read past the array's `modulo` elements or divide by 0.
+    pub fn array(
+        name: &'static str,
+        data: u64,
+        dtype: Dtype,
+        (divide, modulo): (usize, usize),
+        rows: usize,
+    ) -> Result<RowVector, Error> {
+        let wrong = Error::Broadcast { name, divide, modulo, rows };
+        let fits = (1..=rows).contains(&divide) && (1..=rows).contains(&modulo);
+        match (u32::try_from(divide), u32::try_from(modulo)) {
+            (Ok(divide), Ok(modulo)) if fits => Ok(RowVector { data, value: 0.0, dtype, present: 1, divide, modulo }),
+            _ => Err(wrong),
+        }
+    }
+
+    pub fn is_present(&self) -> bool {
+        self.present != 0
+    }
+}
+
+table! {
+    /// The latents of `loss` and `step_loss`; absent where nothing reads them.
+    ///
+    /// The gradient goes to `prev_sample_mean` or, of a call with a schedule, to `model_output` and `uncond_output`.
+    Latents of Latent {
+        prev_sample_mean,
+        model_output,
+        uncond_output,
+        sample,
+        prev_sample,
+        /// The old policy, in one of three forms: its mean, its model output after guidance, or its residual
+        /// `(x' - mu_old) / std`.
+        old_prev_sample_mean,
+        old_model_output,
+        old_residual,
+        /// The reference policy, in one of two.
+        ref_prev_sample_mean,
+        ref_model_output,
+    }
+}
+
+impl Latents {
+    /// What the gradient of the trained policy goes to.
+    pub fn output(&self) -> (&'static str, &Latent) {
+        if self.has_model_output() {
+            ("model_output", &self.model_output)
+        } else {
+            ("prev_sample_mean", &self.prev_sample_mean)
+        }
+    }
+
+    /// Whether means are formed from model outputs: of a call with a schedule.
+    pub fn has_model_output(&self) -> bool {
+        self.model_output.is_present()
+    }
+
+    /// Outputs, samples, and the old and the reference policy: what is of one dtype in each of most calls.
+    pub fn groups(&self) -> ([Latent; 3], [Latent; 2], [Latent; 5]) {
+        let Latents { prev_sample_mean, model_output, uncond_output, sample, prev_sample, .. } = *self;
+        let Latents { old_prev_sample_mean, old_model_output, old_residual, .. } = *self;
+        let Latents { ref_prev_sample_mean, ref_model_output, .. } = *self;
+        (
+            [prev_sample_mean, model_output, uncond_output],
+            [sample, prev_sample],
+            [old_prev_sample_mean, old_model_output, old_residual, ref_prev_sample_mean, ref_model_output],
+        )
+    }
+
+    pub fn has_old(&self) -> bool {
+        [self.old_prev_sample_mean, self.old_model_output, self.old_residual].iter().any(Latent::is_present)
+    }
+
+    pub fn has_ref(&self) -> bool {
+        self.ref_prev_sample_mean.is_present() || self.ref_model_output.is_present()
+    }
+}
+
+table! {
+    /// The row vectors of `loss` and `step_loss`, but for the schedule's.
+    RowVectors of RowVector {
+        advantages,
+        log_prob,
+        old_log_prob,
+        weights,
+        /// With a schedule it says these two.
+        std,
+        sqrt_dt,
+        /// Absent: that of the transition.
+        ref_std,
+    }
+}
+
+table! {
+    /// Which step a row is.
+    Schedule of RowVector {
+        sigma,
+        sigma_next,
+        noise_level,
+        sigma_max,
+        /// Absent without `uncond_output`.
+        guidance_scale,
+    }
+}
+
+table! {
+    /// The latents of `sde_step`; one of the last two.
+    SdeStepLatents of Latent {
+        model_output,
+        uncond_output,
+        sample,
+        prev_sample,
+        /// Standard normal: `x' = mu + std noise`.
+        noise,
+    }
+}
+
+impl SdeStepLatents {
+    /// The next latent as given, or the noise that draws it.
+    pub fn next(&self) -> &Latent {
+        if self.noise.is_present() { &self.noise } else { &self.prev_sample }
+    }
+}
+
+// ---- settings --------------------------------------------------------------------------------------------------------
+
+options! {
+    Sampler {
+        /// Means are given, there is no schedule.
+        None = "none",
+        FlowSde = "flow_sde",
+        DanceSde = "dance_sde",
+        Cps = "cps",
+    }
+}
+
+options! {
+    ObjectiveKind {
+        FlowDppo = "flow_dppo",
+        FlowGrpo = "flow_grpo",
+        GrpoGuard = "grpo_guard",
+    }
+}
+
+options! {
+    /// Which rows of high KL are blocked.
+    Mask {
+        Asymmetric = "asymmetric",
+        Symmetric = "symmetric",
+        None = "none",
+    }
+}
+
+options! {
+    /// What `mean (mu - mu_old)^2` is divided by.
+    KlDivisor {
+        /// 2 std^2: the KL of two Gaussians.
+        Gaussian = "gaussian",
+        /// 2
+        Constant = "constant",
+        /// b^2: the mean squared difference of the model outputs.
+        Velocity = "velocity",
+    }
+}
+
+options! {
+    Density {
+        Gaussian = "gaussian",
+        Cps = "cps",
+    }
+}
+
+options! {
+    LatentReduction {
+        Mean = "mean",
+        Sum = "sum",
+    }
+}
+
+options! {
+    /// Over the rows.
+    Reduction {
+        Mean = "mean",
+        Sum = "sum",
+        None = "none",
+        KeptMean = "kept_mean",
+    }
+}
+
+/// An objective's settings. Limits are float64: `1 - clip_low` is formed first and rounded then, as everywhere else.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct Objective {
+    pub kl_mask_threshold: f64,
+    pub clip_low: f64,
+    pub clip_high: f64,
+    /// Infinite: advantages are not clamped.
+    pub adv_clip_max: f64,
+    pub kind: ObjectiveKind,
+    pub mask: Mask,
+    pub kl_divisor: KlDivisor,
+    pub keep_nan_kl: Flag,
+    pub per_row_scale: Flag,
+    pub pad: i32,
+}
+
+/// The settings of a call that are not its objective's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct Settings {
+    pub ref_kl_weight: f64,
+    pub sampler: Sampler,
+    pub density: Density,
+    pub latent_reduction: LatentReduction,
+    pub reduction: Reduction,
+}
+
+// ---- policy_loss -----------------------------------------------------------------------------------------------------
+
+/// A call of `loss` or `step_loss`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct PolicyLoss {
+    pub rows: u64,
+    /// Elements of a row.
+    pub numel: u64,
+    pub latents: Latents,
+    pub vectors: RowVectors,
+    pub schedule: Schedule,
+    pub objective: Objective,
+    pub settings: Settings,
+}
+
+impl PolicyLoss {
+    /// Of the arithmetic and of all outputs: float64 where a latent or a log-prob is.
+    pub fn dtype(&self) -> Dtype {
+        let log_probs = [&self.vectors.log_prob, &self.vectors.old_log_prob];
+        let mut dtypes = self.latents.each().map(|latent| latent.dtype).into_iter().chain(log_probs.map(|v| v.dtype));
+        if dtypes.any(|dtype| dtype == Dtype::F64) { Dtype::F64 } else { Dtype::F32 }
+    }
+
+    pub fn has_schedule(&self) -> bool {
+        self.settings.sampler != Sampler::None
+    }
+
+    /// An old policy is read, and there is a std to measure the drift with.
+    pub fn has_kl(&self) -> bool {
+        self.latents.has_old() && (self.vectors.std.is_present() || self.has_schedule())
+    }
+
+    /// Whether a row's numbers depend on all rows: GRPO-Guard's scale.
+    pub fn needs_batch_means(&self) -> bool {
+        self.objective.kind == ObjectiveKind::GrpoGuard && self.objective.per_row_scale == 0
+    }
+
+    /// What the policy's part of the gradient is divided by, where that does not depend on the rows' outcome.
+    pub fn divisor(&self) -> Option<f64> {
+        match self.settings.reduction {
+            Reduction::Mean => Some(self.rows as f64),
+            Reduction::Sum | Reduction::None => Some(1.0),
+            Reduction::KeptMean => None,
+        }
+    }
+
+    /// Elements of the loss.
+    pub fn loss_len(&self) -> usize {
+        if self.settings.reduction == Reduction::None { self.rows as usize } else { 1 }
+    }
+}
+
+/// Which half of a forward is done; both but for sharded latents.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, NoUninit)]
+#[repr(i32)]
+pub enum Stage {
+    #[default]
+    Whole,
+    SumsAlone,
+    ObjectiveAlone,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct PolicyLossForward {
+    pub call: PolicyLoss,
+    /// One element, or one per row with `Reduction::None`; float32 on a GPU, and so are `numbers` and `partials`.
+    pub loss: u64,
+    /// `[fields, rows]`, then `[BATCH_LEN]`.
+    pub numbers: u64,
+    /// `[rows, max(splits, 1), 4]`, where blocks need one another's sums.
+    pub partials: u64,
+    /// `[rows + 1]` 32-bit counters: 0 before a launch and again after it.
+    pub tickets: u64,
+    /// `[rows, 4]` float64 in the order of `Sums`, then the elements of a row. `SumsAlone` writes it, `ObjectiveAlone`
+    /// reads it.
+    pub row_sums: u64,
+    pub splits: u32,
+    pub stage: Stage,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct PolicyLossBackward {
+    pub rows: u64,
+    pub numel: u64,
+    /// Those whose coefficients may not be 0.
+    pub latents: Latents,
+    /// d objective / d loss, one number or one per row.
+    pub grad_loss: RowVector,
+    /// What the forward left.
+    pub numbers: u64,
+    /// In the dtype of `prev_sample_mean` or `model_output`; 0: not wanted.
+    pub grad_output: u64,
+    /// In the dtype of `uncond_output`.
+    pub grad_uncond_output: u64,
+    /// `[rows]`
+    pub grad_log_prob: u64,
+    pub splits: u32,
+    /// Of `numbers` and `grad_log_prob`; float32 on a GPU.
+    pub dtype: Dtype,
+}
+
+/// Sums of a row in `PolicyLossForward::row_sums`.
+pub const SUMS: usize = 4;
+
+/// Length of `PolicyLossForward::row_sums`.
+pub fn row_sums_len(rows: usize) -> Option<usize> {
+    rows.checked_mul(SUMS)?.checked_add(1)
+}
+
+numbered! {
+    /// Rows of `numbers`; Python reads the first five, the backward the coefficients.
+    Field {
+        LogProb,
+        LogRatio,
+        Ratio,
+        Kl,
+        Keep,
+        /// The row's policy loss, before any reduction.
+        Loss,
+        /// `mean (mu - mu_ref)^2 / (2 ref_std^2)`, without its weight.
+        RefKl,
+        /// d loss / d mu_j, with a schedule d loss / d v_j, is `CoefInnovation` (x'_j - mu_j) + `CoefDrift`
+        /// (mu_j - mu_old_j) + `CoefRef` (mu_j - mu_ref_j); the first two still to be divided by the batch's divisor.
+        CoefInnovation,
+        CoefDrift,
+        CoefRef,
+        /// d loss / d log_prob, still to be divided by the batch's divisor.
+        CoefLogProb,
+        /// With a schedule alone, for the backward: the row's `mu = a x + b v`, std and guidance.
+        StepA,
+        StepB,
+        StepStd,
+        StepGuidance,
+    }
+}
+
+pub const FIELDS: usize = Field::CoefLogProb as usize + 1;
+/// Of a call with a schedule.
+pub const STEP_FIELDS: usize = Field::NAMES.len();
+
+pub fn fields(has_schedule: bool) -> usize {
+    if has_schedule { STEP_FIELDS } else { FIELDS }
+}
+
+/// Names of the metrics, in the order in which every backend writes them.
+pub const METRICS: [&str; 18] = [
+    "ratio_mean",
+    "ratio_std",
+    "ratio_min",
+    "ratio_max",
+    "approx_kl",
+    "ppo_kl",
+    "kl_new_old_mean",
+    "kl_new_old_max",
+    "kl_mask_fraction",
+    "pos_rm_fraction",
+    "neg_rm_fraction",
+    "masked_fraction",
+    "unmasked_fraction",
+    "clip_fraction",
+    "clipfrac_gt_one",
+    "clipfrac_lt_one",
+    "nonfinite_fraction",
+    "kl_loss",
+];
+
+/// Before the metrics, what the backward divides the policy's gradient by: the row count or the kept count, or 1.
+pub const POLICY_DIVISOR: usize = 0;
+pub const BATCH_LEN: usize = 1 + METRICS.len();
+
+/// Length of a call's numbers: `[fields, rows]`, then the batch's.
+pub fn numbers_len(rows: usize, has_schedule: bool) -> Option<usize> {
+    rows.checked_mul(fields(has_schedule))?.checked_add(BATCH_LEN)
+}
+
+// ---- sde_step --------------------------------------------------------------------------------------------------------
+
+/// A call of `sde_step`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct SdeStep {
+    pub rows: u64,
+    pub numel: u64,
+    pub latents: SdeStepLatents,
+    pub schedule: Schedule,
+    pub sampler: Sampler,
+    /// Whether `log std + log(2 pi)/2` is taken off a Gaussian log-prob.
+    pub log_prob_normalizer: Flag,
+}
+
+impl SdeStep {
+    /// Of the arithmetic, and of all outputs that have no dtype of their own: float64 where a latent is.
+    pub fn dtype(&self) -> Dtype {
+        let double = self.latents.each().into_iter().any(|latent| latent.dtype == Dtype::F64);
+        if double { Dtype::F64 } else { Dtype::F32 }
+    }
+}
+
+/// What the forward writes: `[rows, numel]` latents and `[rows]`, float32 on a GPU where no dtype is said.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct SdeStepForward {
+    pub call: SdeStep,
+    /// The next latent in the dtype of `sample`; 0 where the given one has that dtype already.
+    pub stored: u64,
+    pub prev_sample_mean: u64,
+    /// `(x' - mu) / std`, 0 where std is; absent: not wanted.
+    pub residual: Latent,
+    pub log_prob: u64,
+    pub std: u64,
+    /// `[SdeStepNumber, rows]`, for the backward.
+    pub numbers: u64,
+    /// `[rows, splits]`, where splits > 1; and so are the `[rows]` tickets.
+    pub partials: u64,
+    pub tickets: u64,
+    pub splits: u32,
+    pub pad: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
+pub struct SdeStepBackward {
+    pub rows: u64,
+    pub numel: u64,
+    /// As it was stored.
+    pub prev_sample: Latent,
+    pub prev_sample_mean: u64,
+    pub numbers: u64,
+    /// `[rows]`; 0: none.
+    pub grad_log_prob: u64,
+    /// `[rows, numel]`; 0: none.
+    pub grad_prev_sample_mean: u64,
+    /// Absent: not wanted.
+    pub grad_model_output: Latent,
+    pub grad_uncond_output: Latent,
+    pub splits: u32,
+    /// Of everything that is no latent of the caller's; float32 on a GPU.
+    pub dtype: Dtype,
+}
+
+numbered! {
+    /// Rows of `sde_step`'s numbers, which the backward reads.
+    SdeStepNumber {
+        /// d log_prob / d mu_j = LogProb (x'_j - mu_j); 0 where the step is deterministic.
+        LogProb,
+        /// d mu / d v
+        Velocity,
+        /// d v / d model_output; 1 without guidance.
+        Guidance,
+    }
+}
+
+pub const SDE_STEP_NUMBERS: usize = SdeStepNumber::NAMES.len();
+
+// ---- the twin in kernels/call.cuh asserts the same -------------------------------------------------------------------
+
+const _: () = {
+    assert!(size_of::<Latent>() == 16 && size_of::<RowVector>() == 32);
+    assert!(offset_of!(RowVector, dtype) == 16 && offset_of!(RowVector, modulo) == 28);
+    assert!(size_of::<Latents>() == 160 && size_of::<SdeStepLatents>() == 80);
+    assert!(size_of::<RowVectors>() == 224 && size_of::<Schedule>() == 160);
+    assert!(size_of::<Objective>() == 56 && offset_of!(Objective, kind) == 32);
+    assert!(size_of::<Settings>() == 24 && offset_of!(Settings, reduction) == 20);
+    assert!(size_of::<PolicyLoss>() == 640 && offset_of!(PolicyLoss, objective) == 560);
+    assert!(size_of::<PolicyLossForward>() == 688 && offset_of!(PolicyLossForward, splits) == 680);
+    assert!(size_of::<PolicyLossBackward>() == 248 && offset_of!(PolicyLossBackward, numbers) == 208);
+    assert!(size_of::<SdeStep>() == 264 && offset_of!(SdeStep, sampler) == 256);
+    assert!(size_of::<SdeStepForward>() == 344 && offset_of!(SdeStepForward, splits) == 336);
+    assert!(size_of::<SdeStepBackward>() == 104 && offset_of!(SdeStepBackward, splits) == 96);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The identifiers of `kernels/call.cuh` between two marks.
+    fn listed(first: &str) -> Vec<String> {
+        let header = include_str!("../kernels/call.cuh");
+        let body = header.split_once(first).unwrap_or_else(|| panic!("no {first}")).1;
+        let body = body.split_once('}').expect("the list ends").0;
+        let code = body.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<String>();
+        code.split([',', '{', ';']).map(|item| item.split('=').next().unwrap_or("").trim().to_owned()).collect()
+    }
+
+    /// `kLogProb` of `LogProb`, and `kRatioMean` of `ratio_mean`.
+    fn constant(name: &str) -> String {
+        let words = name.split('_').map(|word| word[..1].to_uppercase() + &word[1..]);
+        format!("k{}", words.collect::<String>())
+    }
+
+    #[test]
+    fn the_kernels_count_fields_and_metrics_alike() {
+        let wanted = |names: &[&str]| names.iter().map(|name| constant(name)).collect::<Vec<_>>();
+        let found = |list, prefix: &str| {
+            let names = listed(list).into_iter().filter(|name| name.starts_with(prefix));
+            names.filter(|name| !name.ends_with("Fields") && !name.ends_with("Count")).collect::<Vec<_>>()
+        };
+        assert_eq!(found("enum Field : int", "k"), wanted(&Field::NAMES));
+        let batch: Vec<&str> = ["policy_divisor"].into_iter().chain(METRICS).collect();
+        assert_eq!(found("enum BatchNumber : int", "k"), wanted(&batch));
+    }
+
+    #[test]
+    fn the_kernels_name_the_same_arguments() {
+        for (list, names) in [
+            ("struct Latents {", Latents::NAMES.to_vec()),
+            ("struct RowVectors {", RowVectors::NAMES.to_vec()),
+            ("struct Schedule {", Schedule::NAMES.to_vec()),
+            ("struct SdeStepLatents {", SdeStepLatents::NAMES.to_vec()),
+        ] {
+            let found: Vec<String> =
+                listed(list).iter().filter_map(|item| item.split_whitespace().last().map(str::to_owned)).collect();
+            assert_eq!(found, names, "{list}");
+        }
+    }
+
+    #[test]
+    fn a_row_vector_reads_nothing_past_its_end() {
+        let of = |divide, modulo, rows| RowVector::array("std", 64, Dtype::F32, (divide, modulo), rows);
+        assert_eq!(of(3, 2, 6).map(|vector| (vector.divide, vector.modulo)), Ok((3, 2)));
+        for (divide, modulo, rows) in [(0, 1, 4), (1, 0, 4), (1, 5, 4), (5, 1, 4), (1 << 32, 1, 1 << 33)] {
+            assert_eq!(of(divide, modulo, rows).err(), Some(Error::Broadcast { name: "std", divide, modulo, rows }));
+        }
+    }
+}

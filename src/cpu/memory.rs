@@ -1,0 +1,186 @@
+//! Memory of the host: the arrays of a call as slices.
+
+use std::marker::PhantomData;
+use std::slice;
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+
+use super::simd::Storage;
+use crate::call::{Dtype, Latent, RowVector};
+
+/// What arrays hold. `Pod`: every bit pattern is a value.
+pub trait Element: Pod + Default + Send + Sync {
+    const DTYPE: Dtype;
+}
+
+impl Element for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+impl Element for f64 {
+    const DTYPE: Dtype = Dtype::F64;
+}
+impl Element for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+}
+impl Element for f16 {
+    const DTYPE: Dtype = Dtype::F16;
+}
+
+/// A call whose addresses are all memory of this process.
+#[derive(Clone, Copy, Debug)]
+pub struct Host<'a, Call>(&'a Call);
+
+impl<'a, Call> Host<'a, Call> {
+    /// # Safety
+    /// Every address in `call` that is not 0 is memory of this process, aligned, with as many elements as the call says
+    /// (`rows * numel` for latents, `modulo` for row vectors), alive for `'a`. Nobody writes to inputs during `'a`, and
+    /// nobody else touches outputs.
+    pub unsafe fn new(call: &'a Call) -> Self {
+        Host(call)
+    }
+
+    /// A part of the call, for functions that need no more.
+    pub fn part<Part>(self, of: impl FnOnce(&'a Call) -> &'a Part) -> Host<'a, Part> {
+        Host(of(self.0))
+    }
+
+    /// An input of `len` elements.
+    pub fn view(self, of: impl FnOnce(&'a Call) -> &'a Latent, len: usize) -> Option<View<'a>> {
+        let Latent { data, dtype, .. } = *of(self.0);
+        (data != 0).then_some(View { address: data as usize, dtype, len, memory: PhantomData })
+    }
+
+    /// The same of an address whose dtype follows from something else.
+    pub fn view_at(self, address: impl FnOnce(&'a Call) -> u64, dtype: Dtype, len: usize) -> Option<View<'a>> {
+        let address = address(self.0) as usize;
+        (address != 0).then_some(View { address, dtype, len, memory: PhantomData })
+    }
+
+    /// An output of `len` elements.
+    pub fn output(self, of: impl FnOnce(&'a Call) -> Latent, len: usize) -> Option<ViewMut<'a>> {
+        let Latent { data, dtype, .. } = of(self.0);
+        (data != 0).then_some(ViewMut { address: data as usize, dtype, len, memory: PhantomData })
+    }
+
+    /// One element of a row vector; NaN where it is absent.
+    #[inline]
+    pub fn row(self, of: impl FnOnce(&'a Call) -> &'a RowVector, row: usize) -> f64 {
+        let vector = of(self.0);
+        if vector.data == 0 {
+            return if vector.is_present() { vector.value } else { f64::NAN };
+        }
+        let (divide, modulo) = (vector.divide as usize, vector.modulo as usize);
+        let view = View { address: vector.data as usize, dtype: vector.dtype, len: modulo, memory: PhantomData };
+        view.get(if divide == 1 && row < modulo { row } else { row / divide % modulo })
+    }
+}
+
+impl<Call> std::ops::Deref for Host<'_, Call> {
+    type Target = Call;
+
+    fn deref(&self) -> &Call {
+        self.0
+    }
+}
+
+/// `len` contiguous elements of `dtype`, of an input of a `Host` call: readable and unwritten for `'a`.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    address: usize,
+    dtype: Dtype,
+    len: usize,
+    memory: PhantomData<&'a [u8]>,
+}
+
+impl<'a> View<'a> {
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Elements `first .. first + len`; panics on a range outside the view or a type of another dtype.
+    pub fn slice<T: Element>(self, first: usize, len: usize) -> &'a [T] {
+        assert!(T::DTYPE == self.dtype && first <= self.len && len <= self.len - first);
+        // SAFETY: in range and of the right type by the assertion; `Host::new` promised that the memory is there,
+        // aligned and unwritten for 'a, and that any bits are a value is `Pod`.
+        unsafe { slice::from_raw_parts((self.address as *const T).add(first), len) }
+    }
+
+    /// One element as float64.
+    pub fn get(self, index: usize) -> f64 {
+        match self.dtype {
+            Dtype::F32 => self.slice::<f32>(index, 1)[0].into(),
+            Dtype::F64 => self.slice::<f64>(index, 1)[0],
+            Dtype::Bf16 => self.slice::<bf16>(index, 1)[0].load(),
+            Dtype::F16 => self.slice::<f16>(index, 1)[0].load(),
+        }
+    }
+}
+
+/// As `View`, of an output: nobody else reads or writes it during `'a`.
+#[derive(Debug)]
+pub struct ViewMut<'a> {
+    address: usize,
+    dtype: Dtype,
+    len: usize,
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+impl ViewMut<'_> {
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub fn slice_mut<T: Element>(&mut self) -> &mut [T] {
+        // SAFETY: the whole view is borrowed mutably, so no other part of it is in use.
+        unsafe { self.part_mut(0, self.len) }
+    }
+
+    /// Elements `first .. first + len`, through a shared reference, for threads that write disjoint parts. Panics on a
+    /// range outside the view or a type of another dtype.
+    ///
+    /// # Safety
+    /// Parts handed out at the same time do not overlap.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn part_mut<T: Element>(&self, first: usize, len: usize) -> &mut [T] {
+        assert!(T::DTYPE == self.dtype && first <= self.len && len <= self.len - first);
+        // SAFETY: in range and of the right type by the assertion; `Host::new` promised that the memory is there and
+        // aligned for 'a and that nobody else touches it; the caller keeps parts apart.
+        unsafe { slice::from_raw_parts_mut((self.address as *mut T).add(first), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(latent: &Latent) -> Host<'_, Latent> {
+        // SAFETY: the tests' arrays outlive the call.
+        unsafe { Host::new(latent) }
+    }
+
+    #[test]
+    #[should_panic(expected = "assertion failed")]
+    fn a_range_past_the_end_is_refused() {
+        let data = [1.0f32; 4];
+        let latent = Latent::new(data.as_ptr() as u64, Dtype::F32);
+        host(&latent).view(|latent| latent, 4).unwrap().slice::<f32>(2, 3);
+    }
+
+    #[test]
+    fn row_vectors_read_every_dtype_and_broadcast() {
+        let (single, halves) = ([0.5f32, -2.0], [bf16::from_f32(0.5), bf16::from_f32(-2.0)]);
+        let read = |vector: RowVector| {
+            // SAFETY: both arrays have two elements and outlive the call.
+            let host = unsafe { Host::new(&vector) };
+            [0, 1, 2, 3, 4, 5].map(|row| host.row(|vector| vector, row))
+        };
+        let array = |address: u64, dtype, layout| read(RowVector::array("x", address, dtype, layout, 6).unwrap());
+        let (single, halves) = (single.as_ptr() as u64, halves.as_ptr() as u64);
+        assert_eq!(array(single, Dtype::F32, (1, 2)), [0.5, -2.0, 0.5, -2.0, 0.5, -2.0]);
+        assert_eq!(array(single, Dtype::F32, (3, 2)), [0.5, 0.5, 0.5, -2.0, -2.0, -2.0]);
+        assert_eq!(array(halves, Dtype::Bf16, (1, 1)), [0.5; 6]);
+        assert_eq!(read(RowVector::number(0.7)), [0.7; 6]);
+        assert!(read(RowVector::default())[0].is_nan());
+    }
+}

@@ -1,0 +1,60 @@
+"""CPU tensors that pass for a GPU's: to the stand-in driver the host's memory is a device's."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python 3.13 has in mmap
+
+
+class Gpu:
+    """From now on every tensor says that it is on a GPU. To be made before the package's first call, which looks
+    `torch.cuda.current_stream` up once and for all.
+
+    target: gives device and stream, or None where tensors are on the CPU after all. tickets: all that were allocated.
+    """
+
+    def __init__(self, target: Callable[[], tuple[int, int] | None]) -> None:
+        self.target, self.tickets = target, []
+        new_zeros = Tensor.new_zeros
+
+        def noted(tensor: Tensor, *size: object, **options: object) -> Tensor:
+            self.tickets.append(new_zeros(tensor, *size, **options))
+            return self.tickets[-1]
+
+        Tensor.is_cpu = property(lambda _: self.target() is None)
+        Tensor.is_cuda = property(lambda _: self.target() is not None)
+        Tensor.get_device = lambda _: self.target()[0]
+        Tensor.new_zeros = noted
+        # PyTorch's own streams have another id than their handle.
+        torch.cuda.current_stream = lambda _: SimpleNamespace(cuda_stream=self.target()[1], stream_id=1)
+
+
+def on_gpu(device: int = 0, stream: int = 0) -> Gpu:
+    return Gpu(lambda: (device, stream))
+
+
+def memory(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Address space alone, as large as you like, for calls whose kernel is launched and does not run."""
+    count = math.prod(shape)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    pages = mmap.mmap(-1, max(count, 1) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(pages, dtype=dtype, count=max(count, 1))[:count].view(shape)
+
+
+def without_memory() -> list[Tensor]:
+    """What the package allocates from now on is address space too; all of it, as it comes."""
+    made: list[Tensor] = []
+
+    def new_empty(_: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+        made.append(memory(*shape, dtype=dtype))
+        return made[-1]
+
+    Tensor.new_empty = new_empty
+    return made
