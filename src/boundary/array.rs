@@ -7,27 +7,12 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple, PyType};
 
+pub use super::dlpack::Device;
 use super::dlpack::Exchange;
 use crate::call::Dtype;
 use crate::cuda::launch::Target;
 use crate::error::Error;
 use crate::ops::Place;
-
-/// Where an array's memory is. What has no backend is `Other`, by its address space's absence from both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    Cpu,
-    Cuda(usize),
-}
-
-impl std::fmt::Display for Device {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Device::Cpu => f.write_str("cpu"),
-            Device::Cuda(index) => write!(f, "cuda:{index}"),
-        }
-    }
-}
 
 /// Contiguous memory of one dtype.
 #[derive(Clone, Debug)]

@@ -8,8 +8,23 @@ use std::{ptr, slice};
 use pyo3::ffi::{PyCapsule_GetPointer, PyObject};
 use pyo3::prelude::*;
 
-use super::array::Device;
 use crate::call::Dtype;
+
+/// Where an array's memory is; other devices have no backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    Cuda(usize),
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
 
 const NAME: &CStr = c"dlpack_exchange_api";
 
@@ -76,7 +91,8 @@ impl Exchange {
             strides: ptr::null(),
             byte_offset: 0,
         };
-        // SAFETY: the class is the caller's promise, and `found` is writable. The function throws nothing.
+        // SAFETY: the tensor is of the class that the function is for, which this function demands; `found` is writable;
+        // DLPack has it throw nothing.
         if unsafe { (self.0)(tensor.as_ptr(), &raw mut found) } != 0 {
             drop(PyErr::take(tensor.py()));
             return None;

@@ -3,9 +3,6 @@
 //! `array` describes tensors and NumPy arrays (`dlpack`: where it can be done in one step), `bind` checks them against one another, `memo` remembers calls that Python
 //! has checked, and one file per operator has its functions.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -19,6 +16,7 @@ mod array;
 mod bind;
 mod dlpack;
 mod environment;
+mod guard;
 mod memo;
 mod objective;
 mod policy_loss;
@@ -55,15 +53,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_entry_points, module)?)
 }
 
-/// A panic is a bug of ours; as an `Exception` it reaches `except Exception`, which pyo3's own does not.
-fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
-    let text = |panic: Box<dyn Any + Send>| match panic.downcast_ref::<&str>() {
-        Some(text) => (*text).to_owned(),
-        None => panic.downcast_ref::<String>().cloned().unwrap_or_default(),
-    };
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Panic(text(panic))))
-}
-
 /// The embedded kernels, for static checks: unit, compute capability, is PTX, bytes.
 #[pyfunction]
 fn cuda_images(py: Python<'_>) -> Vec<(&'static str, u32, bool, Bound<'_, PyBytes>)> {
@@ -90,7 +79,7 @@ fn cuda_images_for(capability: u32) -> Vec<(&'static str, u32, bool)> {
 /// Its version and GPUs; None without one.
 #[pyfunction]
 fn cuda_driver() -> Result<Option<Driver>, Error> {
-    guarded(device::survey)
+    guard::guarded(device::survey)
 }
 
 /// The instructions that the CPU backend takes on this processor.

@@ -8,9 +8,10 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::array::{Device, Library, Numpy, Torch};
 use super::bind::{Shapes, Values, values, write_out};
+use super::guard::guarded;
 use super::memo::{Arguments, Memo, Recipe, Value};
+use super::objective;
 use super::workspace::workspace;
-use super::{guarded, objective};
 use crate::call::{
     BATCH_LEN, Dtype, Latent, Latents, Objective, ObjectiveKind, PolicyLoss, PolicyLossBackward, PolicyLossForward,
     Reduction, RowVector, RowVectors, Schedule, Settings, Stage, fields, numbers_len, row_sums_len,

@@ -5,7 +5,7 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::array::{Library, Torch};
 use super::bind::{Shapes, Values, value_of, values, write_out};
-use super::guarded;
+use super::guard::guarded;
 use super::memo::{Arguments, Memo, Value};
 use super::policy_loss::{requires_grad, take};
 use super::workspace::workspace;

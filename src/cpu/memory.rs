@@ -6,7 +6,6 @@ use std::slice;
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-use super::simd::Storage;
 use crate::call::{Dtype, Latent, RowVector};
 
 /// What arrays hold. `Pod`: every bit pattern is a value.
@@ -111,8 +110,8 @@ impl<'a> View<'a> {
         match self.dtype {
             Dtype::F32 => self.slice::<f32>(index, 1)[0].into(),
             Dtype::F64 => self.slice::<f64>(index, 1)[0],
-            Dtype::Bf16 => self.slice::<bf16>(index, 1)[0].load(),
-            Dtype::F16 => self.slice::<f16>(index, 1)[0].load(),
+            Dtype::Bf16 => self.slice::<bf16>(index, 1)[0].to_f64(),
+            Dtype::F16 => self.slice::<f16>(index, 1)[0].to_f64(),
         }
     }
 }

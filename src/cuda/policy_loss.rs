@@ -55,7 +55,8 @@ pub fn plan(ordinal: usize, call: &PolicyLoss, stage: Stage) -> Result<(GridPlan
 pub unsafe fn forward(target: Target, plan: GridPlan, call: &PolicyLossForward) -> Result<(), Error> {
     let (outputs, samples, policies) = call.call.latents.groups();
     let kernel = (call.call.has_schedule(), [&outputs[..], &samples, &policies]);
-    // SAFETY: the caller's promise is the one that is asked for; `UNIT` names the size of this argument.
+    // SAFETY: the addresses stay valid on the target's device until the kernel has run, and the plan is of these sizes:
+    // this function demands both. `UNIT` says which struct this direction takes.
     unsafe { UNIT.launch(target, Direction::Forward, kernel, plan, call) }
 }
 
@@ -72,6 +73,7 @@ pub unsafe fn backward(target: Target, call: &mut PolicyLossBackward) -> Result<
     call.splits = plan.splits;
     let (outputs, samples, policies) = call.latents.groups();
     let kernel = (call.latents.has_model_output(), [&outputs[..], &samples, &policies]);
-    // SAFETY: the caller's promise is the one that is asked for; `UNIT` names the size of this argument.
+    // SAFETY: the addresses stay valid on the target's device until the kernel has run, and the plan is of these sizes:
+    // this function demands both. `UNIT` says which struct this direction takes.
     unsafe { UNIT.launch(target, Direction::Backward, kernel, plan, call) }
 }

@@ -40,7 +40,8 @@ pub fn plan(ordinal: usize, call: &SdeStep) -> Result<(GridPlan, usize, usize), 
 pub unsafe fn forward(target: Target, plan: GridPlan, call: &SdeStepForward) -> Result<(), Error> {
     let latents = &call.call.latents;
     let groups: [&[_]; 3] = [&[latents.model_output, latents.uncond_output], &[latents.sample], &[]];
-    // SAFETY: the caller's promise is the one that is asked for; `UNIT` names the size of this argument.
+    // SAFETY: the addresses stay valid on the target's device until the kernel has run, and the plan is of these sizes:
+    // this function demands both. `UNIT` says which struct this direction takes.
     unsafe { UNIT.launch(target, Direction::Forward, (true, groups), plan, call) }
 }
 
@@ -52,6 +53,7 @@ pub unsafe fn backward(target: Target, call: &mut SdeStepBackward) -> Result<(),
     let plan = GridPlan::new(call.rows as usize, call.numel as usize, UNIT.multiprocessors(target.device)?)?;
     call.splits = plan.splits;
     let groups: [&[_]; 3] = [&[call.grad_model_output, call.grad_uncond_output], &[call.prev_sample], &[]];
-    // SAFETY: the caller's promise is the one that is asked for; `UNIT` names the size of this argument.
+    // SAFETY: the addresses stay valid on the target's device until the kernel has run, and the plan is of these sizes:
+    // this function demands both. `UNIT` says which struct this direction takes.
     unsafe { UNIT.launch(target, Direction::Backward, (true, groups), plan, call) }
 }

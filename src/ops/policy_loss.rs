@@ -45,7 +45,8 @@ pub unsafe fn forward(
         Place::Gpu(target) => {
             let plan = plan.ok_or(Error::Missing { name: "a plan" })?;
             require(gradients_ahead.is_none(), "a CPU, for gradients formed in the forward")?;
-            // SAFETY: the caller's promise, and `workspace` made the plan and measured the workspace.
+            // SAFETY: every address is memory of the stream's device that stays until the kernel has run: this function
+            // demands it. `workspace` made the plan from this call, and the lengths of what the blocks share from the plan.
             unsafe { gpu::forward(target, plan, call) }
         }
         Place::Host { threads } => {
@@ -54,7 +55,8 @@ pub unsafe fn forward(
                 require(divides, "a divisor for gradients formed in the forward")?;
                 require(call.call.latents.output().1.is_present(), call.call.latents.output().0)?;
             }
-            // SAFETY: the caller promises that all is memory of this process.
+            // SAFETY: every address is memory of this process with as many elements as the call says, which nobody else
+            // writes meanwhile: this function demands it for `Place::Host`.
             let (call, ahead) = unsafe { (Host::new(call), gradients_ahead.map(|ahead| Host::new(ahead))) };
             cpu::forward(call, ahead, threads);
             Ok(())
@@ -78,11 +80,13 @@ pub unsafe fn backward(place: Place, call: &mut PolicyLossBackward) -> Result<()
     match place {
         Place::Gpu(target) => {
             refuse_float64(latents.named())?;
-            // SAFETY: the caller's promise.
+            // SAFETY: every address is memory of the stream's device that stays until the kernel has run: this function
+            // demands it.
             unsafe { gpu::backward(target, call) }
         }
         Place::Host { threads } => {
-            // SAFETY: the caller promises that all is memory of this process.
+            // SAFETY: every address is memory of this process with as many elements as the call says, which nobody else
+            // writes meanwhile: this function demands it for `Place::Host`.
             cpu::backward(unsafe { Host::new(call) }, threads);
             Ok(())
         }
@@ -95,7 +99,7 @@ pub unsafe fn backward(place: Place, call: &mut PolicyLossBackward) -> Result<()
 /// # Safety
 /// `gradient` has `len` elements in the memory of this process, which nobody else touches.
 pub unsafe fn scale_in_place(gradient: &Latent, len: usize, factor: f64, threads: usize) -> bool {
-    // SAFETY: the caller's promise.
+    // SAFETY: the elements are there, and nobody else touches them: this function demands it.
     cpu::scale_in_place(unsafe { Host::new(gradient) }, len, factor, threads)
 }
 

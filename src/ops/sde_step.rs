@@ -27,11 +27,13 @@ pub unsafe fn forward(place: Place, plan: Option<GridPlan>, call: &SdeStepForwar
         Place::Gpu(target) => {
             refuse_float64([("residual", &call.residual)].into_iter())?;
             let plan = plan.ok_or(Error::Missing { name: "a plan" })?;
-            // SAFETY: the caller's promise, and `workspace` made the plan and measured the workspace.
+            // SAFETY: every address is memory of the stream's device that stays until the kernel has run: this function
+            // demands it. `workspace` made the plan from this call, and the lengths of what the blocks share from the plan.
             unsafe { gpu::forward(target, plan, call) }
         }
         Place::Host { threads } => {
-            // SAFETY: the caller promises that all is memory of this process.
+            // SAFETY: every address is memory of this process with as many elements as the call says, which nobody else
+            // writes meanwhile: this function demands it for `Place::Host`.
             cpu::forward(unsafe { Host::new(call) }, threads);
             Ok(())
         }
@@ -53,11 +55,13 @@ pub unsafe fn backward(place: Place, call: &mut SdeStepBackward) -> Result<(), E
                 ("grad_uncond_output", &call.grad_uncond_output),
             ];
             refuse_float64(latents.into_iter())?;
-            // SAFETY: the caller's promise.
+            // SAFETY: every address is memory of the stream's device that stays until the kernel has run: this function
+            // demands it.
             unsafe { gpu::backward(target, call) }
         }
         Place::Host { threads } => {
-            // SAFETY: the caller promises that all is memory of this process.
+            // SAFETY: every address is memory of this process with as many elements as the call says, which nobody else
+            // writes meanwhile: this function demands it for `Place::Host`.
             cpu::backward(unsafe { Host::new(call) }, threads);
             Ok(())
         }
