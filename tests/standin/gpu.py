@@ -28,6 +28,7 @@ class Gpu:
             self.tickets.append(new_zeros(tensor, *size, **options))
             return self.tickets[-1]
 
+        Tensor.__dlpack_c_exchange_api__ = None  # which would say where the memory is
         Tensor.is_cpu = property(lambda _: self.target() is None)
         Tensor.is_cuda = property(lambda _: self.target() is not None)
         Tensor.get_device = lambda _: self.target()[0]
@@ -52,9 +53,15 @@ def without_memory() -> list[Tensor]:
     """What the package allocates from now on is address space too; all of it, as it comes."""
     made: list[Tensor] = []
 
-    def new_empty(_: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
-        made.append(memory(*shape, dtype=dtype))
+    def new_empty(_: Tensor, *shape: int | tuple[()], dtype: torch.dtype) -> Tensor:
+        tensor = memory(*(() if shape == ((),) else shape), dtype=dtype)
+        if tensor.numel() != 1:  # what a call's outputs are made like
+            made.append(tensor)
+        return tensor
+
+    def empty_like(like: Tensor) -> Tensor:
+        made.append(memory(*like.shape, dtype=like.dtype))
         return made[-1]
 
-    Tensor.new_empty = new_empty
+    Tensor.new_empty, torch.empty_like = new_empty, empty_like
     return made
