@@ -34,6 +34,7 @@ NO_WORK = {"data_ptr", "detach", "requires_grad_", "numel", "dim", "is_neg", "em
 NO_WORK |= {"view", "reshape", "expand", "split", "unbind", "flatten", "__getitem__", "grad", "is_contiguous", "stride"}
 NO_WORK |= {"is_inference", "__len__"}
 
+Tensor.__dlpack_c_exchange_api__ = None  # the native module would not ask Python for the device
 _storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address of a storage its own
 _driver = Driver()
 _now = SimpleNamespace(stream=None, graph=None, sync="default", seen=None, backward=False)
