@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import subprocess
+import sys
 import threading
 import time
 
@@ -445,3 +447,30 @@ def test_same_bits_for_any_thread_count_with_a_factor_from_upstream(rows):
         grads += torch.autograd.grad(flowdppo_ops.loss(mean, **constant).loss / 3, mean)
     for grad in grads[1:]:
         assert torch.equal(grad, grads[0])
+
+
+WITHOUT_DLPACK = """
+import sys
+import torch
+if sys.argv[1] == "attributes":
+    torch.Tensor.__dlpack_c_exchange_api__ = None
+from flowdppo_ops import loss, sde_step
+torch.manual_seed(0)
+old, x, noise = torch.randn(3, 4, 5, dtype=torch.bfloat16), torch.randn(3, 5, 4).mT, torch.randn(3, 4, 5)
+mean, advantages = torch.nn.Parameter(old + 0.1 * noise), torch.randn(3)
+for _ in range(2):
+    result = loss(mean, old, advantages, std=torch.full((3, 1, 1), 0.5), prev_sample=x)
+    (grad,) = torch.autograd.grad(result.loss, mean)
+    step = sde_step(mean, x, sigma=0.8, sigma_next=0.7, noise=noise)
+    print([t.double().sum().item() for t in (result.loss, result.kl, grad, step.log_prob, step.prev_sample)])
+"""
+
+
+def test_tensors_are_described_alike_with_and_without_dlpack():
+    """PyTorch before 2.10 offers no such interface."""
+    command = [sys.executable, "-c", WITHOUT_DLPACK]
+    found = [
+        subprocess.run([*command, way], capture_output=True, text=True, check=True) for way in ("dlpack", "attributes")
+    ]
+    assert found[0].stdout == found[1].stdout
+    assert found[0].stdout.count("[") == 2
