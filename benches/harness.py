@@ -1,9 +1,9 @@
 """What every bench shares: timing providers in turn, the row that is stored, and the facts of the environment.
 
 Providers are timed in blocks of consecutive calls, one provider after the other, over many rounds: peers of one row
-see the same machine, whatever else runs on it. Single calls must not alternate: for 8 ms after a PyTorch parallel
-region libgomp's workers spin and slow any other thread pool, so each block begins with calls that are not timed
-(`settle_us`).
+see the same machine, whatever else runs on it. Single calls do not alternate: for 8 ms after a PyTorch parallel region
+libgomp's workers spin, which speeds up whoever takes the same threads and slows whoever has others, so each block begins
+with calls that are not timed (`settle_us`).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def run(call: _native.PolicyLossCall, row_sums: Tensor | None = None) -> PolicyL
     if leaves is None:
         loss, _ = call.forward(False, row_sums)
     else:
-        loss = _Loss.apply(*leaves, call, row_sums)
+        loss = _apply(*leaves, call, row_sums)
     return PolicyLoss(loss, call.numbers, call.layout)
 
 
@@ -65,10 +65,10 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, output, uncond_output, log_prob, call, row_sums):
-        loss, ctx.formed = call.forward(True, row_sums)
-        to_save, ctx.kept = call.saved()
+        loss, formed = call.forward(True, row_sums)
+        to_save, kept = call.saved()
         ctx.save_for_backward(log_prob, *to_save)
-        ctx.layout, ctx.dtype = call.layout, loss.dtype
+        ctx.state = formed, kept, call.layout, loss.dtype
         return loss
 
     @staticmethod
@@ -82,16 +82,21 @@ class _Loss(torch.autograd.Function):
         not_supported("flowdppo_ops.loss", "forward-mode differentiation is")
 
 
+# Without what `Function.apply` does first for `torch.func`, whose tensors never come here.
+_apply = super(torch.autograd.Function, _Loss).apply
+
+
 def _gradients(ctx, grad_loss: Tensor) -> tuple:
     _, numbers, *tensors = ctx.saved_tensors
-    layout, wants = ctx.layout, list(ctx.needs_input_grad[:3])
-    latents = dict(zip(layout.saved, tensors, strict=True)) | (ctx.kept or {})
-    wants[0] = wants[0] and bool(latents)
+    formed, kept, layout, dtype = ctx.state
     # Handed out once: whoever gets them may write to them.
-    formed, ctx.formed = ctx.formed, None
+    ctx.state = None, kept, layout, dtype
+    wants = list(ctx.needs_input_grad[:3])
+    latents = dict(zip(layout.saved, tensors, strict=True)) | (kept or {})
+    wants[0] = wants[0] and bool(latents)
     grad_output, grad_uncond, grad_log_prob = _native.policy_loss_backward(
         grad_loss,
-        restored(numbers, ctx.dtype),
+        restored(numbers, dtype),
         latents,
         wants,
         formed,
