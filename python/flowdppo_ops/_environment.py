@@ -24,7 +24,6 @@ def _value(name: str, allowed: tuple[str, ...]) -> str:
     """Read at every call, so that a debugger's shell or a test can switch. Empty is as good as not set."""
     value = os.environ.get(name, "")
     if value and value not in allowed:
-        raise ValueError(
-            f"flowdppo_ops: {name} is {value!r}, wanted one of {', '.join(map(repr, allowed))}, or not set"
-        )
+        wanted = " or ".join(map(repr, allowed))
+        raise ValueError(f"flowdppo_ops: {name} is {value!r}, wanted {wanted}, or not set")
     return value
