@@ -44,6 +44,8 @@ pub enum Error {
     Length { name: &'static str, came: usize, wanted: usize },
     #[error("{name} has shape {came:?}, wanted a number or a shape that broadcasts to the rows {rows:?}")]
     RowShape { name: &'static str, came: Vec<usize>, rows: Vec<usize> },
+    #[error("row_dims is {came}, wanted 0 to {rank}, the rank of the latents")]
+    RowDims { came: i64, rank: usize },
     #[error("{name} is on {came}, wanted {wanted}, where the others are")]
     Device { name: &'static str, came: String, wanted: String },
     #[error("{name} is on {came}, wanted cpu or cuda; {REFERENCE}")]

@@ -1,9 +1,12 @@
 //! An objective's settings as Python's objects carry them, and options by name.
 
+use pyo3::conversion::FromPyObjectOwned;
 use pyo3::intern;
 use pyo3::prelude::*;
 
-use crate::call::{Density, KlDivisor, LatentReduction, Mask, Objective, ObjectiveKind, Reduction, Sampler, Settings};
+use crate::call::{
+    Density, Flag, KlDivisor, LatentReduction, Mask, Objective, ObjectiveKind, Reduction, Sampler, Settings,
+};
 
 macro_rules! extract_by_name {
     ($($option:ident $argument:literal,)+) => {
@@ -26,51 +29,38 @@ extract_by_name! {
     Reduction "reduction",
 }
 
-/// By the names of the operator's schema.
-#[derive(FromPyObject)]
-#[pyo3(from_item_all)]
-struct ObjectiveFields {
-    objective: ObjectiveKind,
-    kl_mask_threshold: f64,
-    clip_low: f64,
-    clip_high: f64,
-    adv_clip_max: f64,
-    mask: Mask,
-    kl_divisor: KlDivisor,
-    keep_nan_kl: bool,
-    per_row_scale: bool,
+/// Of a dictionary with the names of the operator's schema.
+pub fn field<'py, T: FromPyObjectOwned<'py>>(settings: &Bound<'py, PyAny>, name: &str) -> PyResult<T> {
+    settings.get_item(name)?.extract().map_err(Into::into)
 }
 
-/// By the names of the operator's schema.
-#[derive(FromPyObject)]
-#[pyo3(from_item_all)]
-struct SettingsFields {
-    sampler: Sampler,
-    density: Density,
-    latent_reduction: LatentReduction,
-    reduction: Reduction,
-    ref_kl_weight: f64,
+fn flag(settings: &Bound<'_, PyAny>, name: &str) -> PyResult<Flag> {
+    field::<bool>(settings, name).map(Flag::from)
 }
 
 pub fn objective(settings: &Bound<'_, PyAny>) -> PyResult<Objective> {
-    let given: ObjectiveFields = settings.extract()?;
     Ok(Objective {
-        kl_mask_threshold: given.kl_mask_threshold,
-        clip_low: given.clip_low,
-        clip_high: given.clip_high,
-        adv_clip_max: given.adv_clip_max,
-        kind: given.objective,
-        mask: given.mask,
-        kl_divisor: given.kl_divisor,
-        keep_nan_kl: given.keep_nan_kl.into(),
-        per_row_scale: given.per_row_scale.into(),
+        kl_mask_threshold: field(settings, "kl_mask_threshold")?,
+        clip_low: field(settings, "clip_low")?,
+        clip_high: field(settings, "clip_high")?,
+        adv_clip_max: field(settings, "adv_clip_max")?,
+        kind: field(settings, "objective")?,
+        mask: field(settings, "mask")?,
+        kl_divisor: field(settings, "kl_divisor")?,
+        keep_nan_kl: flag(settings, "keep_nan_kl")?,
+        per_row_scale: flag(settings, "per_row_scale")?,
         pad: 0,
     })
 }
 
 pub fn settings(settings: &Bound<'_, PyAny>) -> PyResult<Settings> {
-    let SettingsFields { sampler, density, latent_reduction, reduction, ref_kl_weight } = settings.extract()?;
-    Ok(Settings { ref_kl_weight, sampler, density, latent_reduction, reduction })
+    Ok(Settings {
+        ref_kl_weight: field(settings, "ref_kl_weight")?,
+        sampler: field(settings, "sampler")?,
+        density: field(settings, "density")?,
+        latent_reduction: field(settings, "latent_reduction")?,
+        reduction: field(settings, "reduction")?,
+    })
 }
 
 impl Objective {

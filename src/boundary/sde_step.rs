@@ -7,6 +7,7 @@ use super::array::{Library, Torch};
 use super::bind::{Shapes, Values, value_of, values, write_out};
 use super::guard::guarded;
 use super::memo::{Arguments, Memo, Value};
+use super::objective::field;
 use super::policy_loss::{requires_grad, take};
 use super::workspace::workspace;
 use crate::call::{
@@ -33,29 +34,24 @@ struct Options {
     sampler: Sampler,
     log_prob_normalizer: bool,
     residual_dtype: Option<Dtype>,
-    row_dims: usize,
-}
-
-/// By the names of the operator's schema.
-#[derive(FromPyObject)]
-#[pyo3(from_item_all)]
-struct OptionsFields<'py> {
-    sampler: Sampler,
-    log_prob_normalizer: bool,
-    residual_dtype: Option<Bound<'py, PyAny>>,
-    row_dims: usize,
+    row_dims: i64,
 }
 
 impl Options {
     fn new(torch: &Torch, settings: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let OptionsFields { sampler, log_prob_normalizer, residual_dtype, row_dims } = settings.extract()?;
+        let residual_dtype: Option<Bound<'_, PyAny>> = field(settings, "residual_dtype")?;
         let dtype = |object: Bound<'_, PyAny>| {
             let wanted = "float32, bfloat16, float16 or float64";
             let came = object.str()?.to_string();
             torch.dtype(&object).ok_or_else(|| PyErr::from(Error::Dtype { name: "residual_dtype", came, wanted }))
         };
         let residual_dtype = residual_dtype.map(dtype).transpose()?;
-        Ok(Options { sampler, log_prob_normalizer, residual_dtype, row_dims })
+        Ok(Options {
+            sampler: field(settings, "sampler")?,
+            log_prob_normalizer: field(settings, "log_prob_normalizer")?,
+            residual_dtype,
+            row_dims: field(settings, "row_dims")?,
+        })
     }
 }
 
@@ -80,12 +76,11 @@ impl SdeStepCall {
             _ => None,
         });
         let output = output.ok_or(Error::Missing { name: "model_output" })?;
-        let Some(rows) = output.shape.get(..options.row_dims) else {
-            let (came, rank) = (options.row_dims, output.shape.len());
-            return Err(Error::Length { name: "row_dims", came, wanted: rank }.into());
-        };
+        let row_dims = usize::try_from(options.row_dims).ok().filter(|&dims| dims <= output.shape.len());
+        let row_dims = row_dims.ok_or(Error::RowDims { came: options.row_dims, rank: output.shape.len() })?;
+        let rows = &output.shape[..row_dims];
         let shapes = Shapes::new("model_output", rows, Some(&output.shape), output.device)?;
-        write_out(library, &mut values, FIRST_VECTOR, (MODEL_OUTPUT, Some(options.row_dims)))?;
+        write_out(library, &mut values, FIRST_VECTOR, (MODEL_OUTPUT, Some(row_dims)))?;
         let mut call = SdeStep {
             rows: shapes.row_count() as u64,
             numel: shapes.numel() as u64,
