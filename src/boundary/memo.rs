@@ -30,7 +30,8 @@ pub struct Recipe<Settings> {
 
 /// Arguments, each read once.
 pub struct Arguments<'py> {
-    pub values: Vec<Option<Value<'py>>>,
+    /// The numbers and arrays among them, by position.
+    pub values: Vec<(usize, Value<'py>)>,
     pub objective: Option<Objective>,
     key: Vec<u64>,
 }
@@ -67,11 +68,11 @@ impl<'py> Arguments<'py> {
         if super::environment::asks_for_more() || torch.is_watched(arguments.py()) {
             return None;
         }
-        let mut read = Arguments { values: Vec::with_capacity(arguments.len()), objective: None, key: Vec::new() };
-        read.key.reserve(8 * arguments.len());
-        for argument in arguments.iter() {
-            let value = read.one(torch, argument)?;
-            read.values.push(value);
+        let mut read = Arguments { values: Vec::with_capacity(8), objective: None, key: Vec::with_capacity(64) };
+        for (at, argument) in arguments.iter().enumerate() {
+            if let Some(value) = read.one(torch, argument)? {
+                read.values.push((at, value));
+            }
         }
         Some(read)
     }

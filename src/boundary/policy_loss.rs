@@ -534,8 +534,12 @@ impl PolicyLossMemo {
         let Some(read) = Arguments::read(Torch::get(py)?, arguments) else { return Ok(None) };
         let (Some(recipe), Some(objective)) = (self.memo.find(&read), read.objective) else { return Ok(None) };
         let (mut settings, kind) = (recipe.settings.0, &recipe.settings.1);
-        if let Some(Value::Number(weight)) = self.ref_kl_weight.and_then(|at| read.values[at].as_ref()) {
-            settings.ref_kl_weight = *weight;
+        for (at, value) in &read.values {
+            if let Value::Number(weight) = value
+                && Some(*at) == self.ref_kl_weight
+            {
+                settings.ref_kl_weight = *weight;
+            }
         }
         let values = take(read.values, &recipe);
         PolicyLossCall::new(Torch::get(py)?, values, (objective, settings), Some(kind)).map(Some)
@@ -561,6 +565,7 @@ impl PolicyLossMemo {
 }
 
 /// The values that a recipe reads.
-pub(super) fn take<'py, S>(mut values: Vec<Option<Value<'py>>>, recipe: &Arc<Recipe<S>>) -> Values<'py> {
-    recipe.read.iter().filter_map(|&(slot, at)| Some((slot, values[at].take()?))).collect()
+pub(super) fn take<'py, S>(values: Vec<(usize, Value<'py>)>, recipe: &Arc<Recipe<S>>) -> Values<'py> {
+    let slot = |at| recipe.read.iter().find(|(_, argument)| *argument == at).map(|(slot, _)| *slot);
+    values.into_iter().filter_map(|(at, value)| Some((slot(at)?, value))).collect()
 }
