@@ -2,8 +2,8 @@
 
 Providers are timed in blocks of consecutive calls, one provider after the other, over many rounds: peers of one row
 see the same machine, whatever else runs on it. Single calls do not alternate: for 8 ms after a PyTorch parallel region
-libgomp's workers spin, which speeds up whoever takes the same threads and slows whoever has others, so each block begins
-with calls that are not timed (`settle_us`).
+libgomp's workers spin, which speeds up whoever takes the same threads and slows whoever has others, so each block
+begins with calls that are not timed (`settle_us`).
 """
 
 from __future__ import annotations
