@@ -34,7 +34,6 @@ class Layout:
 class PolicyLossCall:
     layout: Layout
     numbers: Tensor
-    has_latents: bool
     def __new__(cls, fields: dict[str, Any], settings: dict[str, Any]) -> PolicyLossCall: ...
     def leaves(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
     def forward(

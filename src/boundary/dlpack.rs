@@ -1,6 +1,6 @@
 //! DLPack's exchange interface (version 1): a tensor's metadata in one call of C, where PyTorch offers it (2.10 and later).
 //!
-//! Seven attributes of five tensors take Python's way 40 us after a model's forward, and this way 15.
+//! Seven attributes of six tensors take 35 us after a model's forward, and this with `is_neg` 20.
 
 use std::ffi::{CStr, c_int, c_void};
 use std::{ptr, slice};
