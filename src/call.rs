@@ -66,6 +66,19 @@ macro_rules! table {
     };
 }
 
+/// The names of several tables, one after another.
+const fn joined<const N: usize>(tables: &[&[&'static str]]) -> [&'static str; N] {
+    let (mut names, mut table, mut at, mut first) = ([""; N], 0, 0, 0);
+    while table < tables.len() {
+        while at < first + tables[table].len() {
+            names[at] = tables[table][at - first];
+            at += 1;
+        }
+        (table, first) = (table + 1, at);
+    }
+    names
+}
+
 /// An enum that counts rows of a block of numbers, and the names of its variants.
 macro_rules! numbered {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident,)+ }) => {
@@ -380,6 +393,10 @@ pub struct PolicyLoss {
 }
 
 impl PolicyLoss {
+    /// Of the latents and row vectors.
+    pub const NAMES: [&str; Latents::NAMES.len() + RowVectors::NAMES.len() + Schedule::NAMES.len()] =
+        joined(&[&Latents::NAMES, &RowVectors::NAMES, &Schedule::NAMES]);
+
     /// Of the arithmetic and of all outputs: float64 where a latent or a log-prob is.
     pub fn dtype(&self) -> Dtype {
         let log_probs = [&self.vectors.log_prob, &self.vectors.old_log_prob];
@@ -557,6 +574,10 @@ pub struct SdeStep {
 }
 
 impl SdeStep {
+    /// Of the latents and row vectors.
+    pub const NAMES: [&str; SdeStepLatents::NAMES.len() + Schedule::NAMES.len()] =
+        joined(&[&SdeStepLatents::NAMES, &Schedule::NAMES]);
+
     /// Of the arithmetic, and of all outputs that have no dtype of their own: float64 where a latent is.
     pub fn dtype(&self) -> Dtype {
         let double = self.latents.each().into_iter().any(|latent| latent.dtype == Dtype::F64);

@@ -33,8 +33,8 @@ class PublicFunction:
         self.names = tuple(signature(function).parameters)
         self.check, self.run, self.check_values = check, run, check_values
         self.memo = memo(list(self.names))
-        # The call, bound to its tensors, if one like it has been checked before; arguments in the signature's order.
-        self.find = self.memo.find
+        # Of a call like one that has been checked before; None of any other.
+        self.forward = self.memo.forward
 
     def checked(self, arguments: tuple) -> Any:
         """The result, after all checks."""

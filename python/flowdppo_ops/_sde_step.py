@@ -15,7 +15,7 @@ from ._calls import PublicFunction
 from ._checks import check_array, check_row_vector, check_same_device, check_sde_step, check_shape, require
 from ._native import SdeStepMemo
 from ._operators import sde_step as operator
-from ._torch import FAMILY, Generator, row_tensor
+from ._torch import FAMILY, Generator, draw_noise, row_tensor
 from ._values import check_step_values
 
 __all__ = ["SdeStep", "encode_residual", "sde_step"]
@@ -110,9 +110,8 @@ def sde_step(
         residual_dtype,
         row_dims,
     )
-    call = None if is_dynamo_compiling() else _sde_step.find(arguments)
-    results = _sde_step.checked(arguments) if call is None else operator.run(call, sample, generator)
-    return SdeStep(*results)
+    forward = None if is_dynamo_compiling() else _sde_step.forward(arguments, draw_noise)
+    return SdeStep(*(_sde_step.checked(arguments) if forward is None else operator.results(*forward)))
 
 
 _sde_step = PublicFunction(sde_step, check_sde_step, SdeStepMemo, operator.run_checked, check_step_values)

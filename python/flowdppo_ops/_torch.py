@@ -20,6 +20,7 @@ FAMILY = Family(
     float64=torch.float64,
     layout=torch.strided,
     has_devices=True,
+    expand=torch.Tensor.expand,
 )
 
 Generator = torch.Generator | Sequence[torch.Generator] | None
@@ -36,7 +37,7 @@ def row_tensor(
     return value.reshape(leading).expand(row_shape)
 
 
-def draw_noise(like: torch.Tensor, dtype: torch.dtype, generator: Generator) -> torch.Tensor:
+def draw_noise(like: torch.Tensor, dtype: torch.dtype, generator: Generator = None) -> torch.Tensor:
     """Standard normal latents. A generator draws on its own device, as diffusers has it: a CPU generator gives the same
     noise for latents on any GPU. Of several generators each draws one sample, whatever the batch."""
     if generator is None or isinstance(generator, torch.Generator):

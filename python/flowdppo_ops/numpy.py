@@ -20,6 +20,7 @@ _FAMILY = _checks.Family(
     float64=np.dtype(np.float64),
     layout=None,
     has_devices=False,
+    expand=np.broadcast_to,
 )
 
 RowVector = float | np.ndarray

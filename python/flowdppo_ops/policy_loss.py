@@ -112,8 +112,8 @@ def loss(
         reduction,
         process_group,
     )
-    call = None if is_dynamo_compiling() else _loss.find(arguments)
-    return _loss.checked(arguments) if call is None else operator.run(call)
+    forward = None if is_dynamo_compiling() else _loss.forward(arguments)
+    return _loss.checked(arguments) if forward is None else operator.result(*forward)
 
 
 def step_loss(
@@ -215,8 +215,8 @@ def step_loss(
         reduction,
         process_group,
     )
-    call = None if is_dynamo_compiling() else _step_loss.find(arguments)
-    return _step_loss.checked(arguments) if call is None else operator.run(call)
+    forward = None if is_dynamo_compiling() else _step_loss.forward(arguments)
+    return _step_loss.checked(arguments) if forward is None else operator.result(*forward)
 
 
 _loss = PublicFunction(loss, check_loss, PolicyLossMemo, operator.run_checked, check_values)

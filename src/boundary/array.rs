@@ -28,12 +28,16 @@ impl Array {
         self.shape.iter().product()
     }
 
-    fn new(
-        name: &'static str,
-        (address, dtype, device): (usize, Dtype, Device),
-        shape: PyResult<Vec<usize>>,
-    ) -> PyResult<Array> {
-        let array = Array { address: address as u64, dtype, device, shape: shape? };
+    /// The dtype, of what is written by the arithmetic.
+    pub fn arithmetic(&self, name: &'static str) -> Result<Dtype, Error> {
+        match self.dtype {
+            Dtype::F32 | Dtype::F64 => Ok(self.dtype),
+            came => Err(Error::Dtype { name, came: came.name().to_owned(), wanted: "float32 or float64" }),
+        }
+    }
+
+    fn new(name: &'static str, (address, dtype, device): (usize, Dtype, Device), shape: Vec<usize>) -> PyResult<Array> {
+        let array = Array { address: address as u64, dtype, device, shape };
         if address == 0 && array.len() > 0 {
             return Err(Error::NoMemory { name, len: array.len() }.into());
         }
@@ -57,14 +61,11 @@ pub trait Library: Sync {
     /// An uninitialised array like this one, whose strides are those of a contiguous array or 0.
     fn empty_like<'py>(&self, like: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>>;
 
-    /// A row vector of shape `leading`, and trailing ones, as a view of the rows' shape.
-    fn expand<'py>(&self, vector: &Bound<'py, PyAny>, leading: &[usize], rows: &[usize])
-    -> PyResult<Bound<'py, PyAny>>;
-
     /// Of an array of ours, which is contiguous.
     fn address(&self, array: &Bound<'_, PyAny>) -> PyResult<u64>;
 
-    fn place(&self, py: Python<'_>, device: Device, threads: Option<usize>) -> PyResult<Place>;
+    /// Where a call runs; `is_one_task`: on a host, with one thread.
+    fn place(&self, py: Python<'_>, device: Device, is_one_task: bool) -> PyResult<Place>;
 }
 
 // ---- PyTorch ---------------------------------------------------------------------------------------------------------
@@ -77,6 +78,7 @@ pub struct Torch {
     dtypes: [Py<PyAny>; 4],
     int32: Py<PyAny>,
     empty_like: Py<PyAny>,
+    is_neg: Py<PyAny>,
     grad_enabled: Py<PyAny>,
     get_num_threads: Py<PyAny>,
     current_stream: Py<PyAny>,
@@ -100,6 +102,7 @@ impl Torch {
                 parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
                 dtypes: [f32?, bf16?, f16?, f64?],
                 int32: torch.getattr("int32")?.unbind(),
+                is_neg: torch.getattr("Tensor")?.getattr("is_neg")?.unbind(),
                 empty_like: torch.getattr("empty_like")?.unbind(),
                 grad_enabled: torch.getattr("is_grad_enabled")?.unbind(),
                 get_num_threads: torch.getattr("get_num_threads")?.unbind(),
@@ -136,6 +139,10 @@ impl Torch {
     /// A `torch.dtype` of the four.
     pub fn dtype(&self, object: &Bound<'_, PyAny>) -> Option<Dtype> {
         Dtype::ALL.into_iter().find(|&dtype| object.is(&self.dtypes[dtype as usize]))
+    }
+
+    pub fn dtype_object(&self, dtype: Dtype) -> &Py<PyAny> {
+        &self.dtypes[dtype as usize]
     }
 
     fn device(name: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<Device> {
@@ -176,9 +183,9 @@ impl Library for Torch {
         if let Some(exchange) = self.exchange.as_ref().filter(|_| self.is_plain(tensor))
             // SAFETY: it is a tensor or a parameter, which have one layout.
             && let Some((address, dtype, device, shape)) = unsafe { exchange.describe(tensor) }
-            && !tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()?
+            && !self.is_neg.bind(py).call1((tensor,))?.is_truthy()?
         {
-            return Ok((tensor.clone(), Array::new(name, (address, dtype, device), Ok(shape))?));
+            return Ok((tensor.clone(), Array::new(name, (address, dtype, device), shape)?));
         }
         let mut tensor = tensor.clone();
         let named = |error: PyErr| {
@@ -201,7 +208,7 @@ impl Library for Torch {
         let address = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
         let shape = tensor.getattr(intern!(py, "shape"))?;
         let shape = shape.cast::<PyTuple>()?;
-        let shape = shape.iter_borrowed().map(|dim| dim.extract()).collect();
+        let shape = shape.iter_borrowed().map(|dim| dim.extract()).collect::<PyResult<_>>()?;
         Ok((tensor, Array::new(name, (address, dtype, device), shape)?))
     }
 
@@ -218,27 +225,14 @@ impl Library for Torch {
         self.empty_like.bind(like.py()).call1((like,))
     }
 
-    fn expand<'py>(
-        &self,
-        vector: &Bound<'py, PyAny>,
-        leading: &[usize],
-        rows: &[usize],
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let py = vector.py();
-        let vector = vector.call_method1(intern!(py, "reshape"), (PyTuple::new(py, leading)?,))?;
-        vector.call_method1(intern!(py, "expand"), (PyTuple::new(py, rows)?,))
-    }
-
     fn address(&self, tensor: &Bound<'_, PyAny>) -> PyResult<u64> {
         tensor.call_method0(intern!(tensor.py(), "data_ptr"))?.extract()
     }
 
-    fn place(&self, py: Python<'_>, device: Device, threads: Option<usize>) -> PyResult<Place> {
+    fn place(&self, py: Python<'_>, device: Device, is_one_task: bool) -> PyResult<Place> {
         Ok(match device {
-            Device::Cpu => {
-                let threads = threads.map_or_else(|| self.get_num_threads.bind(py).call0()?.extract(), Ok)?;
-                Place::Host { threads }
-            }
+            Device::Cpu if is_one_task => Place::Host { threads: 1 },
+            Device::Cpu => Place::Host { threads: self.get_num_threads.bind(py).call0()?.extract()? },
             Device::Cuda(device) => {
                 let stream = self.current_stream.bind(py).call1((device,))?;
                 Place::Gpu(Target { device, stream: stream.getattr(intern!(py, "cuda_stream"))?.extract()? })
@@ -253,7 +247,9 @@ fn wrong_type(name: &str, wanted: &str, came: &str) -> PyErr {
 
 // ---- NumPy -----------------------------------------------------------------------------------------------------------
 
-pub struct Numpy;
+pub struct Numpy {
+    pub threads: usize,
+}
 
 impl Library for Numpy {
     fn is_array(&self, object: &Bound<'_, PyAny>) -> bool {
@@ -278,8 +274,7 @@ impl Library for Numpy {
             let copy = array.call_method1(intern!(py, "copy"), ("C",))?;
             return self.read(name, &copy);
         }
-        let shape = Ok(untyped.shape().to_vec());
-        Ok((array.clone(), Array::new(name, (address, dtype, Device::Cpu), shape)?))
+        Ok((array.clone(), Array::new(name, (address, dtype, Device::Cpu), untyped.shape().to_vec())?))
     }
 
     fn empty<'py>(&self, like: &Bound<'py, PyAny>, shape: &[usize], dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
@@ -295,23 +290,12 @@ impl Library for Numpy {
         like.py().import("numpy")?.call_method1(intern!(like.py(), "empty_like"), (like,))
     }
 
-    fn expand<'py>(
-        &self,
-        vector: &Bound<'py, PyAny>,
-        leading: &[usize],
-        rows: &[usize],
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let py = vector.py();
-        let vector = vector.call_method1(intern!(py, "reshape"), (PyTuple::new(py, leading)?,))?;
-        py.import("numpy")?.call_method1("broadcast_to", (vector, PyTuple::new(py, rows)?))
-    }
-
     fn address(&self, array: &Bound<'_, PyAny>) -> PyResult<u64> {
         self.read("an output", array).map(|(_, array)| array.address)
     }
 
-    fn place(&self, _: Python<'_>, _: Device, threads: Option<usize>) -> PyResult<Place> {
-        Ok(Place::Host { threads: threads.unwrap_or(1) })
+    fn place(&self, _: Python<'_>, _: Device, _: bool) -> PyResult<Place> {
+        Ok(Place::Host { threads: self.threads })
     }
 }
 

@@ -1,12 +1,19 @@
-//! From named Python values to the arrays and numbers of a call, each checked against the others.
+//! From named Python values to a call: each array and number is checked against the others, and held with the call.
+
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::array::{Array, Device, Library, row_stride};
-use super::memo::Value;
-use crate::call::{Latent, RowVector};
+use super::array::{Array, Device, Library, Torch, row_stride};
+use crate::call::{Latent, Latents, PolicyLoss, RowVector, RowVectors, SdeStep, SdeStepLatents};
 use crate::error::Error;
+
+pub enum Value<'py> {
+    Number(f64),
+    /// The object whose memory is described.
+    Array(Bound<'py, PyAny>, Array),
+}
 
 /// Values by their position in a table of names; what is absent is left out.
 pub type Values<'py> = Vec<(usize, Value<'py>)>;
@@ -14,11 +21,11 @@ pub type Values<'py> = Vec<(usize, Value<'py>)>;
 /// The named values that a dictionary has.
 pub fn values<'py>(
     library: &dyn Library,
-    names: impl Iterator<Item = &'static str>,
+    names: &[&'static str],
     fields: &Bound<'py, PyDict>,
 ) -> PyResult<Values<'py>> {
     let mut found = Vec::new();
-    for (slot, name) in names.enumerate() {
+    for (slot, name) in names.iter().enumerate() {
         let Some(value) = fields.get_item(name)?.filter(|value| !value.is_none()) else { continue };
         found.push((slot, value_of(library, name, &value)?));
     }
@@ -33,37 +40,116 @@ pub fn value_of<'py>(library: &dyn Library, name: &'static str, value: &Bound<'p
     }
 }
 
-/// Writes out row vectors whose varying dimensions are not neighbours: [A, 1, C] for rows [A, B, C] has no stride. The
-/// rows are the first dimensions of the array at `like`.
-pub fn write_out(
-    library: &dyn Library,
-    values: &mut Values<'_>,
-    first_vector: usize,
-    (like, row_dims): (usize, Option<usize>),
-) -> PyResult<()> {
-    // Two dimensions are always neighbours.
-    let may_not_fit = |value: &Value<'_>| matches!(value, Value::Array(_, array) if array.shape.len() > 2);
-    if !values.iter().any(|(slot, value)| *slot >= first_vector && may_not_fit(value)) {
-        return Ok(());
-    }
-    let rows = values.iter().find_map(|(slot, value)| match value {
-        Value::Array(_, array) if *slot == like => Some(&array.shape[..row_dims.unwrap_or(array.shape.len())]),
+/// The array at a position.
+pub fn array_at<'a, 'py>(values: &'a Values<'py>, wanted: usize) -> Option<(&'a Bound<'py, PyAny>, &'a Array)> {
+    values.iter().find_map(|(slot, value)| match value {
+        Value::Array(object, array) if *slot == wanted => Some((object, array)),
         _ => None,
-    });
-    let rows = rows.unwrap_or_default().to_vec();
-    for (slot, value) in values {
-        let Value::Array(object, array) = value else { continue };
-        if *slot < first_vector || row_stride(&array.shape, &rows).is_some() || array.shape.len() < rows.len() {
-            continue;
-        }
-        let (leading, trailing) = array.shape.split_at(rows.len());
-        let broadcasts = leading.iter().zip(&rows).all(|(have, wanted)| have == wanted || *have == 1);
-        if broadcasts && trailing.iter().all(|&dim| dim == 1) {
-            let (object, array) = library.read("a row vector", &library.expand(object, leading, &rows)?)?;
-            *value = Value::Array(object, array);
+    })
+}
+
+/// What has latents and row vectors, which are counted in this order.
+pub trait Fields: Copy {
+    const NAMES: &[&'static str];
+    const LATENTS: usize;
+    fn latent(&mut self, slot: usize) -> &mut Latent;
+    fn row_vector(&mut self, slot: usize) -> &mut RowVector;
+}
+
+impl Fields for PolicyLoss {
+    const NAMES: &[&'static str] = &PolicyLoss::NAMES;
+    const LATENTS: usize = Latents::NAMES.len();
+
+    fn latent(&mut self, slot: usize) -> &mut Latent {
+        self.latents.each_mut()[slot]
+    }
+
+    fn row_vector(&mut self, slot: usize) -> &mut RowVector {
+        match (slot - Self::LATENTS).checked_sub(RowVectors::NAMES.len()) {
+            None => self.vectors.each_mut()[slot - Self::LATENTS],
+            Some(slot) => self.schedule.each_mut()[slot],
         }
     }
-    Ok(())
+}
+
+impl Fields for SdeStep {
+    const NAMES: &[&'static str] = &SdeStep::NAMES;
+    const LATENTS: usize = SdeStepLatents::NAMES.len();
+
+    fn latent(&mut self, slot: usize) -> &mut Latent {
+        self.latents.each_mut()[slot]
+    }
+
+    fn row_vector(&mut self, slot: usize) -> &mut RowVector {
+        self.schedule.each_mut()[slot - Self::LATENTS]
+    }
+}
+
+/// A call, with the arrays that its addresses point into.
+pub struct BoundCall<C> {
+    pub call: C,
+    pub shapes: Arc<Shapes>,
+    objects: Vec<(usize, Py<PyAny>)>,
+}
+
+impl<C: Fields> BoundCall<C> {
+    /// Checks every value against `shapes`.
+    pub fn new(values: Values<'_>, shapes: Shapes, mut call: C) -> Result<Self, Error> {
+        for (slot, value) in &values {
+            if *slot < C::LATENTS {
+                *call.latent(*slot) = shapes.latent(C::NAMES[*slot], value)?;
+            } else {
+                *call.row_vector(*slot) = shapes.row_vector(C::NAMES[*slot], value)?;
+            }
+        }
+        Ok(BoundCall { call, shapes: shapes.into(), objects: objects(values) })
+    }
+
+    /// Values whose types, dtypes, shapes and devices are those of the values that `like` was made from.
+    pub fn like(mut call: C, shapes: Arc<Shapes>, values: Values<'_>) -> Self {
+        for (slot, value) in &values {
+            match value {
+                Value::Array(_, array) if *slot < C::LATENTS => call.latent(*slot).data = array.address,
+                Value::Array(_, array) => call.row_vector(*slot).data = array.address,
+                Value::Number(number) => call.row_vector(*slot).value = *number,
+            }
+        }
+        BoundCall { call, shapes, objects: objects(values) }
+    }
+
+    /// Another array, whose address is in the call.
+    pub fn hold(&mut self, slot: usize, value: Value<'_>) {
+        self.objects.extend(objects(vec![(slot, value)]));
+    }
+
+    pub fn object<'py>(&self, py: Python<'py>, wanted: usize) -> Option<Bound<'py, PyAny>> {
+        self.objects.iter().find(|(slot, _)| *slot == wanted).map(|(_, object)| object.bind(py).clone())
+    }
+
+    /// The arrays of `slots`, if autograd is to know of a function of them.
+    pub fn leaves<'py, const N: usize>(
+        &self,
+        torch: &Torch,
+        py: Python<'py>,
+        slots: [usize; N],
+    ) -> PyResult<Option<[Option<Bound<'py, PyAny>>; N]>> {
+        let leaves = slots.map(|slot| self.object(py, slot));
+        let wanted = leaves.iter().flatten().any(requires_grad) && torch.is_grad_enabled(py)?;
+        Ok((wanted || torch.is_forward_mode(py)).then_some(leaves))
+    }
+}
+
+fn objects(values: Values<'_>) -> Vec<(usize, Py<PyAny>)> {
+    let objects = values.into_iter().filter_map(|(slot, value)| match value {
+        Value::Array(object, _) => Some((slot, object.unbind())),
+        Value::Number(_) => None,
+    });
+    objects.collect()
+}
+
+pub fn requires_grad(tensor: &Bound<'_, PyAny>) -> bool {
+    let found = tensor.getattr(pyo3::intern!(tensor.py(), "requires_grad")).and_then(|requires| requires.is_truthy());
+    found.unwrap_or(false)
 }
 
 /// The shapes that all arrays of a call must fit.
@@ -99,7 +185,7 @@ impl Shapes {
         }
     }
 
-    fn same_device(&self, name: &'static str, array: &Array) -> Result<(), Error> {
+    pub fn same_device(&self, name: &'static str, array: &Array) -> Result<(), Error> {
         if array.device == self.device {
             return Ok(());
         }
@@ -122,14 +208,13 @@ impl Shapes {
         }
     }
 
-    /// `whole`: one element per row, as log-probs are given.
-    pub fn row_vector(&self, name: &'static str, value: &Value<'_>, whole: bool) -> Result<RowVector, Error> {
+    fn row_vector(&self, name: &'static str, value: &Value<'_>) -> Result<RowVector, Error> {
         let array = match value {
             Value::Number(number) => return Ok(RowVector::number(*number)),
             Value::Array(_, array) => array,
         };
         self.same_device(name, array)?;
-        if whole && array.shape != self.rows {
+        if ["advantages", "log_prob", "old_log_prob"].contains(&name) && array.shape != self.rows {
             return Err(Error::Shape { name, came: array.shape.clone(), wanted: self.rows.clone() });
         }
         let Some(stride) = row_stride(&array.shape, &self.rows) else {

@@ -1,64 +1,90 @@
 //! Calls whose metadata has been seen: what Python's checks proved of them is not proved again.
 //!
 //! The checks of `flowdppo_ops._checks` look at types, dtypes, shapes, devices and options, and at numbers only for
-//! being 0. A key of exactly these stands for one outcome: which of the arguments are read. After a model's forward that
-//! is most of why a small call takes half of what it took.
+//! being 0. A key of exactly these stands for one outcome: which of the arguments are read, and the call but for its
+//! addresses and numbers. After a model's forward that is most of why a small call takes half of what it took.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyString, PyTuple};
 
-use super::array::{Array, Device, Library, Torch};
+use super::array::{Device, Library, Torch};
+use super::bind::{BoundCall, Fields, Shapes, Value, Values};
 use super::objective::NativeObjective;
 use crate::call::Objective;
-
-/// One argument of a public function.
-pub enum Value<'py> {
-    Number(f64),
-    /// The object whose memory is described.
-    Array(Bound<'py, PyAny>, Array),
-}
-
-/// What a call of this key reads.
-pub struct Recipe<Settings> {
-    /// Positions in the table of fields, and in the arguments.
-    pub read: Vec<(usize, usize)>,
-    pub settings: Settings,
-}
-
-/// Arguments, each read once.
-pub struct Arguments<'py> {
-    /// The numbers and arrays among them, by position.
-    pub values: Vec<(usize, Value<'py>)>,
-    pub objective: Option<Objective>,
-    key: Vec<u64>,
-}
 
 /// A bound on what is kept; every shape of a batch has a key, and a run has a handful.
 const MOST: usize = 512;
 
-pub struct Memo<Settings>(Mutex<HashMap<Vec<u64>, std::sync::Arc<Recipe<Settings>>>>);
+/// `Common`: what calls of one key have in common beside the description.
+pub struct Memo<C, Common> {
+    /// Of the arguments, in the order in which they come.
+    names: Vec<String>,
+    /// By key, searched from the latest on: a loop makes a handful of calls in turn.
+    known: Mutex<Vec<Arc<Known<C, Common>>>>,
+}
 
-impl<Settings> Default for Memo<Settings> {
-    fn default() -> Self {
-        Memo(Mutex::default())
+struct Known<C, Common> {
+    key: Vec<u64>,
+    /// Positions in the table of fields, and in the arguments.
+    read: Vec<(usize, usize)>,
+    call: C,
+    shapes: Arc<Shapes>,
+    common: Common,
+}
+
+impl<C: Fields, Common: Clone> Memo<C, Common> {
+    pub fn new(names: Vec<String>) -> Self {
+        Memo { names, known: Mutex::default() }
+    }
+
+    /// The call of these arguments, if one like it has been checked before.
+    pub fn find(&self, arguments: &mut Arguments<'_>) -> Option<(BoundCall<C>, Common)> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = known.iter().rev().find(|known| known.key == arguments.key)?.clone();
+        let slot = |at| known.read.iter().find(|(_, argument)| *argument == at).map(|(slot, _)| *slot);
+        let values = arguments.values.drain(..).filter_map(|(at, value)| Some((slot(at)?, value))).collect();
+        Some((BoundCall::like(known.call, known.shapes.clone(), values), known.common.clone()))
+    }
+
+    /// Remembers a call that Python has checked, unless one of its `fields` is not simply one of the arguments (a row
+    /// vector that was expanded, say).
+    pub fn learn(
+        &self,
+        arguments: &Bound<'_, PyTuple>,
+        fields: &Bound<'_, PyDict>,
+        bound: &BoundCall<C>,
+        common: Common,
+    ) -> PyResult<()> {
+        let Some(key) = Arguments::read(Torch::get(arguments.py())?, arguments).map(|read| read.key) else {
+            return Ok(());
+        };
+        let mut read = Vec::new();
+        for (slot, name) in C::NAMES.iter().enumerate() {
+            let Some(field) = fields.get_item(name)?.filter(|field| !field.is_none()) else { continue };
+            let argument = self.names.iter().position(|argument| argument == name);
+            match argument {
+                Some(at) if arguments.get_item(at)?.is(&field) => read.push((slot, at)),
+                _ => return Ok(()),
+            }
+        }
+        let known = Known { key, read, call: bound.call, shapes: bound.shapes.clone(), common };
+        let mut calls = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if calls.len() >= MOST {
+            calls.clear();
+        }
+        calls.push(known.into());
+        Ok(())
     }
 }
 
-impl<Settings> Memo<Settings> {
-    pub fn find(&self, arguments: &Arguments<'_>) -> Option<std::sync::Arc<Recipe<Settings>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&arguments.key).cloned()
-    }
-
-    pub fn learn(&self, arguments: Arguments<'_>, recipe: Recipe<Settings>) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= MOST {
-            known.clear();
-        }
-        known.insert(arguments.key, recipe.into());
-    }
+/// Arguments of a public function, each read once.
+pub struct Arguments<'py> {
+    /// The numbers and arrays among them, by position.
+    pub values: Values<'py>,
+    pub objective: Option<Objective>,
+    key: Vec<u64>,
 }
 
 impl<'py> Arguments<'py> {
@@ -120,24 +146,11 @@ impl<'py> Arguments<'py> {
         Some(None)
     }
 
-    /// The recipe for reading `fields` again out of arguments like these; None where a field is not simply one of the
-    /// arguments (a row vector that was written out, say). `names`: of the arguments; `slots`: of all fields.
-    pub fn recipe<Settings>(
-        names: &[String],
-        arguments: &Bound<'_, PyTuple>,
-        slots: impl Iterator<Item = &'static str>,
-        fields: &Bound<'_, PyDict>,
-        settings: Settings,
-    ) -> PyResult<Option<Recipe<Settings>>> {
-        let mut read = Vec::new();
-        for (slot, name) in slots.enumerate() {
-            let Some(field) = fields.get_item(name)?.filter(|field| !field.is_none()) else { continue };
-            let Some(at) = names.iter().position(|argument| argument == name) else { return Ok(None) };
-            if !arguments.get_item(at)?.is(&field) {
-                return Ok(None);
-            }
-            read.push((slot, at));
-        }
-        Ok(Some(Recipe { read, settings }))
+    /// The number at a position.
+    pub fn number(&self, at: usize) -> Option<f64> {
+        self.values.iter().find_map(|(position, value)| match value {
+            Value::Number(number) if *position == at => Some(*number),
+            _ => None,
+        })
     }
 }

@@ -3,113 +3,50 @@
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use super::array::{Library, Torch};
-use super::bind::{Shapes, Values, value_of, values, write_out};
+use super::array::{Array, Library, Torch};
+use super::bind::{BoundCall, Shapes, array_at, value_of, values};
 use super::guard::guarded;
-use super::memo::{Arguments, Memo, Value};
+use super::memo::{Arguments, Memo};
 use super::objective::field;
-use super::policy_loss::{requires_grad, take};
 use super::workspace::workspace;
-use crate::call::{
-    Dtype, Latent, SDE_STEP_NUMBERS, Sampler, Schedule, SdeStep, SdeStepBackward, SdeStepForward, SdeStepLatents,
-};
+use crate::call::{Dtype, Latent, SDE_STEP_NUMBERS, SdeStep, SdeStepBackward, SdeStepForward, SdeStepLatents};
 use crate::error::Error;
 use crate::ops::Place;
 use crate::ops::sde_step as ops;
 
-/// Latents, then the schedule's row vectors.
-pub fn names() -> impl Iterator<Item = &'static str> {
-    SdeStepLatents::NAMES.into_iter().chain(Schedule::NAMES)
-}
-const FIRST_VECTOR: usize = SdeStepLatents::NAMES.len();
 const MODEL_OUTPUT: usize = 0;
 const UNCOND_OUTPUT: usize = 1;
 const SAMPLE: usize = 2;
 const PREV_SAMPLE: usize = 3;
 const NOISE: usize = 4;
 
-/// What is no tensor.
-#[derive(Clone, Copy)]
-struct Options {
-    sampler: Sampler,
-    log_prob_normalizer: bool,
-    residual_dtype: Option<Dtype>,
-    row_dims: i64,
-}
-
-impl Options {
-    fn new(torch: &Torch, settings: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let residual_dtype: Option<Bound<'_, PyAny>> = field(settings, "residual_dtype")?;
-        let dtype = |object: Bound<'_, PyAny>| {
-            let wanted = "float32, bfloat16, float16 or float64";
-            let came = object.str()?.to_string();
-            torch.dtype(&object).ok_or_else(|| PyErr::from(Error::Dtype { name: "residual_dtype", came, wanted }))
-        };
-        let residual_dtype = residual_dtype.map(dtype).transpose()?;
-        Ok(Options {
-            sampler: field(settings, "sampler")?,
-            log_prob_normalizer: field(settings, "log_prob_normalizer")?,
-            residual_dtype,
-            row_dims: field(settings, "row_dims")?,
-        })
-    }
-}
+type Optional<'py> = Option<Bound<'py, PyAny>>;
+/// `model_output` and `uncond_output`, or their gradients.
+type Leaves<'py> = [Optional<'py>; 2];
+/// `prev_sample`, `log_prob`, `prev_sample_mean`, `std`, `residual` (None where none is wanted), `numbers`.
+type Outputs<'py> = [Optional<'py>; 6];
+/// Outputs, and what they are differentiated in, where anything is.
+type Forward<'py> = (Outputs<'py>, Option<Leaves<'py>>);
 
 /// A call of `sde_step`, bound to its tensors, which it holds.
 #[pyclass]
 pub struct SdeStepCall {
-    call: SdeStep,
-    shapes: Shapes,
-    objects: Vec<(usize, Py<PyAny>)>,
+    bound: BoundCall<SdeStep>,
     residual_dtype: Option<Dtype>,
 }
 
-/// `prev_sample` (None where the given one is as stored), `log_prob`, `prev_sample_mean`, `std`, `residual` (None where
-/// none is wanted), `numbers`.
-type Outputs<'py> = [Option<Bound<'py, PyAny>>; 6];
-
 impl SdeStepCall {
-    fn new(library: &dyn Library, mut values: Values<'_>, options: Options) -> PyResult<Self> {
-        let names: Vec<_> = names().collect();
-        let output = values.iter().find_map(|(slot, value)| match value {
-            Value::Array(_, array) if *slot == MODEL_OUTPUT => Some(array),
-            _ => None,
-        });
-        let output = output.ok_or(Error::Missing { name: "model_output" })?;
-        let row_dims = usize::try_from(options.row_dims).ok().filter(|&dims| dims <= output.shape.len());
-        let row_dims = row_dims.ok_or(Error::RowDims { came: options.row_dims, rank: output.shape.len() })?;
-        let rows = &output.shape[..row_dims];
-        let shapes = Shapes::new("model_output", rows, Some(&output.shape), output.device)?;
-        write_out(library, &mut values, FIRST_VECTOR, (MODEL_OUTPUT, Some(row_dims)))?;
-        let mut call = SdeStep {
-            rows: shapes.row_count() as u64,
-            numel: shapes.numel() as u64,
-            sampler: options.sampler,
-            log_prob_normalizer: options.log_prob_normalizer.into(),
-            ..SdeStep::default()
-        };
-        for (slot, value) in &values {
-            match slot.checked_sub(FIRST_VECTOR) {
-                None => *call.latents.each_mut()[*slot] = shapes.latent(names[*slot], value)?,
-                Some(at) => *call.schedule.each_mut()[at] = shapes.row_vector(names[*slot], value, false)?,
-            }
-        }
-        let objects = values.into_iter().filter_map(|(slot, value)| match value {
-            Value::Array(object, _) => Some((slot, object.unbind())),
-            Value::Number(_) => None,
-        });
-        Ok(SdeStepCall { call, shapes, objects: objects.collect(), residual_dtype: options.residual_dtype })
-    }
-
-    fn object<'py>(&self, py: Python<'py>, slot: usize) -> Option<Bound<'py, PyAny>> {
-        self.objects.iter().find(|(at, _)| *at == slot).map(|(_, object)| object.bind(py).clone())
-    }
-
     /// Whether the next latent is given, and in the dtype that it is stored in: there is none to write.
     fn is_as_stored(&self) -> bool {
-        let SdeStepLatents { prev_sample, sample, .. } = &self.call.latents;
+        let SdeStepLatents { prev_sample, sample, .. } = &self.bound.call.latents;
         prev_sample.is_present() && prev_sample.dtype == sample.dtype
     }
+}
+
+/// A dtype of latents.
+fn dtype(torch: &Torch, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Dtype> {
+    let (came, wanted) = (object.str()?.to_string(), "float32, bfloat16, float16 or float64");
+    torch.dtype(object).ok_or_else(|| Error::Dtype { name, came, wanted }.into())
 }
 
 #[pymethods]
@@ -118,91 +55,87 @@ impl SdeStepCall {
     #[new]
     fn checked(py: Python<'_>, fields: &Bound<'_, PyDict>, settings: &Bound<'_, PyAny>) -> PyResult<Self> {
         let torch = Torch::get(py)?;
-        Self::new(torch, values(torch, names(), fields)?, Options::new(torch, settings)?)
+        let residual_dtype: Optional<'_> = field(settings, "residual_dtype")?;
+        let residual_dtype = residual_dtype.map(|object| dtype(torch, "residual_dtype", &object)).transpose()?;
+        let values = values(torch, &SdeStep::NAMES, fields)?;
+        let (_, output) = array_at(&values, MODEL_OUTPUT).ok_or(Error::Missing { name: "model_output" })?;
+        let (came, rank): (i64, _) = (field(settings, "row_dims")?, output.shape.len());
+        let row_dims = usize::try_from(came).ok().filter(|&dims| dims <= rank);
+        let rows = &output.shape[..row_dims.ok_or(Error::RowDims { came, rank })?];
+        let shapes = Shapes::new("model_output", rows, Some(&output.shape), output.device)?;
+        let call = SdeStep {
+            rows: shapes.row_count() as u64,
+            numel: shapes.numel() as u64,
+            sampler: field(settings, "sampler")?,
+            log_prob_normalizer: field::<bool>(settings, "log_prob_normalizer")?.into(),
+            ..SdeStep::default()
+        };
+        Ok(SdeStepCall { bound: BoundCall::new(values, shapes, call)?, residual_dtype })
     }
 
-    /// Whether the noise is still to be drawn.
-    #[getter]
-    fn needs_noise(&self) -> bool {
-        let SdeStepLatents { prev_sample, noise, .. } = &self.call.latents;
-        !prev_sample.is_present() && !noise.is_present()
+    /// A call that PyTorch's dispatcher made: it has an autograd of its own, no output may be an input (`prev_sample` is
+    /// None where the given one is as stored), and no tensor may outlive the call (see `workspace`).
+    fn forward<'py>(&self, py: Python<'py>) -> PyResult<Outputs<'py>> {
+        self.forward_with(py, false)
     }
+}
 
-    /// Whether arithmetic is float64.
-    #[getter]
-    fn is_double(&self) -> bool {
-        self.call.dtype() == Dtype::F64
-    }
-
-    fn give_noise(&mut self, noise: &Bound<'_, PyAny>) -> PyResult<()> {
-        let value = value_of(Torch::get(noise.py())?, "noise", noise)?;
-        self.call.latents.noise = self.shapes.latent("noise", &value)?;
-        if let Value::Array(object, _) = value {
-            self.objects.push((NOISE, object.unbind()));
+impl SdeStepCall {
+    /// `draw`: called with latents and a dtype if the noise is still to be drawn, which is done outside so that the
+    /// operator gives the same for the same inputs.
+    fn forward_eager<'py>(&mut self, py: Python<'py>, draw: &Bound<'py, PyAny>) -> PyResult<Forward<'py>> {
+        let (torch, SdeStepLatents { prev_sample, noise, .. }) = (Torch::get(py)?, &self.bound.call.latents);
+        if !prev_sample.is_present() && !noise.is_present() {
+            let noise = draw.call1((self.sample(py)?, torch.dtype_object(self.bound.call.dtype())))?;
+            let value = value_of(torch, "noise", &noise)?;
+            self.bound.call.latents.noise = self.bound.shapes.latent("noise", &value)?;
+            self.bound.hold(NOISE, value);
         }
-        Ok(())
+        let mut outputs = self.forward_with(py, true)?;
+        if self.is_as_stored()
+            && let Some(given) = self.bound.object(py, PREV_SAMPLE)
+        {
+            outputs[0] = Some(given.call_method0("detach")?);
+        }
+        Ok((outputs, self.bound.leaves(torch, py, [MODEL_OUTPUT, UNCOND_OUTPUT])?))
     }
 
-    /// What the outputs are differentiated in: `model_output` and `uncond_output`. None where nothing is.
-    fn leaves<'py>(&self, py: Python<'py>) -> PyResult<Option<[Option<Bound<'py, PyAny>>; 2]>> {
-        let torch = Torch::get(py)?;
-        let leaves = [self.object(py, MODEL_OUTPUT), self.object(py, UNCOND_OUTPUT)];
-        let wanted = torch.is_grad_enabled(py)? && leaves.iter().flatten().any(requires_grad);
-        Ok((wanted || torch.is_forward_mode(py)).then_some(leaves))
+    fn sample<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyAny>, Error> {
+        self.bound.object(py, SAMPLE).ok_or(Error::Missing { name: "sample" })
     }
 
-    /// The given next latent, where the forward writes none.
-    #[getter]
-    fn stored<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
-        if self.is_as_stored() { self.object(py, PREV_SAMPLE) } else { None }
-    }
-
-    /// `may_keep`: see `workspace`.
-    #[pyo3(signature = (may_keep = true))]
-    fn forward<'py>(&self, py: Python<'py>, may_keep: bool) -> PyResult<Outputs<'py>> {
-        let torch = Torch::get(py)?;
-        let sample = self.object(py, SAMPLE).ok_or(Error::Missing { name: "sample" })?;
-        let (dtype, rows) = (self.call.dtype(), self.shapes.row_count());
-        let (latents, of_rows) = (self.shapes.latents.as_deref().unwrap_or(&[]), &self.shapes.rows[..]);
+    fn forward_with<'py>(&self, py: Python<'py>, may_keep: bool) -> PyResult<Outputs<'py>> {
+        let (torch, sample, BoundCall { call, shapes, .. }) = (Torch::get(py)?, self.sample(py)?, &self.bound);
+        let (dtype, latents) = (call.dtype(), shapes.latents.as_deref().unwrap_or(&[]));
         let outputs = [
-            (!self.is_as_stored()).then_some((latents, self.call.latents.sample.dtype)),
-            Some((of_rows, dtype)),
+            (!self.is_as_stored()).then_some((latents, call.latents.sample.dtype)),
+            Some((&shapes.rows[..], dtype)),
             Some((latents, dtype)),
-            Some((of_rows, dtype)),
+            Some((&shapes.rows[..], dtype)),
             self.residual_dtype.map(|dtype| (latents, dtype)),
-            Some((&[SDE_STEP_NUMBERS * rows][..], dtype)),
+            Some((&[SDE_STEP_NUMBERS * shapes.row_count()][..], dtype)),
         ];
-        let mut arrays: Outputs<'py> = Default::default();
+        let mut arrays = Outputs::default();
         let mut addresses = [0; 6];
-        for (at, output) in outputs.into_iter().enumerate() {
+        for ((array, address), output) in arrays.iter_mut().zip(&mut addresses).zip(outputs) {
             let Some((shape, dtype)) = output else { continue };
-            let array = torch.empty(&sample, shape, dtype)?;
-            addresses[at] = torch.address(&array)?;
-            arrays[at] = Some(array);
+            let made = array.insert(torch.empty(&sample, shape, dtype)?);
+            *address = torch.address(made)?;
         }
         let [stored, log_prob, prev_sample_mean, std, residual, numbers] = addresses;
         let residual = self.residual_dtype.map_or_else(Latent::default, |dtype| Latent::new(residual, dtype));
-        let mut forward = SdeStepForward {
-            call: self.call,
-            stored,
-            prev_sample_mean,
-            residual,
-            log_prob,
-            std,
-            numbers,
-            ..SdeStepForward::default()
-        };
-        let place = torch.place(py, self.shapes.device, None)?;
+        let (call, rest) = (*call, SdeStepForward::default());
+        let mut forward = SdeStepForward { call, stored, prev_sample_mean, residual, log_prob, std, numbers, ..rest };
+        let place = torch.place(py, shapes.device, false)?;
         let (mut plan, mut _workspace) = (None, None);
         if let Place::Gpu(target) = place {
-            let call = self.call;
             let (grid, partials, tickets) = py.detach(|| guarded(|| ops::workspace(target, &call)))?;
-            let room = workspace(torch, &sample, target, (partials, tickets), may_keep)?;
-            (forward.partials, forward.tickets, forward.splits) = (room.partials, room.tickets, grid.splits);
-            (plan, _workspace) = (Some(grid), Some(room));
+            let shared = workspace(torch, &sample, target, (partials, tickets), may_keep)?;
+            (forward.partials, forward.tickets, forward.splits) = (shared.partials, shared.tickets, grid.splits);
+            (plan, _workspace) = (Some(grid), Some(shared));
         }
-        // SAFETY: inputs are memory of arrays that `self` holds, of the lengths that `new` checked; outputs were just
-        // allocated here, and nobody else knows them yet.
+        // SAFETY: inputs are memory of arrays that `self` holds, of the lengths that were checked as they were bound;
+        // outputs were just allocated here, and nobody else knows them yet.
         py.detach(|| guarded(|| unsafe { ops::forward(place, plan, &forward) }))?;
         Ok(arrays)
     }
@@ -213,20 +146,24 @@ impl SdeStepCall {
 #[pyfunction]
 pub fn sde_step_backward<'py>(
     py: Python<'py>,
-    grads: (Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>),
+    grads: Leaves<'py>,
     prev_sample: &Bound<'py, PyAny>,
     prev_sample_mean: &Bound<'py, PyAny>,
     numbers: &Bound<'py, PyAny>,
-    dtypes: [Option<Bound<'py, PyAny>>; 2],
-) -> PyResult<[Option<Bound<'py, PyAny>>; 2]> {
-    let (torch, (grad_log_prob, grad_mean)) = (Torch::get(py)?, grads);
-    let (mean, of_mean) = torch.read("prev_sample_mean", prev_sample_mean)?;
-    let (_numbers, of_numbers) = torch.read("numbers", numbers)?;
-    let dtype = of_mean.dtype;
-    if !matches!(dtype, Dtype::F32 | Dtype::F64) {
-        let came = dtype.name().to_owned();
-        return Err(Error::Dtype { name: "prev_sample_mean", came, wanted: "float32 or float64" }.into());
-    }
+    dtypes: Leaves<'py>,
+) -> PyResult<Leaves<'py>> {
+    let torch = Torch::get(py)?;
+    // Of a tensor that is not contiguous this is a copy, which lives until the kernel has been launched.
+    let read = |name, tensor: &Bound<'py, PyAny>| torch.read(name, tensor);
+    let read_grad = |name, grad: Optional<'py>| grad.map(|grad| read(name, &grad)).transpose();
+    let (mean, of_mean) = read("prev_sample_mean", prev_sample_mean)?;
+    let (_numbers, of_numbers) = read("numbers", numbers)?;
+    let (_prev_sample, of_prev) = read("prev_sample", prev_sample)?;
+    let [grad_log_prob, grad_mean] = grads;
+    let grad_log_prob = read_grad("grad_log_prob", grad_log_prob)?;
+    let grad_mean = read_grad("grad_prev_sample_mean", grad_mean)?;
+
+    let wide = of_mean.arithmetic("prev_sample_mean")?;
     let rows = of_numbers.len() / SDE_STEP_NUMBERS;
     if rows == 0 || !of_numbers.len().is_multiple_of(SDE_STEP_NUMBERS) || !of_mean.len().is_multiple_of(rows) {
         let wanted = SDE_STEP_NUMBERS * of_mean.shape.first().copied().unwrap_or(1);
@@ -234,45 +171,40 @@ pub fn sde_step_backward<'py>(
     }
     let flat = [rows, of_mean.len() / rows];
     let shapes = Shapes::new("prev_sample_mean", &[rows], Some(&flat), of_mean.device)?;
-    let mut call = SdeStepBackward { rows: rows as u64, numel: flat[1] as u64, dtype, ..SdeStepBackward::default() };
     // Of the arithmetic's dtype, all on one device.
-    let arithmetic = |name: &'static str, array: &super::array::Array, shape: &[usize]| -> Result<u64, Error> {
-        if array.dtype != dtype {
-            return Err(Error::Dtype { name, came: array.dtype.name().to_owned(), wanted: dtype.name() });
+    let arithmetic = |name, array: &Array, shape: &[usize]| -> Result<u64, Error> {
+        if array.dtype != wide {
+            return Err(Error::Dtype { name, came: array.dtype.name().to_owned(), wanted: wide.name() });
         }
         Ok(shapes.exactly(name, array, shape)?.data)
     };
-    call.numbers = arithmetic("numbers", &of_numbers, &of_numbers.shape)?;
-    call.prev_sample_mean = of_mean.address;
-    let (_prev_sample, of_prev) = torch.read("prev_sample", prev_sample)?;
-    call.prev_sample = shapes.exactly("prev_sample", &of_prev, &of_mean.shape)?;
-    // Contiguous copies must live until the kernel has been launched.
-    let mut held = Vec::new();
-    if let Some(grad) = grad_log_prob {
-        let (object, array) = torch.read("grad_log_prob", &grad)?;
+    let mut call = SdeStepBackward {
+        rows: rows as u64,
+        numel: flat[1] as u64,
+        dtype: wide,
+        numbers: arithmetic("numbers", &of_numbers, &of_numbers.shape)?,
+        prev_sample_mean: of_mean.address,
+        prev_sample: shapes.exactly("prev_sample", &of_prev, &of_mean.shape)?,
+        ..SdeStepBackward::default()
+    };
+    if let Some((_, array)) = &grad_log_prob {
         if array.len() != rows {
             return Err(Error::Length { name: "grad_log_prob", came: array.len(), wanted: rows }.into());
         }
-        call.grad_log_prob = arithmetic("grad_log_prob", &array, &array.shape)?;
-        held.push(object);
+        call.grad_log_prob = arithmetic("grad_log_prob", array, &array.shape)?;
     }
-    if let Some(grad) = grad_mean {
-        let (object, array) = torch.read("grad_prev_sample_mean", &grad)?;
-        call.grad_prev_sample_mean = arithmetic("grad_prev_sample_mean", &array, &of_mean.shape)?;
-        held.push(object);
+    if let Some((_, array)) = &grad_mean {
+        call.grad_prev_sample_mean = arithmetic("grad_prev_sample_mean", array, &of_mean.shape)?;
     }
     let mut grads = [None, None];
     let targets = [&mut call.grad_model_output, &mut call.grad_uncond_output];
     for ((grad, wanted), target) in grads.iter_mut().zip(dtypes).zip(targets) {
         let Some(wanted) = wanted else { continue };
-        let known = "float32, bfloat16, float16 or float64";
-        let came = wanted.str()?.to_string();
-        let dtype = torch.dtype(&wanted).ok_or(Error::Dtype { name: "a gradient", came, wanted: known })?;
-        let array = torch.empty(&mean, &of_mean.shape, dtype)?;
-        *target = Latent::new(torch.address(&array)?, dtype);
-        *grad = Some(array);
+        let dtype = dtype(torch, "a gradient", &wanted)?;
+        let array = grad.insert(torch.empty(&mean, &of_mean.shape, dtype)?);
+        *target = Latent::new(torch.address(array)?, dtype);
     }
-    let place = torch.place(py, shapes.device, None)?;
+    let place = torch.place(py, shapes.device, false)?;
     // SAFETY: inputs are memory of arrays that this function holds, of lengths that were checked against the rows;
     // outputs were just allocated here.
     py.detach(|| guarded(|| unsafe { ops::backward(place, &mut call) }))?;
@@ -281,41 +213,40 @@ pub fn sde_step_backward<'py>(
 
 /// Calls of `sde_step` whose metadata has been seen.
 #[pyclass(frozen)]
-pub struct SdeStepMemo {
-    names: Vec<String>,
-    memo: Memo<Options>,
-}
+pub struct SdeStepMemo(Memo<SdeStep, Option<Dtype>>);
 
 #[pymethods]
 impl SdeStepMemo {
     /// `names`: of the arguments, in the order in which they come.
     #[new]
     fn new(names: Vec<String>) -> Self {
-        SdeStepMemo { names, memo: Memo::default() }
+        SdeStepMemo(Memo::new(names))
     }
 
-    /// The call, if one like it has been checked before.
-    fn find(&self, py: Python<'_>, arguments: &Bound<'_, PyTuple>) -> PyResult<Option<SdeStepCall>> {
-        let Some(read) = Arguments::read(Torch::get(py)?, arguments) else { return Ok(None) };
-        let Some(recipe) = self.memo.find(&read) else { return Ok(None) };
-        SdeStepCall::new(Torch::get(py)?, take(read.values, &recipe), recipe.settings).map(Some)
-    }
-
-    /// A call that Python has checked: `fields` and `settings` as in `SdeStepCall`. Remembers what was read of it.
-    fn learn(
+    /// The forward of a call like one that has been checked before; None of any other. `draw`: see `forward_eager`.
+    fn forward<'py>(
         &self,
-        py: Python<'_>,
-        arguments: &Bound<'_, PyTuple>,
-        fields: &Bound<'_, PyDict>,
-        settings: &Bound<'_, PyAny>,
-    ) -> PyResult<SdeStepCall> {
-        let torch = Torch::get(py)?;
-        let (call, options) = (SdeStepCall::checked(py, fields, settings)?, Options::new(torch, settings)?);
-        if let Some(read) = Arguments::read(torch, arguments)
-            && let Some(recipe) = Arguments::recipe(&self.names, arguments, names(), fields, options)?
-        {
-            self.memo.learn(read, recipe);
-        }
-        Ok(call)
+        py: Python<'py>,
+        arguments: &Bound<'py, PyTuple>,
+        draw: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Forward<'py>>> {
+        let Some(mut read) = Arguments::read(Torch::get(py)?, arguments) else { return Ok(None) };
+        let Some((bound, residual_dtype)) = self.0.find(&mut read) else { return Ok(None) };
+        SdeStepCall { bound, residual_dtype }.forward_eager(py, draw).map(Some)
+    }
+
+    /// The forward of a call that Python has checked, and which is remembered: `fields` and `settings` as in
+    /// `SdeStepCall`.
+    fn learn<'py>(
+        &self,
+        py: Python<'py>,
+        arguments: &Bound<'py, PyTuple>,
+        fields: &Bound<'py, PyDict>,
+        settings: &Bound<'py, PyAny>,
+        draw: &Bound<'py, PyAny>,
+    ) -> PyResult<Forward<'py>> {
+        let mut call = SdeStepCall::checked(py, fields, settings)?;
+        self.0.learn(arguments, fields, &call.bound, call.residual_dtype)?;
+        call.forward_eager(py, draw)
     }
 }

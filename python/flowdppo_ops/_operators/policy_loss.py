@@ -43,32 +43,35 @@ def run_checked(call: Call, memo: _native.PolicyLossMemo, arguments: tuple) -> P
         native = _native.PolicyLossCall(fields, call.settings)
         sums = native.shard_sums()
         torch.distributed.all_reduce(sums, group=group)
-        return run(native, sums)
+        return result(*native.forward(sums))
     if call.objective._native is None:
         object.__setattr__(call.objective, "_native", _native.Objective(call.settings))
-    return run(memo.learn(arguments, fields, call.settings))
+    return result(*memo.learn(arguments, fields, call.settings))
 
 
-def run(call: _native.PolicyLossCall, row_sums: Tensor | None = None) -> PolicyLoss:
-    """The short way: `row_sums` are those of all shards."""
-    leaves = call.leaves()
-    if leaves is None:
-        loss, _ = call.forward(False, row_sums)
-    else:
-        loss = _apply(*leaves, call, row_sums)
-    return PolicyLoss(loss, call.numbers, call.layout)
+def result(
+    loss: Tensor,
+    numbers: Tensor,
+    layout: _native.Layout,
+    leaves: tuple | None,
+    saved: tuple | None,
+    kept: dict | None,
+    formed: list | None,
+) -> PolicyLoss:
+    """Of a forward of the native module; ties the loss to what it is differentiated in."""
+    if leaves is not None:
+        loss = _apply(*leaves, (loss, layout, saved, kept, formed))
+    return PolicyLoss(loss, numbers, layout)
 
 
 class _Loss(torch.autograd.Function):
-    """The loss of `output` (`prev_sample_mean` or `model_output`), `uncond_output` and `log_prob`. The numbers stay
-    outside: a second output costs 2 us."""
+    """The loss, already computed, of `output` (`prev_sample_mean` or `model_output`), `uncond_output` and `log_prob`.
+    The numbers stay outside: a second output costs 2 us."""
 
     @staticmethod
-    def forward(ctx, output, uncond_output, log_prob, call, row_sums):
-        loss, formed = call.forward(True, row_sums)
-        to_save, kept = call.saved()
-        ctx.save_for_backward(log_prob, *to_save)
-        ctx.state = formed, kept, call.layout, loss.dtype
+    def forward(ctx, output, uncond_output, log_prob, forward):
+        loss, ctx.layout, saved, ctx.kept, ctx.formed = forward
+        ctx.save_for_backward(*saved)
         return loss
 
     @staticmethod
@@ -88,22 +91,16 @@ _apply = super(torch.autograd.Function, _Loss).apply
 
 def _gradients(ctx, grad_loss: Tensor) -> tuple:
     _, numbers, *tensors = ctx.saved_tensors
-    formed, kept, layout, dtype = ctx.state
-    # Handed out once: whoever gets them may write to them.
-    ctx.state = None, kept, layout, dtype
+    layout, formed = ctx.layout, ctx.formed
+    ctx.formed = None  # handed out once: whoever gets them may write to them
     wants = list(ctx.needs_input_grad[:3])
-    latents = dict(zip(layout.saved, tensors, strict=True)) | (kept or {})
+    latents = dict(zip(layout.saved, tensors, strict=True)) | (ctx.kept or {})
     wants[0] = wants[0] and bool(latents)
-    grad_output, grad_uncond, grad_log_prob = _native.policy_loss_backward(
-        grad_loss,
-        restored(numbers, dtype),
-        latents,
-        wants,
-        formed,
-    )
+    numbers = restored(numbers, layout.dtype)
+    grad_output, grad_uncond, grad_log_prob = _native.policy_loss_backward(grad_loss, numbers, latents, wants, formed)
     if grad_log_prob is not None:
         grad_log_prob = grad_log_prob.view(layout.row_shape)
-    return grad_output, grad_uncond, grad_log_prob, None, None
+    return grad_output, grad_uncond, grad_log_prob, None
 
 
 # ---- the registered operators --------------------------------------------------------------------------------------
@@ -160,7 +157,7 @@ def _arithmetic_dtype(arguments: dict[str, Any]) -> torch.dtype:
 
 @torch.library.impl("flowdppo_ops::policy_loss_shard_sums", ("cpu", "cuda"))
 def _policy_loss_shard_sums(*args):
-    return _native_call(args).shard_sums(may_keep=False)
+    return _native_call(args).shard_sums(eager=False)
 
 
 @torch.library.register_fake("flowdppo_ops::policy_loss_shard_sums")
@@ -180,9 +177,7 @@ torch.library.register_autograd(
 
 @torch.library.impl("flowdppo_ops::policy_loss", ("cpu", "cuda"))
 def _policy_loss(*args):
-    call = _native_call(args[:-1])
-    loss, _ = call.forward(False, args[-1], may_keep=False)
-    return loss, call.numbers
+    return _native_call(args[:-1]).forward(args[-1], eager=False)[:2]
 
 
 @torch.library.register_fake("flowdppo_ops::policy_loss")

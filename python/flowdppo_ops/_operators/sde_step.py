@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import _native
 from .._checks import Call
-from .._torch import Generator, draw_noise
+from .._torch import draw_noise
 from .common import (
     Once,
     as_tensors,
@@ -35,38 +36,35 @@ def run_checked(call: Call, memo: _native.SdeStepMemo, arguments: tuple) -> Resu
     """A call that has not been seen before, or that needs more than the short way."""
     refuse_transforms(call.where, call.fields.values())
     if is_plain(call.fields.values()):
-        return run(memo.learn(arguments, call.fields, call.settings), call.fields["sample"], call.generator)
+        draw = partial(draw_noise, generator=call.generator)
+        return results(*memo.learn(arguments, call.fields, call.settings, draw))
     fields, settings = dict(call.fields), call.settings
     sample = fields["sample"]
     if "prev_sample" not in fields and "noise" not in fields:
         double = any(fields[name].dtype == torch.float64 for name in _native.SDE_STEP_LATENTS if name in fields)
         fields["noise"] = draw_noise(sample, torch.float64 if double else torch.float32, call.generator)
     arguments = dict.fromkeys(FIELDS) | as_tensors(fields, sample) | settings
-    stored, *results, residual, _ = torch.ops.flowdppo_ops.sde_step(**arguments)
+    stored, *others, residual, _ = torch.ops.flowdppo_ops.sde_step(**arguments)
     if _is_as_stored(arguments):
         stored = fields["prev_sample"].detach()
-    return stored, *results, None if settings["residual_dtype"] is None else residual
+    return stored, *others, None if settings["residual_dtype"] is None else residual
 
 
-def run(call: _native.SdeStepCall, sample: Tensor, generator: Generator) -> Results:
-    """The short way."""
-    if call.needs_noise:  # drawn here, so that the operator gives the same for the same inputs
-        call.give_noise(draw_noise(sample, torch.float64 if call.is_double else torch.float32, generator))
-    leaves = call.leaves()
-    outputs = call.forward()
-    stored, log_prob, mean, std, residual, _ = outputs
+def results(outputs: list, leaves: list | None) -> Results:
+    """Of a forward of the native module; ties log-prob and mean to what they are differentiated in."""
+    prev_sample, log_prob, mean, std, residual, _ = outputs
     if leaves is not None:
-        log_prob, mean = _Step.apply(*leaves, call.stored if stored is None else stored, outputs)
-    return call.stored.detach() if stored is None else stored, log_prob, mean, std, residual
+        log_prob, mean = _Step.apply(*leaves, outputs)
+    return prev_sample, log_prob, mean, std, residual
 
 
 class _Step(torch.autograd.Function):
     """Ties log-prob and mean, already computed, to the two outputs of the model."""
 
     @staticmethod
-    def forward(ctx, model_output, uncond_output, stored, outputs):
-        _, log_prob, mean, _, _, numbers = outputs
-        save(ctx, stored, mean, numbers)
+    def forward(ctx, model_output, uncond_output, outputs):
+        prev_sample, log_prob, mean, _, _, numbers = outputs
+        save(ctx, prev_sample, mean, numbers)
         ctx.dtype = mean.dtype
         ctx.dtypes = model_output.dtype, None if uncond_output is None else uncond_output.dtype
         ctx.set_materialize_grads(False)
@@ -86,8 +84,8 @@ class _Step(torch.autograd.Function):
 
 def _gradients(ctx, grads: tuple[Tensor | None, Tensor | None]) -> tuple:
     if grads == (None, None):
-        return None, None, None, None
-    return *_native.sde_step_backward(grads, *_saved(ctx), _wanted_dtypes(ctx)), None, None
+        return None, None, None
+    return *_native.sde_step_backward(grads, *_saved(ctx), _wanted_dtypes(ctx)), None
 
 
 def _saved(ctx) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +135,7 @@ def _sde_step(*args):
     arguments = dict(zip(_ARGUMENTS, args, strict=True))
     fields = {name: arguments[name] for name in FIELDS if arguments[name] is not None}
     call = _native.SdeStepCall(fields, {name: arguments[name] for name in _SETTINGS})
-    return without_none(call.forward(may_keep=False), arguments["sample"])
+    return without_none(call.forward(), arguments["sample"])
 
 
 @torch.library.register_fake("flowdppo_ops::sde_step")
