@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections import Counter
@@ -32,7 +33,7 @@ def wants_strict(strict: bool | None) -> bool:
 
 
 class Patch:
-    """The replacements of one integration.
+    """The replacements of one integration. Its module's `enable`, `disable`, `enabled` and `fallbacks` are methods.
 
     Args:
         trainer: its name, as users write it.
@@ -51,44 +52,27 @@ class Patch:
         self._replaced: list[tuple[Replacement, Any]] = []  # with what was there
         self._said: set[str] = set()
 
-    # ---- what is there ----
+    def replaces(self, replacements: Callable[[bool], Iterable[Replacement]]) -> Callable[[bool], Any]:
+        """Decorator of the function that says, by `strict`, what `enable` replaces."""
+        self._replacements = replacements
+        return replacements
 
-    def incompatible(self, what: str, found: object, wanted: object) -> Incompatible:
-        return Incompatible(
-            f"flowdppo_ops: {self.trainer}'s {what} is {found}, wanted {wanted}; tested with {self.tested}"
-        )
+    # ---- the functions of an integration's module ----
 
-    def module(self, name: str) -> Any:
-        """Imports a module of the trainer."""
-        try:
-            return import_module(name)
-        except ImportError as error:
-            raise self.incompatible(f"module {name}", f"not importable ({error})", "a module") from error
+    def enable(self, strict: bool | None = None) -> None:
+        """Replaces what this module names. Twice is once; the other `strict` replaces the first.
 
-    def attribute(self, owner: Any, name: str) -> Any:
-        """An attribute of a module or a class of the trainer."""
-        found = getattr(owner, name, None)
-        if found is None:
-            raise self.incompatible(f"{_name(owner)}.{name}", "absent", "what the integration replaces or calls")
-        return found
+        Args:
+            strict: True reproduces the trainer to rounding, False does what the maths says where the two differ
+                (`flowdppo_ops.integrations.DEFECTS`); None reads FLOWDPPO_OPS_STRICT, "1" where it is not set.
 
-    def check_parameters(self, what: str, function: Callable[..., Any], wanted: Iterable[str]) -> None:
-        """The names of a function's parameters, in order; all of them, for an unknown one would be lost on the way."""
-        found, wanted = tuple(inspect.signature(function).parameters), tuple(wanted)
-        if found != wanted:
-            raise self.incompatible(what, f"({', '.join(found)})", f"({', '.join(wanted)})")
-
-    # ---- putting in place and taking back ----
-
-    def enable(self, strict: bool | None, replacements: Callable[[bool], Iterable[Replacement]]) -> None:
-        """Puts in place what `replacements(strict)` says, unless it is; the other `strict` takes the first's back.
-
-        `replacements` raises `Incompatible` before anything is touched.
+        Raises:
+            Incompatible: the trainer cannot be imported, or is not what this was written for; nothing is replaced then.
         """
         strict = wants_strict(strict)
         if self.strict == strict:
             return
-        found = list(replacements(strict))
+        found = list(self._replacements(strict))
         self.disable()
         for one in found:
             self._replaced.append((one, _own(one)))
@@ -106,6 +90,35 @@ class Patch:
                 _put(one, before)
         self.strict = None
 
+    def enabled(self) -> bool:
+        """Whether the replacements are in place."""
+        return self.strict is not None
+
+    def count_fallbacks(self) -> dict[str, int]:
+        """Why a call went to the trainer's own function, or took a number as it does -> how many calls did."""
+        return dict(self.fallbacks)
+
+    # ---- what the trainer has ----
+
+    def incompatible(self, what: str, found: object, wanted: object) -> Incompatible:
+        return Incompatible(
+            f"flowdppo_ops: {self.trainer}'s {what} is {found}, wanted {wanted}; tested with {self.tested}"
+        )
+
+    def module(self, name: str) -> Any:
+        """Imports a module of the trainer."""
+        try:
+            return import_module(name)
+        except ImportError as error:
+            raise self.incompatible(f"module {name}", f"not importable ({error})", "a module") from error
+
+    def attribute(self, owner: Any, name: str) -> Any:
+        """An attribute of a module or a class of the trainer."""
+        found = getattr(owner, name, None)
+        if found is None:
+            raise self.incompatible(_name(owner, name), "absent", "what the integration replaces or calls")
+        return found
+
     def original(self, owner: Any, name: str) -> Any:
         """What a replacement has displaced, or what is there when nothing has."""
         for one, before in self._replaced:
@@ -113,10 +126,40 @@ class Patch:
                 return before
         return _own(Replacement(owner, name, None))
 
-    # ---- what is not served ----
+    def check_parameters(self, what: str, function: Callable[..., Any], wanted: Iterable[str]) -> None:
+        """The names of a function's parameters, in order; all of them, for an unknown one would be lost on the way."""
+        found, wanted = tuple(inspect.signature(function).parameters), tuple(wanted)
+        if found != wanted:
+            raise self.incompatible(what, f"({', '.join(found)})", f"({', '.join(wanted)})")
+
+    # ---- a function in the place of the trainer's ----
+
+    def replacement(self, owner: Any, name: str, function: Callable[..., Any], prefix: str = "") -> Replacement:
+        """By a function with the same parameters, which may leave calls to the trainer's: see `with_fallback`."""
+        self.attribute(owner, name)
+        own = self.original(owner, name)
+        self.check_parameters(_name(owner, name), own, inspect.signature(function).parameters)
+        return Replacement(owner, name, self.with_fallback(own, function, prefix))
+
+    def with_fallback(
+        self, own: Callable[..., Any], function: Callable[..., Any], prefix: str = ""
+    ) -> Callable[..., Any]:
+        """`function`; and where that returns a string, the reason why it does not serve a call, the trainer's own.
+
+        Such calls are counted, the reason after `prefix`; the first of each reason is logged.
+        """
+
+        @functools.wraps(own)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if not isinstance(result, str):
+                return result
+            self.fall_back(prefix + result)
+            return own(*args, **kwargs)
+
+        return call
 
     def fall_back(self, reason: str) -> None:
-        """Counts a call that goes to the trainer's own function; the first of each reason is logged."""
         self.fallbacks[reason] += 1
         self.say_once(logging.WARNING, f"flowdppo_ops: {self.trainer}'s own function runs: {reason}")
 
@@ -147,5 +190,5 @@ def _put(one: Replacement, value: Any) -> None:
         setattr(one.owner, one.name, value)
 
 
-def _name(owner: Any) -> str:
-    return getattr(owner, "__qualname__", getattr(owner, "__name__", repr(owner)))
+def _name(owner: Any, name: str) -> str:
+    return f"{getattr(owner, '__qualname__', getattr(owner, '__name__', repr(owner)))}.{name}"
