@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ class Incompatible(RuntimeError):
 
 
 class Replacement(NamedTuple):
-    """`owner` is a module, a class or a dict; `name` its attribute or key, which may be absent so far."""
+    """`owner` is a module, a class or a dict; `name` an attribute or a key that it has itself."""
 
     owner: Any
     name: str
@@ -75,8 +75,8 @@ class Patch:
         found = list(self._replacements(strict))
         self.disable()
         for one in found:
-            self._replaced.append((one, _own(one)))
-            _put(one, one.value)
+            self._replaced.append((one, _held(one.owner)[one.name]))
+            _put(*one)
         self.strict = strict
         self.say_once(logging.INFO, f"flowdppo_ops: {self.trainer} runs fused, strict={strict} ({len(found)} replaced)")
 
@@ -84,10 +84,10 @@ class Patch:
         """Puts back exactly what was there. What somebody else has replaced since stays, with a warning."""
         while self._replaced:
             one, before = self._replaced.pop()
-            if _own(one) is not one.value:
-                log.warning("flowdppo_ops: %s of %s was replaced by another party and stays", one.name, self.trainer)
+            if _held(one.owner).get(one.name) is one.value:
+                _put(one.owner, one.name, before)
             else:
-                _put(one, before)
+                log.warning("flowdppo_ops: %s of %s was replaced by another party and stays", one.name, self.trainer)
         self.strict = None
 
     def enabled(self) -> bool:
@@ -124,7 +124,9 @@ class Patch:
         for one, before in self._replaced:
             if one.owner is owner and one.name == name:
                 return before
-        return _own(Replacement(owner, name, None))
+        if name not in _held(owner):
+            raise self.incompatible(_name(owner, name), "absent", "what the integration replaces")
+        return _held(owner)[name]
 
     def check_parameters(self, what: str, function: Callable[..., Any], wanted: Iterable[str]) -> None:
         """The names of a function's parameters, in order; all of them, for an unknown one would be lost on the way."""
@@ -136,7 +138,6 @@ class Patch:
 
     def replacement(self, owner: Any, name: str, function: Callable[..., Any], prefix: str = "") -> Replacement:
         """By a function with the same parameters, which may leave calls to the trainer's: see `with_fallback`."""
-        self.attribute(owner, name)
         own = self.original(owner, name)
         self.check_parameters(_name(owner, name), own, inspect.signature(function).parameters)
         return Replacement(owner, name, self.with_fallback(own, function, prefix))
@@ -169,25 +170,16 @@ class Patch:
             log.log(level, line)
 
 
-_ABSENT = object()
+def _held(owner: Any) -> Mapping[str, Any]:
+    """What the owner itself holds, descriptors as they are."""
+    return owner if isinstance(owner, dict) else vars(owner)
 
 
-def _own(one: Replacement) -> Any:
-    """What the owner itself holds there, descriptors as they are; `_ABSENT` for what it inherits or has not."""
-    held = one.owner if isinstance(one.owner, MutableMapping) else vars(one.owner)
-    return held.get(one.name, _ABSENT)
-
-
-def _put(one: Replacement, value: Any) -> None:
-    if isinstance(one.owner, MutableMapping):
-        if value is _ABSENT:
-            del one.owner[one.name]
-        else:
-            one.owner[one.name] = value
-    elif value is _ABSENT:
-        delattr(one.owner, one.name)
+def _put(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, dict):
+        owner[name] = value
     else:
-        setattr(one.owner, one.name, value)
+        setattr(owner, name, value)
 
 
 def _name(owner: Any, name: str) -> str:

@@ -26,19 +26,11 @@ def denoise(
     sigma_max: float | Tensor = 0.99,
     step_index: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor] | str:
-    """One transition: draws the next latent, or scores `prev_sample`.
+    """UniRL's: draws the next latent, or scores `prev_sample`; a string, the reason, where UniRL's own has to run.
 
-    Args:
-        noise_pred, sample: latents `[B, *latent]`; the velocity, which has the gradient, and the sample.
-        sigma, sigma_next: 0-dim or `[B]`, with or without trailing ones.
-        eta: noise level; below 1e-7 nothing is scored.
-        prev_sample: latents; None draws, with PyTorch's own generator and the numbers that UniRL draws.
-        sigma_max: 0-dim or a number; stands in for a sigma of exactly 1.
-        step_index: of no effect, in UniRL's strategies too.
-
-    Returns:
-        `(prev_sample, log_prob, prev_sample_mean)`, all float32: latents, rounded to the dtype of `sample` if they are
-        scored; `[B]`, or None where nothing is scored; latents. A string, the reason, where UniRL's own has to run.
+    Latents `[B, *latent]`; a sigma is 0-dim or `[B]`, with or without trailing ones. Below `eta` 1e-7 nothing is
+    scored. PyTorch's own generator draws the noise that UniRL draws. All results are float32, the next latent rounded
+    to the dtype of `sample` if it is scored. `step_index` is of no effect, in UniRL's strategies too.
     """
     if reason := _unserved(noise_pred, sample, prev_sample, sigma, sigma_next, sigma_max, eta):
         return reason

@@ -272,18 +272,7 @@ class _Algorithm:
     def compute_loss_and_backward(
         self, *, conditions: Any, segment: Any, advantages: Tensor, training_progress: float, loss_scale: float
     ) -> Any:
-        """Loss of one micro-batch: the mean over `[B, S]`; its gradient, times `loss_scale`, goes to the stage's model.
-
-        Args:
-            conditions, segment: what `stage.replay` takes.
-            advantages: `[B]`.
-            training_progress: in [0, 1], for the schedule of a clip range.
-            loss_scale: one over the number of micro-batches.
-
-        Returns:
-            UniRL's `AlgorithmStepResult`. The device is waited for after the backward is launched, for the loss and for
-            all metrics together.
-        """
+        """UniRL's. The device is waited for after the backward is launched: for the loss, then for all metrics."""
         base = _patch.module("unirl.algorithms.base")
         steps = self._resolve_target_steps(segment)
         if not steps:

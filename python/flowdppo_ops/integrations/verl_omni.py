@@ -317,7 +317,7 @@ def _replacements(strict: bool) -> list[Replacement]:
     found = []
     for name, (class_name, compute) in _LOSSES.items():
         trainers = _patch.attribute(algos, class_name)
-        registered = _patch.original(registry, name)
+        registered = _patch.original(registry, name) if name in registry else None
         if type(registered) is not trainers:
             raise _patch.incompatible(f"loss {name!r}", f"a {type(registered).__name__}", f"a {class_name}")
         compute = functools.partial(compute, strict)
