@@ -863,6 +863,18 @@ def test_another_surface_is_refused(standin):
         standin_unirl.StepStrategy.denoise = own
 
 
+@pytest.mark.parametrize(("module", "name"), [("flowdppo", "FlowDPPO"), ("flowgrpo", "FlowGRPO")])
+def test_a_keyword_of_a_later_unirl_is_refused(standin, module, name):
+    """It would be accepted and have no effect: UniRL's `beta`, a reference penalty, is in its own loss."""
+    own = getattr(trainer(f"algorithms.{module}"), name)
+    later = [*inspect.signature(own).parameters.values()]
+    later.append(inspect.Parameter("beta", inspect.Parameter.KEYWORD_ONLY, default=0.0))
+    made = type(name, (own,), {"__signature__": inspect.Signature(later)})
+    setattr(trainer(f"algorithms.{module}"), name, made)
+    with pytest.raises(Incompatible, match=f"UniRL's {name} is a class that takes beta, wanted one that does not"):
+        getattr(standin, name)
+
+
 def test_without_unirl(standin, monkeypatch):
     for name in unirl_modules():
         monkeypatch.setitem(sys.modules, name, None)

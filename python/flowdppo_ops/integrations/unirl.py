@@ -294,6 +294,8 @@ class _Algorithm:
 class _FlowDPPO(_Algorithm):
     """UniRL's FlowDPPO, fused, for image, token and video trajectories. `strict` as in `enable`."""
 
+    _own_keywords = ("kl_mask_threshold", "add_kl_coefficient")
+
     def _per_element(
         self, rows: dict[str, Tensor], segment: Any, steps: list[int], replay: Any, training_progress: float
     ) -> tuple[Tensor, Mapping[str, Tensor], dict[str, float]]:
@@ -316,6 +318,8 @@ class _FlowDPPO(_Algorithm):
 
 class _FlowGRPO(_Algorithm):
     """UniRL's FlowGRPO, fused. `strict` as in `enable`."""
+
+    _own_keywords = ("clip_range", "clip_schedule")
 
     def _per_element(
         self, rows: dict[str, Tensor], segment: Any, steps: list[int], replay: Any, training_progress: float
@@ -349,6 +353,10 @@ _CLASSES: dict[str, tuple[str, type | None]] = {
 }
 
 
+# Of the algorithms' constructors. One of a later UniRL is refused: it would be accepted and have no effect.
+_KEYWORDS = {"params", "stage", "pipeline", "stage_attr", "old_logp_source", "conditions_cls"}
+
+
 def __getattr__(name: str) -> Any:
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -363,6 +371,9 @@ def __getattr__(name: str) -> Any:
         bases = (base,)
         _patch.say_once(logging.INFO, f"flowdppo_ops: UniRL's {name} runs fused")
     else:
+        own = signature(base)
+        if later := own.parameters.keys() - _KEYWORDS - set(algorithm._own_keywords):
+            raise _patch.incompatible(name, f"a class that takes {', '.join(sorted(later))}", "one that does not")
         _check_method(base, "_resolve_target_steps", ("self", "segment"))
         _check_method(base, "prepare_segment", ("self", "conditions", "segment"))
         _check_method(base, "compute_loss_and_backward", signature(_Algorithm.compute_loss_and_backward).parameters)
@@ -370,9 +381,8 @@ def __getattr__(name: str) -> Any:
         for needed in called:
             _patch.attribute(_patch.module("unirl.algorithms.base"), needed)
         # UniRL's keywords and ours, for Hydra and editors.
-        keywords = signature(base)
         strict = Parameter("strict", Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
-        members["__signature__"] = keywords.replace(parameters=[*keywords.parameters.values(), strict])
+        members["__signature__"] = own.replace(parameters=[*own.parameters.values(), strict])
         members["__doc__"] = algorithm.__doc__
         bases = (algorithm, base)
     made = globals()[name] = type(name, bases, members)
