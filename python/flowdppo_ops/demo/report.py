@@ -52,7 +52,7 @@ def _spread(values: list[float]) -> str:
     centre = mean(values)
     if not math.isfinite(centre) or abs(centre) >= 1e5:
         return f"{centre:.1e}"
-    digits = 3 if abs(centre) < 1 else 2 if abs(centre) < 10 else 1
+    digits = 3 - (abs(centre) >= 1) - (abs(centre) >= 10)
     return f"{centre:.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from inspect import Parameter, signature
@@ -148,30 +149,20 @@ def _per_element(
     return result.loss, _Late(result, metrics)
 
 
-class _Late(Mapping[str, Tensor]):
+class _Late(UserDict[str, Tensor]):
     """A helper's metrics: name -> 0-dim tensor on the host.
 
-    They are copied there, at once, when the first is read. UniRL reads them after its backward; copied here they would
-    hold up the launch of the model's.
+    They are copied there, at once, when one is first asked for. UniRL reads them after its backward; copied here they
+    would hold up the launch of the model's.
     """
 
     def __init__(self, result: PolicyLoss, names: tuple[str, ...]) -> None:
-        self._result = result
-        self._names = names
+        self._result, self._names = result, names
 
     @cached_property
-    def _copied(self) -> dict[str, Tensor]:
+    def data(self) -> dict[str, Tensor]:
         values, dtype = self._result.metrics(), self._result.ratio.dtype
         return {name: torch.tensor(values[name], dtype=dtype) for name in self._names}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._copied[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _unserved_rows(rows: _Rows) -> str:
