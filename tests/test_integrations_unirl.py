@@ -826,6 +826,16 @@ def test_what_runs_is_logged_once(unirl, caplog):
     ]
 
 
+def test_metrics_are_in_unirls_order(unirl):
+    unirl.enable()
+    ratio = ["ratio_mean", "ratio_std", "ratio_min", "ratio_max"]
+    clip = [*ratio, "clip_fraction", "clipfrac_gt_one", "clipfrac_lt_one", "approx_kl"]
+    assert list(trainer("algorithms.base")._grpo_clip_loss(**_ROWS, clip_range=0.1)[1]) == clip
+    kl = ["approx_kl", "kl_new_old_mean", "kl_new_old_max", "kl_mask_fraction"]
+    removed = ["pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction"]
+    assert list(trainer("algorithms.flowdppo")._flowdppo_kl_adv_loss(**_KL)[1]) == [*ratio, *kl, *removed]
+
+
 def test_extremes_over_micro_batches(unirl):
     """Means of minima and maxima are UniRL's; strict=False takes the least and the largest."""
     micros = [

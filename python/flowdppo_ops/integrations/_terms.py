@@ -12,9 +12,9 @@ from .. import FlowGRPO, PolicyLoss, loss
 
 Means = tuple[Tensor, Tensor] | tuple[None, None]  # the policy's and the old policy's
 
-RATIO_METRICS = ("ratio_mean", "ratio_std", "ratio_min", "ratio_max", "approx_kl")
+RATIO_METRICS = ("ratio_mean", "ratio_std", "ratio_min", "ratio_max")
 DPPO_METRICS = (
-    *(*RATIO_METRICS, "kl_new_old_mean", "kl_new_old_max", "kl_mask_fraction"),
+    *(*RATIO_METRICS, "approx_kl", "kl_new_old_mean", "kl_new_old_max", "kl_mask_fraction"),
     *("pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction"),
 )
 CLIP_METRICS = ("clip_fraction", "clipfrac_gt_one", "clipfrac_lt_one")

@@ -130,7 +130,7 @@ def _grpo_clip_loss(
     if not (clip_range >= 0 and high >= 0):
         return "a negative clip range"
     objective = _FlowGRPOObjective(clip_range=(float(clip_range), float(high)))
-    return _per_element(strict, rows, objective, (*RATIO_METRICS, *CLIP_METRICS))
+    return _per_element(strict, rows, objective, (*RATIO_METRICS, *CLIP_METRICS, "approx_kl"))
 
 
 _Rows = tuple[Tensor, Tensor, Tensor]  # new and old log-probs, advantages
