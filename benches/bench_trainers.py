@@ -127,7 +127,7 @@ def unirl(fused: bool) -> Callable[[StepInputs], Outputs]:
     kernels = ours if fused else importlib.import_module("unirl.sde.kernels")
     strategy = kernels.FlowSDEStrategy()
     name = "_flowdppo_kl_adv_loss"
-    helper = getattr(algorithms, name) if fused else ours._PATCH.original(algorithms, name)
+    helper = getattr(algorithms, name) if fused else ours._patch.original(algorithms, name)
 
     def call(i: StepInputs) -> Outputs:
         sigma, sigma_next = i.sigmas[STEP], i.sigmas[STEP + 1]

@@ -803,7 +803,7 @@ def test_enable_and_disable(unirl):
     unirl.enable(strict=False)
     assert all(value is not before[place] for place, value in held().items())
     unirl.enable(strict=True)
-    assert held() == strict
+    assert {place for place, value in held().items() if value is not before[place]} == set(_HELPERS)
     unirl.disable()
     assert held() == before
     assert not unirl.enabled()
@@ -824,6 +824,16 @@ def test_what_runs_is_logged_once(unirl, caplog):
         "flowdppo_ops: UniRL's FlowSDEStrategy runs fused",
         "flowdppo_ops: UniRL's FlowDPPO runs fused, strict=False",
     ]
+
+
+def test_metrics_are_in_unirls_order(unirl):
+    unirl.enable()
+    ratio = ["ratio_mean", "ratio_std", "ratio_min", "ratio_max"]
+    clip = [*ratio, "clip_fraction", "clipfrac_gt_one", "clipfrac_lt_one", "approx_kl"]
+    assert list(trainer("algorithms.base")._grpo_clip_loss(**_ROWS, clip_range=0.1)[1]) == clip
+    kl = ["approx_kl", "kl_new_old_mean", "kl_new_old_max", "kl_mask_fraction"]
+    removed = ["pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction"]
+    assert list(trainer("algorithms.flowdppo")._flowdppo_kl_adv_loss(**_KL)[1]) == [*ratio, *kl, *removed]
 
 
 def test_extremes_over_micro_batches(unirl):
@@ -861,6 +871,18 @@ def test_another_surface_is_refused(standin):
             _ = standin.FlowSDEStrategy
     finally:
         standin_unirl.StepStrategy.denoise = own
+
+
+@pytest.mark.parametrize(("module", "name"), [("flowdppo", "FlowDPPO"), ("flowgrpo", "FlowGRPO")])
+def test_a_keyword_of_a_later_unirl_is_refused(standin, module, name):
+    """It would be accepted and have no effect: UniRL's `beta`, a reference penalty, is in its own loss."""
+    own = getattr(trainer(f"algorithms.{module}"), name)
+    later = [*inspect.signature(own).parameters.values()]
+    later.append(inspect.Parameter("beta", inspect.Parameter.KEYWORD_ONLY, default=0.0))
+    made = type(name, (own,), {"__signature__": inspect.Signature(later)})
+    setattr(trainer(f"algorithms.{module}"), name, made)
+    with pytest.raises(Incompatible, match=f"UniRL's {name} is a class that takes beta, wanted one that does not"):
+        getattr(standin, name)
 
 
 def test_without_unirl(standin, monkeypatch):

@@ -45,29 +45,23 @@ def doctor() -> bool:
         Whether the self-test passed: results and gradients of `loss`, `step_loss` and `sde_step` (`numpy.loss` without
         PyTorch) in float32 against float64.
     """
-    torch = _torch()
-    _section("versions", _versions(torch))
-    _section("backends", _backends(torch))
-    _section("environment", _environment())
-    _section("integrations", _integrations())
-    print("self-test: float32 against float64, error relative to the largest value")
-    passed = True
-    for where, run in _self_tests(torch):
-        passed &= _tested(where, run)
-    return passed
-
-
-def _torch() -> ModuleType | None:
     try:
-        return import_module("torch")
+        torch = import_module("torch")
     except ImportError:
-        return None
-
-
-def _section(title: str, lines: Iterator[Line]) -> None:
-    print(title)
-    for name, text in lines:
-        print(f"  {name:<14} {text}")
+        torch = None
+    sections = {
+        "versions": _versions(torch),
+        "backends": _backends(torch),
+        "environment": _environment(),
+        "integrations": _integrations(),
+    }
+    for title, lines in sections.items():
+        print(title)
+        for name, text in lines:
+            print(f"  {name:<14} {text}")
+    print("self-test: float32 against float64, error relative to the largest value")
+    passed = [_passes(where, run) for where, run in _self_tests(torch)]
+    return all(passed)
 
 
 def _versions(torch: ModuleType | None) -> Iterator[Line]:
@@ -77,11 +71,8 @@ def _versions(torch: ModuleType | None) -> Iterator[Line]:
     if torch is None:
         yield "torch", "not installed: flowdppo_ops.numpy alone"
     else:
-        yield "torch", f"{torch.__version__}, built {_built_for(torch)}"
-
-
-def _built_for(torch: ModuleType) -> str:
-    return f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        yield "torch", f"{torch.__version__}, built {built}"
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -146,7 +137,7 @@ def _active(name: str) -> str:
         return "not active in this process"
     fallbacks = getattr(module, "fallbacks", dict)()
     calls = "; ".join(f"{reason}: {times} calls" for reason, times in fallbacks.items())
-    return f"active{f', its own functions ran: {calls}' if calls else ''}"
+    return f"active, its own functions ran: {calls}" if calls else "active"
 
 
 # ---- self-test -------------------------------------------------------------------------------------------------------
@@ -157,14 +148,16 @@ def _self_tests(torch: ModuleType | None) -> Iterator[tuple[str, _self_test.Run]
         yield "numpy", _self_test.of_numpy
         return
     by_reference = os.environ.get("FLOWDPPO_OPS_BACKEND") == "reference"
-    yield f"cpu{', reference' * by_reference}", partial(_self_test.of_torch, "cpu")
+    devices = ["cpu"]
     for ordinal in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(ordinal)
         if by_reference or _native.cuda_images_for(10 * major + minor):
-            yield f"cuda:{ordinal}{', reference' * by_reference}", partial(_self_test.of_torch, f"cuda:{ordinal}")
+            devices.append(f"cuda:{ordinal}")
+    for device in devices:
+        yield f"{device}, reference" if by_reference else device, partial(_self_test.of_torch, device)
 
 
-def _tested(where: str, run: _self_test.Run) -> bool:
+def _passes(where: str, run: _self_test.Run) -> bool:
     start = time.perf_counter()
     try:
         errors = run()

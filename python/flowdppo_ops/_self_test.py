@@ -29,32 +29,30 @@ def of_torch(device: str) -> dict[str, float]:
     from flowdppo_ops import reference
 
     generator = torch.Generator().manual_seed(0)
-    sample, output, noise, drift = (torch.randn(ROWS, *LATENT, generator=generator) for _ in range(4))
+    sample, output, noise, drift = torch.randn(4, ROWS, *LATENT, generator=generator)
     row = torch.arange(ROWS)
     # KL below and above the threshold, ratio below and above 1, advantages of both signs.
     drift = drift * torch.where(row % 2 == 0, 0.03, 0.3)[:, None, None, None]
-    latents = {"sample": sample, "prev_sample": sample - 0.1 * output + 0.2 * noise}
-    schedule = {"sigma": 0.8 - 0.1 * row, "sigma_next": 0.7 - 0.1 * row, "noise_level": torch.tensor(0.7)}
     advantages = torch.tensor([1.0, -1.0, 2.0, 1.0, -2.0, -1.0])
+    tensors = (sample, sample - 0.1 * output + 0.2 * noise, output + drift, output, advantages)
+    schedule = {"sigma": 0.8 - 0.1 * row, "sigma_next": 0.7 - 0.1 * row, "noise_level": torch.tensor(0.7)}
     objective = flowdppo_ops.FlowDPPO(kl_mask_threshold=THRESHOLD)
 
     def run(api: Any, dtype: torch.dtype, where: str) -> dict[str, list[torch.Tensor]]:
-        x, x_next, new, old, a = (
-            one.float().to(where, dtype) for one in (*latents.values(), output + drift, output, advantages)
-        )
-        given = {name: one.float().to(where, dtype) for name, one in schedule.items()}
+        x, x_next, new, old, a = (one.float().to(where, dtype) for one in tensors)
+        steps = {name: one.float().to(where, dtype) for name, one in schedule.items()}
         new.requires_grad_()
         losses = {
             "loss": api.loss(new, old, a, std=0.75, prev_sample=x_next, objective=objective),
-            "step_loss": api.step_loss(new, x, x_next, a, **given, old_model_output=old, objective=objective),
+            "step_loss": api.step_loss(new, x, x_next, a, **steps, old_model_output=old, objective=objective),
         }
-        step = api.sde_step(new, x, prev_sample=x_next, **given)
-        (gradient,) = torch.autograd.grad(step.log_prob.sum() + step.prev_sample_mean.square().sum(), new)
         results = {
             name: [one.loss, one.log_prob, one.kl, one.keep, *torch.autograd.grad(one.loss, new)]
             for name, one in losses.items()
         }
-        return results | {"sde_step": [step.log_prob, step.prev_sample_mean, step.std, gradient]}
+        step = api.sde_step(new, x, prev_sample=x_next, **steps)
+        gradient = torch.autograd.grad(step.log_prob.sum() + step.prev_sample_mean.square().sum(), new)
+        return results | {"sde_step": [step.log_prob, step.prev_sample_mean, step.std, *gradient]}
 
     ours = run(flowdppo_ops, torch.float32, device)
     truth = run(reference, torch.float64, "cpu")
@@ -66,9 +64,8 @@ def of_numpy() -> dict[str, float]:
     from flowdppo_ops import FlowDPPO
     from flowdppo_ops import numpy as ours
 
-    generator = np.random.default_rng(0)
     std, advantages = 0.8, np.array([1.0, -1.0, 2.0, 1.0, -2.0, -1.0])
-    old, noise, drift = (generator.standard_normal((ROWS, LATENT[0] * LATENT[1] * LATENT[2])) for _ in range(3))
+    old, noise, drift = np.random.default_rng(0).standard_normal((3, ROWS, math.prod(LATENT)))
     mean = old + drift * np.where(np.arange(ROWS) % 2 == 0, 0.02, 0.2)[:, None]
     arrays = [array.astype(np.float32) for array in (mean, old, advantages, old + std * noise)]
     objective = FlowDPPO(kl_mask_threshold=THRESHOLD)

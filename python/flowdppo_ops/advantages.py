@@ -72,22 +72,21 @@ def _group_index(where: str, group_ids: Tensor | Iterable, rewards: Tensor) -> t
     if isinstance(group_ids, Tensor):
         if group_ids.is_floating_point() or group_ids.is_complex():
             raise TypeError(f"{where}: group_ids has dtype {group_ids.dtype}, wanted an integer dtype")
-        count, shape = group_ids.shape[0] if group_ids.ndim else 0, tuple(group_ids.shape)
+        shape = tuple(group_ids.shape)
     else:
         try:
             group_ids = list(group_ids)
         except TypeError:
             kind = type(group_ids).__name__
             raise TypeError(f"{where}: group_ids is a {kind}, wanted a tensor or a sequence") from None
-        count, shape = len(group_ids), (len(group_ids),)
-    if count != rewards.shape[0] or len(shape) != 1:
+        shape = (len(group_ids),)
+    if shape != rewards.shape[:1]:
         raise ValueError(f"{where}: group_ids has shape {shape}, wanted ({rewards.shape[0]},), one per row of rewards")
     if isinstance(group_ids, Tensor):
         unique, index = torch.unique(group_ids.to(rewards.device), return_inverse=True)
         return index, unique.numel()
-    numbers: dict = {}
     try:
-        places = [numbers.setdefault(group, len(numbers)) for group in group_ids]
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(group_ids))}
     except TypeError as error:
         raise TypeError(f"{where}: group_ids has an element that cannot be hashed: {error}") from None
-    return torch.tensor(places, device=rewards.device), len(numbers)
+    return torch.tensor([numbers[group] for group in group_ids], device=rewards.device), len(numbers)

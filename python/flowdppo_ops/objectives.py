@@ -11,19 +11,36 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
+_DEFAULTS = {
+    "objective": "",
+    "kl_mask_threshold": 0.0,
+    "clip_low": 0.0,
+    "clip_high": 0.0,
+    "adv_clip_max": math.inf,
+    "mask": "none",
+    "kl_divisor": "gaussian",
+    "keep_nan_kl": False,
+    "per_row_scale": False,
+}
 
-class _Settings:
+
+class _Objective:
     """`_settings`: what the operator takes of an objective, by the names of its schema. `_native`: the same for native
     code, made when the objective is first used, and not pickled."""
 
     _native: ClassVar[Any] = None
+    _needs_kl: ClassVar[bool] = True
+    _needs_sqrt_dt: ClassVar[bool] = False
+
+    def _set(self, **settings: Any) -> None:
+        object.__setattr__(self, "_settings", _DEFAULTS | settings)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_native"}
 
 
 @dataclass(frozen=True)
-class FlowDPPO(_Settings):
+class FlowDPPO(_Objective):
     """Divergence proximal policy optimisation for flow models (arXiv 2606.11025): an exact KL trust region.
 
     A row is blocked when its KL from the old policy is high *and* the update moves further away:
@@ -45,9 +62,6 @@ class FlowDPPO(_Settings):
         TypeError: a threshold that is no number, or a `normalize_kl` that is no bool.
     """
 
-    _needs_kl: ClassVar[bool] = True
-    _needs_sqrt_dt: ClassVar[bool] = False
-
     kl_mask_threshold: float = 1e-5
     normalize_kl: bool = True
     mask: str = "asymmetric"
@@ -60,19 +74,18 @@ class FlowDPPO(_Settings):
         check_option("FlowDPPO", "mask", self.mask, ("asymmetric", "symmetric", "none"))
         check_option("FlowDPPO", "nan_kl", self.nan_kl, ("mask", "keep"))
         check_option("FlowDPPO", "kl_space", self.kl_space, ("latent", "velocity"))
-        divisor = "velocity" if self.kl_space == "velocity" else "gaussian" if self.normalize_kl else "constant"
-        _set(
-            self,
+        divisor = "gaussian" if self.normalize_kl else "constant"
+        self._set(
             objective="flow_dppo",
             kl_mask_threshold=threshold,
             mask=self.mask,
-            kl_divisor=divisor,
+            kl_divisor="velocity" if self.kl_space == "velocity" else divisor,
             keep_nan_kl=self.nan_kl == "keep",
         )
 
 
 @dataclass(frozen=True)
-class FlowGRPO(_Settings):
+class FlowGRPO(_Objective):
     """Clipped surrogate of Flow-GRPO (arXiv 2505.05470): `max(-A ratio, -A clip(ratio, 1 - low, 1 + high))`.
 
     Args:
@@ -87,25 +100,23 @@ class FlowGRPO(_Settings):
     """
 
     _needs_kl: ClassVar[bool] = False
-    _needs_sqrt_dt: ClassVar[bool] = False
 
     clip_range: float | tuple[float, float] = 1e-4
     adv_clip_max: float | None = None
 
     def __post_init__(self) -> None:
-        _set(self, objective="flow_grpo", **_clip_limits("FlowGRPO", self))
+        self._set(objective="flow_grpo", **_clip_limits("FlowGRPO", self))
 
 
 @dataclass(frozen=True)
-class GRPOGuard(_Settings):
+class GRPOGuard(_Objective):
     """GRPO-Guard (arXiv 2510.22319): the log-ratio is re-centred by the mean drift and rescaled per step.
 
     `ratio = exp((log_ratio + drift / (2 c^2)) c)`, then the clipped surrogate of `FlowGRPO`, divided by
     `mean(sqrt_dt)^2`. Follows verl-omni's `GRPOGuardLoss`: the drift is one value per row.
 
     Args:
-        clip_range: as in `FlowGRPO`.
-        adv_clip_max: as in `FlowGRPO`.
+        clip_range, adv_clip_max: as in `FlowGRPO`.
         per_row_scale: False: `c = mean(sqrt_dt) mean(std / sqrt_dt)` over the batch. True: each row's own
             `c = std`, and its own `sqrt_dt` as divisor.
 
@@ -113,7 +124,6 @@ class GRPOGuard(_Settings):
         ValueError, TypeError: as `FlowGRPO`; TypeError too for a `per_row_scale` that is no bool.
     """
 
-    _needs_kl: ClassVar[bool] = True
     _needs_sqrt_dt: ClassVar[bool] = True
 
     clip_range: float | tuple[float, float] = 2e-6
@@ -122,12 +132,8 @@ class GRPOGuard(_Settings):
 
     def __post_init__(self) -> None:
         _check_bool("GRPOGuard", "per_row_scale", self.per_row_scale)
-        _set(
-            self,
-            objective="grpo_guard",
-            per_row_scale=self.per_row_scale,
-            **_clip_limits("GRPOGuard", self),
-        )
+        limits = _clip_limits("GRPOGuard", self)
+        self._set(objective="grpo_guard", per_row_scale=self.per_row_scale, **limits)
 
 
 Objective = FlowDPPO | FlowGRPO | GRPOGuard
@@ -172,21 +178,3 @@ def _clip_limits(where: str, objective: FlowGRPO | GRPOGuard) -> dict[str, float
         "clip_high": not_negative(where, "clip_range", high),
         "adv_clip_max": math.inf if limit is None else not_negative(where, "adv_clip_max", limit),
     }
-
-
-_DEFAULTS = {
-    "objective": "",
-    "kl_mask_threshold": 0.0,
-    "clip_low": 0.0,
-    "clip_high": 0.0,
-    "adv_clip_max": math.inf,
-    "mask": "none",
-    "kl_divisor": "gaussian",
-    "keep_nan_kl": False,
-    "per_row_scale": False,
-}
-
-
-def _set(instance: Objective, **settings: Any) -> None:
-    """Stores what the operator takes of an objective, by the names of its schema."""
-    object.__setattr__(instance, "_settings", _DEFAULTS | settings)

@@ -5,7 +5,7 @@ float64 stays. Gradients are autograd's. The native backends are tested against 
 numbers recorded from the public trainers.
 
 Notation, for a row (one sample at one denoising step) with `N` latent elements: `x` sample, `v` model output, `x'`
-next sample, `mu` its mean, `mu°` the old policy's mean, `sigma` the transition's standard deviation, `A` advantage.
+next sample, `mu` its mean, `mu°` the old policy's mean, `std` the transition's standard deviation, `A` advantage.
 
 Sources: Flow-DPPO (arXiv 2606.11025); Flow-GRPO (arXiv 2505.05470); GRPO-Guard (arXiv 2510.22319); DanceGRPO (arXiv
 2505.07818); coefficients-preserving sampling (arXiv 2509.05952). The trainers' functions are named where they decide.
@@ -14,22 +14,49 @@ Sources: Flow-DPPO (arXiv 2606.11025); Flow-GRPO (arXiv 2505.05470); GRPO-Guard 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import _native
-from ._checks import Call, check_loss, check_sde_step, check_step_loss
+from . import _native, _sde_step, policy_loss
+from ._checks import Call, Family, check_loss, check_sde_step, check_step_loss
 from ._sde_step import SdeStep, encode_residual, standardised
-from ._torch import FAMILY, Generator, draw_noise, row_tensor
+from ._torch import FAMILY, draw_noise, row_tensor
 from .advantages import group_advantages
-from .objectives import FlowDPPO, Objective
 from .result import METRICS, Layout, PolicyLoss
 
 __all__ = ["SdeStep", "encode_residual", "group_advantages", "loss", "sde_step", "step_loss", "transition"]
 
-RowVector = float | Tensor
+
+class _Inputs:
+    """The tensors of a checked call in its arithmetic dtype: float64 where a latent or a log-prob is, else float32."""
+
+    def __init__(self, call: Call) -> None:
+        wide = (call.fields.get(name) for name in (*_native.LATENTS, "noise", "log_prob", "old_log_prob"))
+        is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in wide)
+        self.dtype = torch.float64 if is_double else torch.float32
+        self.device = next(iter(call.fields.values())).device
+        self.call = call
+
+    def differentiable(self, name: str) -> Tensor | None:
+        return self.call.fields[name].to(self.dtype) if name in self.call.fields else None
+
+    def constant(self, name: str) -> Tensor | None:
+        return self.call.fields[name].detach().to(self.dtype) if name in self.call.fields else None
+
+    def rows(self, name: str) -> Tensor | None:
+        """A row vector, of the rows' shape."""
+        if name not in self.call.fields:
+            return None
+        return row_tensor(self.call.fields[name], self.call.row_shape, self.dtype, self.device)
+
+
+def _wide(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows against latents."""
+    return rows.reshape(rows.shape + (1,) * (like.ndim - rows.ndim))
 
 
 # ---- transition: sampler and schedule -> mu = a x + b v, std -------------------------------------------------------
@@ -63,98 +90,77 @@ def transition(
     return a, b, q * torch.sqrt(-dt)
 
 
-class _Rows(NamedTuple):
-    """A schedule's rows, each of the rows' shape and in the arithmetic dtype."""
+class _Step(NamedTuple):
+    """A step's mean, and what it is made of; rows but for the two latents."""
 
     a: Tensor
     b: Tensor
     std: Tensor
     sqrt_dt: Tensor
-    guidance_scale: Tensor | None
+    velocity: Tensor  # classifier-free guidance included
+    mean: Tensor
 
 
-def _schedule_rows(call: Call, dtype: torch.dtype, device: torch.device) -> _Rows:
-    """Formed in float64 from values rounded to `dtype`, then rounded to it: half an ulp, where float32 all the way is
-    up to 5 times as far (the terms of CPS's `b` cancel), and every backend comes to the same."""
-
-    def rows(name: str) -> Tensor:
-        return row_tensor(call.fields[name], call.row_shape, dtype, device).double()
-
-    sigma, sigma_next = rows("sigma"), rows("sigma_next")
-    formed = (
-        *transition(call.settings["sampler"], sigma, sigma_next, rows("noise_level"), rows("sigma_max")),
-        torch.sqrt(sigma - sigma_next),
-    )
-    scale = rows("guidance_scale").to(dtype) if "guidance_scale" in call.fields else None
-    return _Rows(*(row.to(dtype) for row in formed), scale)
-
-
-def _wide(row: Tensor, like: Tensor) -> Tensor:
-    """Rows against latents."""
-    return row.reshape(row.shape + (1,) * (like.ndim - row.ndim))
-
-
-def _guided(output: Tensor, uncond_output: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Classifier-free guidance, the velocity that the step takes."""
-    return output if uncond_output is None else uncond_output + _wide(scale, output) * (output - uncond_output)
+def _step(given: _Inputs) -> _Step:
+    """The coefficients are formed in float64 from values rounded to the arithmetic dtype, then rounded to it: half an
+    ulp, where float32 all the way is up to 5 times as far (the terms of CPS's `b` cancel), and every backend comes to
+    the same."""
+    schedule = ("sigma", "sigma_next", "noise_level", "sigma_max")
+    sigma, sigma_next, noise_level, sigma_max = (given.rows(name).double() for name in schedule)
+    formed = transition(given.call.settings["sampler"], sigma, sigma_next, noise_level, sigma_max)
+    a, b, std, sqrt_dt = (rows.to(given.dtype) for rows in (*formed, torch.sqrt(sigma - sigma_next)))
+    x, velocity = given.constant("sample"), given.differentiable("model_output")
+    uncond = given.differentiable("uncond_output")
+    if uncond is not None:
+        velocity = uncond + _wide(given.rows("guidance_scale"), x) * (velocity - uncond)
+    return _Step(a, b, std, sqrt_dt, velocity, _wide(a, x) * x + _wide(b, x) * velocity)
 
 
 # ---- row statistics ------------------------------------------------------------------------------------------------
 
 
 class _Differences(NamedTuple):
-    """The latents that the statistics are taken of; None where nothing asked for it."""
+    """The latents that the statistics are taken of; None where nothing asks for it."""
 
     innovation: Tensor | None  # x' - mu
     drift: Tensor | None  # mu - mu°
-    ref_drift: Tensor | None  # mu - mu_ref
-
-    def constant(self) -> _Differences:
-        return _Differences(*(None if t is None else t.detach() for t in self))
-
-    def without(self, rows: Tensor) -> _Differences:
-        """With zeros for `rows`, a boolean of the rows' shape, in what the policy's term reads. The penalty keeps all.
-
-        A gradient of 0 that meets an infinite or NaN latent on its way back is NaN: it must meet a constant instead.
-        """
-
-        def selected(latent: Tensor | None) -> Tensor | None:
-            return None if latent is None else torch.where(_wide(rows, latent), torch.zeros_like(latent), latent)
-
-        return _Differences(selected(self.innovation), selected(self.drift), self.ref_drift)
+    ref_drift: Tensor | None = None  # mu - mu_ref
 
 
 class _Statistics(NamedTuple):
-    """Each latent-reduced to the rows; None where nothing asked for it."""
+    """Each reduced over the latents of a row; None where nothing asks for it."""
 
-    q: Tensor | None  # mean (x' - mu)^2
-    d: Tensor | None  # mean (mu - mu°)^2
-    p: Tensor | None  # mean (mu - mu°)(x' - mu°)
-    f: Tensor | None  # mean (mu - mu_ref)^2
-    scale: float | Tensor  # 1, or N with latent_reduction="sum": the weight of a per-element constant
+    scale: float | Tensor = 1.0  # the weight of a constant per element: 1, or N with latent_reduction="sum"
+    innovation_sq: Tensor | None = None  # mean (x' - mu)^2
+    drift_sq: Tensor | None = None  # mean (mu - mu°)^2
+    drift_dot: Tensor | None = None  # mean (mu - mu°)(x' - mu°)
+    ref_drift_sq: Tensor | None = None  # mean (mu - mu_ref)^2
 
 
 def _statistics(
-    differences: _Differences, row_shape: tuple[int, ...], latent_reduction: str, process_group: Any = None
+    differences: _Differences, row_shape: tuple[int, ...], latent_reduction: str = "mean", process_group: Any = None
 ) -> _Statistics:
-    """Of all ranks' latents."""
+    """Of the latents of all ranks: their sums and their number of elements come together in one all-reduce."""
     innovation, drift, ref_drift = differences
-    some = next((t for t in differences if t is not None), None)
-    if some is None:
-        return _Statistics(None, None, None, None, 1.0)
-    numel = _over_ranks(some.new_tensor(some.numel() // max(1, math.prod(row_shape))), process_group)
-
-    def over_latents(product: Tensor) -> Tensor:
-        total = _over_ranks(product.reshape(*row_shape, -1).sum(-1), process_group)
-        return total / numel if latent_reduction == "mean" else total
-
-    return _Statistics(
-        q=None if innovation is None else over_latents(innovation**2),
-        d=None if drift is None else over_latents(drift**2),
-        p=None if innovation is None or drift is None else over_latents(drift * (innovation + drift)),
-        f=None if ref_drift is None else over_latents(ref_drift**2),
-        scale=numel if latent_reduction == "sum" else 1.0,
-    )
+    products = {}
+    if innovation is not None:
+        products["innovation_sq"] = innovation**2
+    if drift is not None:
+        products["drift_sq"] = drift**2
+    if innovation is not None and drift is not None:
+        products["drift_dot"] = drift * (innovation + drift)
+    if ref_drift is not None:
+        products["ref_drift_sq"] = ref_drift**2
+    if not products:
+        return _Statistics()
+    by_row = [product.reshape(*row_shape, -1) for product in products.values()]
+    sums = [product.sum(-1) for product in by_row]
+    numel = torch.full_like(sums[0], by_row[0].shape[-1])
+    if process_group is not None:
+        *sums, numel = _SumOverRanks.apply(torch.stack([*sums, numel]), process_group)
+    if latent_reduction == "sum":
+        return _Statistics(numel, **dict(zip(products, sums, strict=True)))
+    return _Statistics(1.0, **{name: total / numel for name, total in zip(products, sums, strict=True)})
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -171,14 +177,9 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-def _over_ranks(value: Tensor, process_group: Any) -> Tensor:
-    return value if process_group is None else _SumOverRanks.apply(value, process_group)
-
-
-def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
-    """With `zero_defined`, 0 with gradient 0 where the divisor is 0: a deterministic row of a step."""
-    if not zero_defined:
-        return dividend / divisor
+def _divide_or_zero(dividend: Tensor, divisor: Tensor) -> Tensor:
+    """0 with gradient 0 where the divisor is 0. A step of standard deviation 0 is deterministic: its log-prob and KL
+    are 0. (`loss` wants `std > 0`, and divides.)"""
     zero = divisor == 0
     # Selected before the division as well: autograd would multiply the infinite slope by the 0 of the other branch.
     return torch.where(
@@ -186,123 +187,147 @@ def _quotient(dividend: Tensor, divisor: Tensor, zero_defined: bool) -> Tensor:
     )
 
 
+Divide = Callable[[Tensor, Tensor], Tensor]
+
+
 def _log_prob(
-    q: Tensor, std: Tensor, density: str, scale: float | Tensor, normalizer: bool = True, zero_defined: bool = False
+    stats: _Statistics, std: Tensor, density: str, divide: Divide = _divide_or_zero, normalizer: bool = True
 ) -> Tensor:
     """Gaussian log-density, or CPS's own: minus the squared error, no scale and no normaliser."""
     if density == "cps":
-        return -q
-    log_prob = -_quotient(q, 2 * std**2, zero_defined)
+        return -stats.innovation_sq
+    log_prob = -divide(stats.innovation_sq, 2 * std**2)
     if normalizer:
-        log_prob = log_prob - scale * (torch.log(std) + 0.5 * math.log(2 * math.pi))
-    return torch.where(std == 0, torch.zeros_like(log_prob), log_prob) if zero_defined else log_prob
+        log_prob = log_prob - stats.scale * (torch.log(std) + 0.5 * math.log(2 * math.pi))
+    return torch.where(std == 0, torch.zeros_like(log_prob), log_prob) if divide is _divide_or_zero else log_prob
 
 
-def _kl_divisor(kind: str, std: Tensor, b: Tensor | None = None) -> Tensor:
-    """What `mean (mu - mu°)^2` is divided by; with "velocity" the KL is `mean (v - v°)^2 = d / b^2`, with no factor."""
+def _log_ratio(stats: _Statistics, std: Tensor, density: str, divide: Divide) -> Tensor:
+    """`log_prob - old_log_prob` without its cancellation; exactly 0 when `mu == mu°`."""
+    if density == "cps":
+        return 2 * stats.drift_dot - stats.drift_sq
+    return divide(stats.drift_dot, std**2) - divide(stats.drift_sq, 2 * std**2)
+
+
+def _kl_divisor(kind: str, std: Tensor, b: Tensor | None) -> Tensor:
+    """What `mean (mu - mu°)^2` is divided by; with "velocity" the KL is `mean (v - v°)^2`, with no factor."""
     if kind == "velocity":
         return b**2
     return 2 * std**2 if kind == "gaussian" else torch.full_like(std, 2.0)
 
 
-# ---- objective: a row's numbers -> loss, keep, metrics -------------------------------------------------------------
+# ---- objective: a row's ratio, KL and advantage -> which rows are blocked ------------------------------------------
 
 
-def _objective(
-    call: Call,
+class _Verdict(NamedTuple):
+    """Rows; booleans but for the loss."""
+
+    blocked: Tensor  # no gradient to the policy
+    blocked_loss: Tensor  # the loss of such a row
+    high_kl: Tensor
+    above: Tensor  # the ratio is above, or below, the clip range
+    below: Tensor
+
+
+def _trust_region(settings: dict[str, Any], ratio: Tensor, kl: Tensor, advantages: Tensor) -> _Verdict:
+    """FlowDPPO."""
+    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    threshold = kl.new_full((), settings["kl_mask_threshold"])  # compared in the arithmetic dtype
+    high = kl >= threshold if settings["keep_nan_kl"] else ~(kl < threshold)
+    away = ((ratio > 1) & (advantages > 0)) | ((ratio < 1) & (advantages < 0))
+    blocked = {"asymmetric": high & away, "symmetric": high, "none": nowhere}[settings["mask"]]
+    return _Verdict(blocked, torch.zeros_like(ratio), high, nowhere, nowhere)
+
+
+def _clip(settings: dict[str, Any], ratio: Tensor, advantages: Tensor) -> _Verdict:
+    """FlowGRPO and GRPOGuard: the larger of the surrogates `-A ratio` and `-A clip(ratio)`."""
+    low, high = settings["clip_low"], settings["clip_high"]
+    clipped = ratio.clamp(1 - low, 1 + high)
+    # The larger one is the clipped one exactly when the ratio left the range on the side that A favours.
+    blocked = ((ratio > clipped) & (advantages > 0)) | ((ratio < clipped) & (advantages < 0))
+    nowhere = torch.zeros_like(blocked)
+    return _Verdict(blocked, -advantages * clipped, nowhere, ratio - 1 > high, 1 - ratio > low)
+
+
+def _block_gradient(latents: Tensor | None, rows: Tensor) -> None:
+    """Makes the gradient of these rows exactly 0."""
+
+    def without(grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else torch.where(_wide(rows, grad), torch.zeros_like(grad), grad)
+
+    if latents is not None and latents.requires_grad:
+        latents.register_hook(without)
+
+
+def _policy_loss(
+    given: _Inputs,
     differences: _Differences,
     *,
-    dtype: torch.dtype,
     std: Tensor | None,
     sqrt_dt: Tensor | None,
-    kl_divisor: Tensor | None,
-    zero_defined: bool = False,
+    b: Tensor | None = None,
+    divide: Divide,
 ) -> PolicyLoss:
-    """`zero_defined`: whether a row of std 0 is deterministic (the steps) or not allowed (`loss`)."""
-    settings, density = call.settings, call.settings["density"]
-    log_prob = _as(dtype, call.fields, "log_prob")  # None takes that of the innovation
-    old_log_prob, advantages = _row(call, dtype, "old_log_prob"), _row(call, dtype, "advantages")
-    weights, ref_std = _row(call, dtype, "weights"), _row(call, dtype, "ref_std")
-    ref_std = std if ref_std is None else ref_std
-    guard_scale, row_scale = None, 1.0
+    """From the differences to the result. `b`: the coefficient of the model output, for `kl_space="velocity"`."""
+    call, settings = given.call, given.call.settings
+    stats = _statistics(differences, call.row_shape, settings["latent_reduction"], call.process_group)
+    log_prob, old_log_prob = given.differentiable("log_prob"), given.rows("old_log_prob")
+    if log_prob is None:
+        log_prob = _log_prob(stats, std, settings["density"], divide)
+    log_ratio = _log_ratio(stats, std, settings["density"], divide) if old_log_prob is None else log_prob - old_log_prob
+
+    # The logarithm of what the objective calls the ratio.
+    exponent, row_scale = log_ratio, 1.0
     if settings["objective"] == "grpo_guard":
         # verl-omni GRPOGuardLoss.compute_loss; std_dev_t there is std / sqrt_dt here.
         if settings["per_row_scale"]:
             guard_scale, row_scale = std, 1 / sqrt_dt**2
         else:
             guard_scale, row_scale = sqrt_dt.mean() * (std / sqrt_dt).mean(), 1 / sqrt_dt.mean() ** 2
+        exponent = (log_ratio + divide(stats.drift_sq, 2 * guard_scale**2)) * guard_scale
+    ratio = torch.exp(exponent).detach()
 
-    def row_numbers(of: _Differences) -> tuple[_Statistics, Tensor, Tensor, Tensor]:
-        """Statistics, log-prob, log-ratio, and the logarithm of what the objective calls the ratio."""
-        stats = _statistics(of, call.row_shape, settings["latent_reduction"], call.process_group)
-        own = log_prob
-        if own is None:
-            own = _log_prob(stats.q, std, density, stats.scale, zero_defined=zero_defined)
-        if old_log_prob is not None:
-            log_ratio = own - old_log_prob
-        elif density == "cps":
-            log_ratio = 2 * stats.p - stats.d
-        else:  # the same number as log_prob - old_log_prob, without cancellation; exactly 0 when mu == mu°
-            log_ratio = _quotient(stats.p, std**2, zero_defined) - _quotient(stats.d, 2 * std**2, zero_defined)
-        if guard_scale is None:
-            return stats, own, log_ratio, log_ratio
-        drift = _quotient(stats.d, 2 * guard_scale**2, zero_defined)
-        return stats, own, log_ratio, (log_ratio + drift) * guard_scale
-
-    # Twice: first which rows are blocked, then what is differentiated, which leaves their latents out.
-    stats, *numbers = row_numbers(differences.constant())
-    own_log_prob, log_ratio, exponent = (number.detach() for number in numbers)
-    ratio = torch.exp(exponent)
     kl = None
-    if stats.d is not None and kl_divisor is not None:
-        kl = _quotient(stats.d, kl_divisor, zero_defined)
+    if stats.drift_sq is not None and std is not None:
+        kl = divide(stats.drift_sq, _kl_divisor(settings["kl_divisor"], std, b)).detach()
 
-    zeros = torch.zeros_like(ratio, dtype=torch.bool)
-    high, above, below = zeros, zeros, zeros
+    advantages = given.rows("advantages").clamp(-settings["adv_clip_max"], settings["adv_clip_max"])
     if settings["objective"] == "flow_dppo":
-        threshold = kl.new_full((), settings["kl_mask_threshold"])  # compared in the arithmetic dtype
-        high = kl >= threshold if settings["keep_nan_kl"] else ~(kl < threshold)
-        away = ((ratio > 1) & (advantages > 0)) | ((ratio < 1) & (advantages < 0))
-        blocked = {"asymmetric": high & away, "symmetric": high, "none": zeros}[settings["mask"]]
-        blocked_loss = torch.zeros_like(ratio)
+        verdict = _trust_region(settings, ratio, kl, advantages)
     else:
-        low, up, limit = (settings[name] for name in ("clip_low", "clip_high", "adv_clip_max"))
-        advantages = advantages.clamp(-limit, limit)
-        clipped = ratio.clamp(1 - low, 1 + up)
-        # The larger surrogate is the clipped one exactly when the ratio left the range on the side that A favours.
-        blocked = ((ratio > clipped) & (advantages > 0)) | ((ratio < clipped) & (advantages < 0))
-        blocked_loss = -advantages * clipped
-        above, below = ratio - 1 > up, 1 - ratio > low
+        verdict = _clip(settings, ratio, advantages)
+    blocked = verdict.blocked
 
-    # Selected before exp as well, so that a blocked row with an infinite ratio has gradient 0 instead of NaN.
-    stats, _, _, exponent = row_numbers(differences.without(blocked))
-    open_loss = -advantages * torch.exp(torch.where(blocked, torch.zeros_like(exponent), exponent))
-    row_loss = torch.where(blocked, blocked_loss, open_loss) * row_scale
-    if weights is not None:
-        row_loss = row_loss * weights
-    ref_kl = None if stats.f is None else _quotient(stats.f, 2 * ref_std**2, zero_defined)
+    # A blocked row's gradient is 0, also where 0 meets an infinite ratio or latent on the way back. Not that of the
+    # reference drift: blocking a row's update does not lift its penalty.
+    _block_gradient(differences.innovation, blocked)
+    _block_gradient(differences.drift, blocked)
+    exponent = torch.where(blocked, torch.zeros_like(exponent), exponent)
+    row_loss = torch.where(blocked, verdict.blocked_loss, -advantages * torch.exp(exponent)) * row_scale
+    if "weights" in call.fields:
+        row_loss = row_loss * given.rows("weights")
+    loss = _reduced(row_loss, settings["reduction"], ~blocked)
+    ref_kl = None
+    if stats.ref_drift_sq is not None:
+        ref_std = given.rows("ref_std") if "ref_std" in call.fields else std
+        ref_kl = divide(stats.ref_drift_sq, 2 * ref_std**2)
+        everywhere = torch.ones_like(blocked)
+        loss = loss + settings["ref_kl_weight"] * _reduced(ref_kl, settings["reduction"], everywhere)
 
-    # The policy's term over the rows, then the reference term over all of them: blocking a row's update does not
-    # lift its penalty.
-    keep, reduction = ~blocked, settings["reduction"]
+    metrics = _metrics(log_ratio.detach(), ratio, kl, row_loss.detach(), advantages, verdict, ref_kl)
+    rows = [log_prob, log_ratio, ratio, torch.zeros_like(ratio) if kl is None else kl, ~blocked]
+    numbers = [row.detach().to(ratio.dtype).reshape(-1) for row in (*rows, *(metrics[name] for name in METRICS))]
+    return PolicyLoss(loss, torch.cat(numbers), Layout(tuple(ratio.shape), kl is not None, ref_kl is not None))
+
+
+def _reduced(rows: Tensor, reduction: str, kept: Tensor) -> Tensor:
     if reduction == "none":
-        loss = row_loss
-    elif reduction == "kept_mean":
-        loss = torch.where(keep, row_loss, torch.zeros_like(row_loss)).sum() / keep.sum().clamp(min=1)
-    else:
-        loss = row_loss.mean() if reduction == "mean" else row_loss.sum()
-    if ref_kl is not None:
-        penalty = ref_kl if reduction == "none" else ref_kl.sum() if reduction == "sum" else ref_kl.mean()
-        loss = loss + settings["ref_kl_weight"] * penalty
-
-    absent = torch.zeros_like(ratio)
-    rows = [own_log_prob, log_ratio, ratio, absent if kl is None else kl, keep.to(ratio.dtype)]
-    metrics = _metrics(log_ratio, ratio, kl, row_loss.detach(), high, blocked, above, below, advantages, ref_kl)
-    return PolicyLoss(
-        loss,
-        torch.cat([row.reshape(-1) for row in rows] + [metrics[name].to(ratio.dtype).reshape(1) for name in METRICS]),
-        Layout(tuple(ratio.shape), has_kl=kl is not None, has_ref=ref_kl is not None),
-    )
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    if reduction == "mean":
+        return rows.mean()
+    return torch.where(kept, rows, torch.zeros_like(rows)).sum() / kept.sum().clamp(min=1)
 
 
 def _metrics(
@@ -310,22 +335,18 @@ def _metrics(
     ratio: Tensor,
     kl: Tensor | None,
     row_loss: Tensor,
-    high: Tensor,
-    blocked: Tensor,
-    above: Tensor,
-    below: Tensor,
     advantages: Tensor,
+    verdict: _Verdict,
     ref_kl: Tensor | None,
 ) -> dict[str, Tensor]:
     """Every name of `METRICS`, as the trainers define them."""
-    absent = torch.zeros_like(ratio).sum()
+    absent = ratio.new_zeros(())
 
     def share(rows: Tensor) -> Tensor:
         return rows.to(ratio.dtype).mean()
 
-    finite = torch.isfinite(log_ratio) & torch.isfinite(ratio) & torch.isfinite(row_loss)
-    if kl is not None:
-        finite = finite & torch.isfinite(kl)
+    numbers = [log_ratio, ratio, row_loss] + ([] if kl is None else [kl])
+    blocked, above, below = verdict.blocked, verdict.above, verdict.below
     return {
         "ratio_mean": ratio.mean(),
         "ratio_std": ratio.reshape(-1).std() if ratio.numel() > 1 else absent,
@@ -335,7 +356,7 @@ def _metrics(
         "ppo_kl": (-log_ratio).mean(),
         "kl_new_old_mean": absent if kl is None else kl.mean(),
         "kl_new_old_max": absent if kl is None else kl.max(),
-        "kl_mask_fraction": share(high),
+        "kl_mask_fraction": share(verdict.high_kl),
         "pos_rm_fraction": share(blocked & (advantages > 0)),
         "neg_rm_fraction": share(blocked & (advantages < 0)),
         "masked_fraction": share(blocked),
@@ -343,179 +364,96 @@ def _metrics(
         "clip_fraction": share(above | below),
         "clipfrac_gt_one": share(above),
         "clipfrac_lt_one": share(below),
-        "nonfinite_fraction": share(~finite),
-        "kl_loss": absent if ref_kl is None else ref_kl.detach().mean(),
+        "nonfinite_fraction": share(~torch.isfinite(torch.stack(numbers)).all(0)),
+        "kl_loss": absent if ref_kl is None else ref_kl.mean(),
     }
 
 
-# ---- the public functions ------------------------------------------------------------------------------------------
-
-
-def loss(
-    prev_sample_mean: Tensor | None,
-    old_prev_sample_mean: Tensor | None,
-    advantages: Tensor,
-    *,
-    std: RowVector | None = None,
-    sqrt_dt: RowVector | None = None,
-    prev_sample: Tensor | None = None,
-    log_prob: Tensor | None = None,
-    old_log_prob: Tensor | None = None,
-    weights: RowVector | None = None,
-    ref_prev_sample_mean: Tensor | None = None,
-    ref_kl_weight: float = 0.0,
-    ref_std: RowVector | None = None,
-    objective: Objective = FlowDPPO(),  # noqa: B008 (frozen)
-    density: str = "gaussian",
-    latent_reduction: str = "mean",
-    reduction: str = "mean",
-    process_group: Any = None,
-) -> PolicyLoss:
-    """`flowdppo_ops.loss` in plain PyTorch: same arguments, same results, same errors."""
-    return checked_loss(check_loss("flowdppo_ops.loss", FAMILY, locals()))
-
-
-def _as(dtype: torch.dtype, latents: dict[str, Any], name: str) -> Tensor | None:
-    return latents[name].to(dtype) if name in latents else None
-
-
-def _constant(dtype: torch.dtype, latents: dict[str, Any], name: str) -> Tensor | None:
-    return latents[name].detach().to(dtype) if name in latents else None
-
-
-def _dtype(fields: dict[str, Any]) -> torch.dtype:
-    """Of the arithmetic: float64 where a latent or a log-prob is. Other row vectors may be float64."""
-    wide = (fields[name] for name in (*_native.LATENTS, "noise", "log_prob", "old_log_prob") if name in fields)
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in wide) else torch.float32
+# ---- the functions, of checked calls -------------------------------------------------------------------------------
 
 
 def checked_loss(call: Call) -> PolicyLoss:
-    """Of a checked call."""
-    fields, settings, dtype = call.fields, call.settings, _dtype(call.fields)
-    mean = _as(dtype, fields, "prev_sample_mean")
-    next_sample = _constant(dtype, fields, "prev_sample")
-    old_mean = _constant(dtype, fields, "old_prev_sample_mean")
-    ref_mean = _constant(dtype, fields, "ref_prev_sample_mean")
+    given = _Inputs(call)
+    mean, next_sample = given.differentiable("prev_sample_mean"), given.constant("prev_sample")
+    old_mean, ref_mean = given.constant("old_prev_sample_mean"), given.constant("ref_prev_sample_mean")
     differences = _Differences(
         None if next_sample is None else next_sample - mean,
         None if old_mean is None else mean - old_mean,
         None if ref_mean is None else mean - ref_mean,
     )
-    std = _row(call, dtype, "std")
-    kl_divisor = None if std is None else _kl_divisor(settings["kl_divisor"], std)
-    sqrt_dt = _row(call, dtype, "sqrt_dt")
-    return _objective(call, differences, dtype=dtype, std=std, sqrt_dt=sqrt_dt, kl_divisor=kl_divisor)
-
-
-def _row(call: Call, dtype: torch.dtype, name: str) -> Tensor | None:
-    """A row vector by name, of the rows' shape."""
-    if name not in call.fields:
-        return None
-    return row_tensor(call.fields[name], call.row_shape, dtype, call.fields["advantages"].device)
-
-
-def step_loss(
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    advantages: Tensor,
-    *,
-    sigma: RowVector,
-    sigma_next: RowVector,
-    noise_level: RowVector,
-    sampler: str = "flow_sde",
-    sigma_max: RowVector = 0.99,
-    uncond_output: Tensor | None = None,
-    guidance_scale: RowVector | None = None,
-    old_prev_sample_mean: Tensor | None = None,
-    old_model_output: Tensor | None = None,
-    old_residual: Tensor | None = None,
-    old_log_prob: Tensor | None = None,
-    weights: RowVector | None = None,
-    ref_prev_sample_mean: Tensor | None = None,
-    ref_model_output: Tensor | None = None,
-    ref_kl_weight: float = 0.0,
-    ref_std: RowVector | None = None,
-    objective: Objective = FlowDPPO(),  # noqa: B008 (frozen)
-    latent_reduction: str = "mean",
-    reduction: str = "mean",
-    process_group: Any = None,
-) -> PolicyLoss:
-    """`flowdppo_ops.step_loss` in plain PyTorch: same arguments, same results, same errors."""
-    return checked_step_loss(check_step_loss("flowdppo_ops.step_loss", FAMILY, locals()))
+    return _policy_loss(given, differences, std=given.rows("std"), sqrt_dt=given.rows("sqrt_dt"), divide=torch.div)
 
 
 def checked_step_loss(call: Call) -> PolicyLoss:
-    """Of a checked call."""
-    fields, settings, dtype = call.fields, call.settings, _dtype(call.fields)
-    output, uncond = _as(dtype, fields, "model_output"), _as(dtype, fields, "uncond_output")
-    x, x_next = _constant(dtype, fields, "sample"), _constant(dtype, fields, "prev_sample")
-    a, b, std, sqrt_dt, scale = _schedule_rows(call, dtype, output.device)
-
-    velocity = _guided(output, uncond, scale)
-    mean = _wide(a, x) * x + _wide(b, x) * velocity
-    innovation = x_next - mean
+    given = _Inputs(call)
+    step = _step(given)
+    innovation = given.constant("prev_sample") - step.mean
+    b, std = _wide(step.b, innovation), _wide(step.std, innovation)
 
     def drift(policy: str) -> Tensor | None:
         """`mu` minus the mean of another policy, in whichever form that is given."""
-        if f"{policy}_prev_sample_mean" in fields:
-            return mean - _constant(dtype, fields, f"{policy}_prev_sample_mean")
-        if f"{policy}_model_output" in fields:  # no cancellation between two means
-            return _wide(b, x) * (velocity - _constant(dtype, fields, f"{policy}_model_output"))
-        if f"{policy}_residual" not in fields:
+        mean, output, residual = (
+            given.constant(f"{policy}_{form}") for form in ("prev_sample_mean", "model_output", "residual")
+        )
+        if mean is not None:
+            return step.mean - mean
+        if output is not None:  # no cancellation between two means
+            return b * (step.velocity - output)
+        if residual is None:
             return None
         # mu° = x' - std e. A residual stored from this very mean gives its rounding error and no more.
-        wide_std = _wide(std, x)
-        drifted = -wide_std * (standardised(innovation, std) - _constant(dtype, fields, f"{policy}_residual"))
-        return torch.where(wide_std == 0, -innovation, drifted)
+        drifted = -std * (standardised(innovation, step.std) - residual)
+        return torch.where(std == 0, -innovation, drifted)
 
     differences = _Differences(innovation, drift("old"), drift("ref"))
-    kl_divisor = _kl_divisor(settings["kl_divisor"], std, b)
-    return _objective(
-        call, differences, dtype=dtype, std=std, sqrt_dt=sqrt_dt, kl_divisor=kl_divisor, zero_defined=True
-    )
+    return _policy_loss(given, differences, std=step.std, sqrt_dt=step.sqrt_dt, b=step.b, divide=_divide_or_zero)
 
 
-def sde_step(
-    model_output: Tensor,
-    sample: Tensor,
-    *,
-    sigma: RowVector,
-    sigma_next: RowVector,
-    noise_level: RowVector = 0.7,
-    sampler: str = "flow_sde",
-    sigma_max: RowVector = 0.99,
-    uncond_output: Tensor | None = None,
-    guidance_scale: RowVector | None = None,
-    prev_sample: Tensor | None = None,
-    noise: Tensor | None = None,
-    generator: Generator = None,
-    log_prob_normalizer: bool = True,
-    residual_dtype: torch.dtype | None = None,
-    row_dims: int = 1,
-) -> SdeStep:
-    """`flowdppo_ops.sde_step` in plain PyTorch: same arguments, same results, same errors."""
-    return SdeStep(*checked_sde_step(check_sde_step("flowdppo_ops.sde_step", FAMILY, locals())))
-
-
-def checked_sde_step(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The parts of `SdeStep`, of a checked call."""
-    fields, settings, dtype = call.fields, call.settings, _dtype(call.fields)
-    sample, given = fields["sample"], _constant(dtype, fields, "prev_sample")
-    a, b, std, _, scale = _schedule_rows(call, dtype, sample.device)
-    velocity = _guided(_as(dtype, fields, "model_output"), _as(dtype, fields, "uncond_output"), scale)
-    mean = _wide(a, sample) * sample.detach().to(dtype) + _wide(b, sample) * velocity
-    if given is None:
-        noise = _constant(dtype, fields, "noise")
-        noise = draw_noise(sample, dtype, call.generator) if noise is None else noise
-        given = mean.detach() + _wide(std, sample) * noise
-    # A latent that is given in the dtype of `sample` is stored as it is.
-    as_given = "prev_sample" in fields and fields["prev_sample"].dtype == sample.dtype
-    stored = fields["prev_sample"].detach() if as_given else given.to(sample.dtype)
-    innovation = stored.to(dtype) - mean
-    q = _statistics(_Differences(innovation, None, None), call.row_shape, "mean").q
+def checked_sde_step(call: Call) -> SdeStep:
+    given, settings = _Inputs(call), call.settings
+    step, dtype = _step(given), call.fields["sample"].dtype
+    mean, std, next_sample = step.mean, step.std, call.fields.get("prev_sample")
+    if next_sample is None:
+        noise = given.constant("noise")
+        if noise is None:
+            noise = draw_noise(call.fields["sample"], given.dtype, call.generator)
+        next_sample = mean.detach() + _wide(std, mean) * noise
+    elif next_sample.dtype != dtype:
+        next_sample = next_sample.to(given.dtype)
+    stored = next_sample.detach().to(dtype)
+    innovation = stored.to(given.dtype) - mean
     density = "cps" if settings["sampler"] == "cps" else "gaussian"
-    log_prob = _log_prob(q, std, density, 1.0, settings["log_prob_normalizer"], zero_defined=True)
-    residual_dtype = settings["residual_dtype"]
-    residual = None if residual_dtype is None else standardised(innovation.detach(), std).to(residual_dtype)
-    return stored, log_prob, mean, std, residual
+    stats = _statistics(_Differences(innovation, None), call.row_shape)
+    log_prob = _log_prob(stats, std, density, normalizer=settings["log_prob_normalizer"])
+    residual = None
+    if settings["residual_dtype"] is not None:
+        residual = standardised(innovation.detach(), std).to(settings["residual_dtype"])
+    return SdeStep(stored, log_prob, mean, std, residual)
+
+
+# ---- the public functions ------------------------------------------------------------------------------------------
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _like(
+    public: Callable[P, R], check: Callable[[str, Family, dict[str, Any]], Call], run: Callable[[Call], R]
+) -> Callable[P, R]:
+    """`run`, with the arguments and the checks of the package's function."""
+    parameters, where = signature(public), f"flowdppo_ops.{public.__name__}"
+
+    def function(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = parameters.bind(*args, **kwargs)
+        given.apply_defaults()
+        return run(check(where, FAMILY, given.arguments))
+
+    function.__name__ = function.__qualname__ = public.__name__
+    function.__doc__ = f"`{where}` in plain PyTorch: same arguments, same results, same errors."
+    function.__signature__ = parameters
+    return function
+
+
+loss = _like(policy_loss.loss, check_loss, checked_loss)
+step_loss = _like(policy_loss.step_loss, check_step_loss, checked_step_loss)
+sde_step = _like(_sde_step.sde_step, check_sde_step, checked_sde_step)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ._checks import check_process_group
 from ._native import METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     import torch
     from torch.distributed import ProcessGroup
+
+Value = TypeVar("Value")
 
 # The numbers of a call are one flat tensor: these fields first, one value per row each; the metrics last. The operators
 # put the gradient coefficients, which only the backward reads, between them.
@@ -98,31 +100,23 @@ class PolicyLoss:
         """
         _check_prefix("metrics", prefix)
         check_process_group("PolicyLoss.metrics", "group", group)
-        names = len(METRICS)
+        values = self._numbers[-len(METRICS) :]
         if group is None:
-            numbers = self._numbers[-names:].tolist()
-        else:
-            numbers = _over_ranks(self._numbers[-names:], math.prod(self._layout.row_shape), group)
-        values = dict(zip(METRICS, numbers, strict=True))
-        return {prefix + name: value for name, value in values.items() if name not in self._absent()}
+            return self._named(prefix, values.tolist())
+        return self._named(prefix, _over_ranks(values, math.prod(self._layout.row_shape), group))
 
     def metric_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """`metrics` before they are copied: 0-dim tensors on the device, views of one, for a trainer that keeps its
         logging values there and reads them later."""
         _check_prefix("metric_tensors", prefix)
-        values = dict(zip(METRICS, self._numbers[-len(METRICS) :].unbind(), strict=True))
-        return {prefix + name: value for name, value in values.items() if name not in self._absent()}
+        return self._named(prefix, self._numbers[-len(METRICS) :].unbind())
 
-    def _absent(self) -> tuple[str, ...]:
-        return (() if self._layout.has_kl else _KL_METRICS) + (() if self._layout.has_ref else _REF_METRICS)
+    def _named(self, prefix: str, values: Iterable[Value]) -> dict[str, Value]:
+        absent = (() if self._layout.has_kl else _KL_METRICS) + (() if self._layout.has_ref else _REF_METRICS)
+        return {prefix + name: value for name, value in zip(METRICS, values, strict=True) if name not in absent}
 
     def __repr__(self) -> str:
         return f"PolicyLoss(loss={self.loss}, rows={self._layout.row_shape})"
-
-
-def _check_prefix(method: str, prefix: object) -> None:
-    if not isinstance(prefix, str):
-        raise TypeError(f"PolicyLoss.{method}: prefix is a {type(prefix).__name__}, wanted a string")
 
 
 def _check_prefix(method: str, prefix: object) -> None:
@@ -134,26 +128,25 @@ def _over_ranks(numbers: torch.Tensor, rows: int, group: ProcessGroup) -> list[f
     """The metrics of all ranks' rows, in the order of `METRICS`."""
     from torch import distributed, float64
 
-    mine = numbers.new_full((len(METRICS) + 1,), rows, dtype=float64)
-    mine[:-1] = numbers
-    ranks = mine.new_empty(distributed.get_world_size(group) * len(mine))
-    distributed.all_gather_into_tensor(ranks, mine, group=group)
-    *columns, counts = zip(*ranks.view(-1, len(mine)).tolist(), strict=True)
-    of = dict(zip(METRICS, columns, strict=True))
+    own = numbers.new_full((len(METRICS) + 1,), rows, dtype=float64)
+    own[:-1] = numbers
+    gathered = own.new_empty(distributed.get_world_size(group) * len(own))
+    distributed.all_gather_into_tensor(gathered, own, group=group)
+    *columns, counts = zip(*gathered.view(-1, len(own)).tolist(), strict=True)
+    of_ranks = dict(zip(METRICS, columns, strict=True))
     total = math.fsum(counts)
 
-    def mean(values: Sequence[float]) -> float:
+    def mean(values: Iterable[float]) -> float:
         return sum(n * value for n, value in zip(counts, values, strict=True)) / total
 
-    merged = {name: mean(values) for name, values in of.items()}
-    # Of the squares around the common mean: those around each rank's own, and what lies between the ranks. (A product
-    # overflows to infinity, as in the tensors; Python's `**` raises.)
-    distances = [value - merged["ratio_mean"] for value in of["ratio_mean"]]
-    between = [distance * distance for distance in distances]
-    within = [(n - 1) / n * std * std for n, std in zip(counts, of["ratio_std"], strict=True)]
-    variance = (mean(within) + mean(between)) * total / (total - 1) if total > 1 else 0.0
-    merged["ratio_std"] = math.sqrt(variance)
+    merged = {name: mean(values) for name, values in of_ranks.items()}
+    # The variance is the mean within the ranks plus that between them. (A product overflows to infinity, as in the
+    # tensors; Python's `**` raises.)
+    distances = [value - merged["ratio_mean"] for value in of_ranks["ratio_mean"]]
+    within = [(n - 1) / n * std * std for n, std in zip(counts, of_ranks["ratio_std"], strict=True)]
+    variance = mean(within) + mean(distance * distance for distance in distances)
+    merged["ratio_std"] = math.sqrt(variance * total / (total - 1)) if total > 1 else 0.0
     for name, extreme in (("ratio_min", min), ("ratio_max", max), ("kl_new_old_max", max)):
-        values = of[name]
+        values = of_ranks[name]
         merged[name] = math.nan if any(map(math.isnan, values)) else extreme(values)
     return [merged[name] for name in METRICS]

@@ -9,8 +9,7 @@ model with the same seeds, and Flow-DPPO runs once more with its mask switched o
     rollout.py  stochastic sampling, what is kept of it, KL to another model
     train.py    the RL loop: the file to read
     score.py    reward, and the scores that the reward does not see
-    timing.py   seconds in the loss, from recorded calls
-    compare.py  objectives and their settings, the whole run
+    compare.py  objectives and their settings, the whole run, seconds in the loss
     report.py   table and plots
 
 Importing this package needs none of the demo's dependencies: the command line does, and says what is missing.
@@ -34,22 +33,17 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         description=f"{summary}. Writes a table, curves and plots. A minute or two on a CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--seeds", type=_seeds, default="3", metavar="N", help="how many seeds, or which ones: 3 is 0,1,2; '7,' is 7"
-    )
-    parser.add_argument("--iterations", type=_positive, default=30, metavar="N", help="rollouts per fine-tuning")
-    parser.add_argument("--epochs", type=_positive, default=4, metavar="N", help="passes over each rollout")
-    parser.add_argument("--pretrain-steps", type=_positive, default=2000, metavar="N", help="flow-matching updates")
+    seeds = "how many seeds, or which ones: 3 is 0,1,2; '7,' is 7"
+    parser.add_argument("--seeds", type=_seeds, default="3", metavar="N", help=seeds)
+    parser.add_argument("--iterations", type=_whole, default=30, metavar="N", help="rollouts per fine-tuning")
+    parser.add_argument("--epochs", type=_whole, default=4, metavar="N", help="passes over each rollout")
+    parser.add_argument("--pretrain-steps", type=_whole, default=2000, metavar="N", help="flow-matching updates")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     parser.add_argument("--loss", choices=("fused", "reference"), default="fused", help="which loss trains")
-    parser.add_argument(
-        "--fused",
-        choices=("step", "loss"),
-        default="step",
-        help="it starts at the model's output, or at the step's mean",
-    )
+    starts = "it starts at the model's output, or at the step's mean"
+    parser.add_argument("--fused", choices=("step", "loss"), default="step", help=starts)
     # One thread: on two cores that others were using as well, two threads took 4 to 9 times as long.
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads")
+    parser.add_argument("--threads", type=_whole, default=1, metavar="N", help="CPU threads")
     parser.add_argument("--out", default="demo-out", metavar="DIR", help="folder for the results")
     parser.set_defaults(run=lambda args: _run(parser, args))
 
@@ -79,28 +73,27 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 LARGEST = 2**31 - 1  # of a whole number: PyTorch's generators and thread counts hold it
-MOST_SEEDS = 1000  # of a count
 
 
-def _positive(text: str, most: int = LARGEST) -> int:
-    number = _whole(text)
-    if number is None or not 1 <= number <= most:
-        raise argparse.ArgumentTypeError(f"{text!r}, wanted a whole number of at least 1 and at most {most}")
+def _whole(text: str, least: int = 1, most: int = LARGEST) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted a whole number of at least {least} and at most {most}")
     return number
 
 
 def _seeds(text: str) -> list[int]:
     if "," not in text:
-        return list(range(_positive(text, MOST_SEEDS)))
-    seeds = [_whole(part.strip()) for part in text.split(",") if part.strip()]
-    if not seeds or None in seeds or len(set(seeds)) < len(seeds):
+        return list(range(_whole(text, most=1000)))
+    try:
+        seeds = [_whole(part, least=0) for part in text.split(",") if part.strip()]
+    except argparse.ArgumentTypeError:
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(
             f"{text!r}, wanted a count, or different whole numbers with commas between, at most {LARGEST}"
         )
     return seeds
-
-
-def _whole(text: str) -> int | None:
-    """The number that `text` is; None where it is no whole number from 0 to `LARGEST`."""
-    is_short = len(text) <= len(str(LARGEST))  # `int` refuses thousands of digits in words of its own
-    return int(text) if is_short and text.isdecimal() and int(text) <= LARGEST else None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import flowdppo_ops
@@ -21,8 +24,7 @@ from .data import CLASSES, NUMEL, TRAINED, digits
 from .model import Velocity, pretrain
 from .rollout import Schedule, path_kl, rollout, select, uniform_schedule
 from .score import Judge, symmetry
-from .timing import seconds_per_call
-from .train import LOSSES, Run, Settings, finetune
+from .train import LOSSES, Settings, finetune
 
 STEPS = 10
 NOISE_LEVEL = 0.7
@@ -31,6 +33,8 @@ NOISE_LEVEL = 0.7
 KL_THRESHOLD = 1e-5 * 65536 / NUMEL
 PER_CLASS = 100  # images per class that the scores are taken from
 SCORE_SEED = 1_000_000  # the noise behind the scores and pictures: one set, for every policy
+
+ROUNDS = 5  # of timing
 
 CONTROL = "no trust region"
 
@@ -53,8 +57,7 @@ def objectives(schedule: Schedule, std: Tensor) -> dict[str, Objective]:
 
 
 def run(args: argparse.Namespace) -> None:
-    out = Path(args.out)
-    function = LOSSES[args.fused]
+    out, function = Path(args.out), LOSSES[args.fused]
     losses = {"reference": getattr(reference, function)}
     if args.loss == "fused":
         losses["fused"] = getattr(flowdppo_ops, function)
@@ -66,17 +69,13 @@ def run(args: argparse.Namespace) -> None:
     scores, images, std = _score(pretrained, pretrained, judge, schedule)
     compared = objectives(schedule, std)
     samples = {"pretrained": images}
+    fixed = {"steps": STEPS, "noise_level": NOISE_LEVEL}
     results: dict[str, Any] = {
         "loss": args.loss,
         "function": function,
         "device": args.device,
         "threads": torch.get_num_threads(),
-        "settings": {
-            "pretrain_steps": args.pretrain_steps,
-            **asdict(settings),
-            "steps": STEPS,
-            "noise_level": NOISE_LEVEL,
-        },
+        "settings": {"pretrain_steps": args.pretrain_steps, **asdict(settings), **fixed},
         "pretrained": scores,
         "objectives": {},
     }
@@ -88,26 +87,44 @@ def run(args: argparse.Namespace) -> None:
             entry = {"objective": repr(objective), "seeds": seeds[name], "curves": [], "scores": []}
             for seed in seeds[name]:
                 bar.set_description(f"{name}, seed {seed}")
-
-                def progress(so_far: Run) -> None:
-                    bar.set_postfix(reward=f"{so_far.reward[-1]:.3g}", kl=f"{so_far.kl[-1]:.3g}", refresh=False)
+                loss = losses[args.loss]
+                for tuned in finetune(pretrained, TRAINED, symmetry, objective, schedule, settings, seed, loss):
+                    last = {key: f"{tuned.curves[key][-1]:.3g}" for key in ("reward", "kl")}
+                    bar.set_postfix(last, refresh=False)
                     bar.update()
-
-                tuned = finetune(
-                    pretrained, TRAINED, symmetry, objective, schedule, settings, seed, losses[args.loss], progress
-                )
                 scores, images, _ = _score(tuned.policy, pretrained, judge, schedule)
                 entry["curves"].append(tuned.curves)
                 entry["scores"].append(scores)
                 if seed == seeds[name][0]:
                     samples[name] = images
-                    each = seconds_per_call(losses, tuned.calls)
+                    each = _seconds_per_call(losses, tuned.calls)
                     entry["loss_seconds"] = {which: value * tuned.updates for which, value in each.items()}
             results["objectives"][name] = entry
 
     table = report.table(results)
     report.write(out, results, table, samples)
     print(f"\n{table}\n\nWritten to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def _seconds_per_call(
+    losses: dict[str, Callable[..., Any]], calls: Sequence[tuple[Tensor, dict[str, Any]]]
+) -> dict[str, float]:
+    """Forward and backward of every recorded call through every loss: median over rounds, mean over calls.
+
+    The losses take turns on each call, so that a busy moment of the machine hits both.
+    """
+    medians: dict[str, list[float]] = {name: [] for name in losses}
+    for of_policy, arguments in calls:
+        rounds: dict[str, list[float]] = {name: [] for name in losses}
+        leaf = of_policy.clone().requires_grad_()
+        for name, loss in ROUNDS * list(losses.items()):
+            given = {"loss": loss, "leaf": leaf, "arguments": arguments}
+            options = {"globals": given, "num_threads": torch.get_num_threads()}
+            timer = Timer("torch.autograd.grad(loss(leaf, **arguments).loss, leaf)", **options)
+            rounds[name].append(timer.timeit(1).median)
+        for name, seconds in rounds.items():
+            medians[name].append(median(seconds))
+    return {name: fmean(seconds) for name, seconds in medians.items()}
 
 
 def _score(

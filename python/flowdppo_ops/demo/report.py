@@ -15,7 +15,6 @@ from torch import Tensor
 
 matplotlib.use("Agg")  # before pyplot: no display is needed, and none is opened
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 from .data import HELD_OUT, TRAINED
 
@@ -29,9 +28,7 @@ _UNITS = ("", "", "nats/image", "% of rows", "% of images", "Frechet", "s", "s")
 
 def table(results: dict[str, Any]) -> str:
     """Fixed-width text with its caption."""
-    before = results["pretrained"]
-    rows = [_COLUMNS, _UNITS]
-    rows.append(_row("pretrained", [before], None, {}))
+    rows = [_COLUMNS, _UNITS, _row("pretrained", [results["pretrained"]], None, {})]
     for name, entry in results["objectives"].items():
         rows.append(_row(name, entry["scores"], entry["curves"], entry["loss_seconds"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -40,22 +37,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_caption(results)])
 
 
-def _row(name: str, scores: list[dict], curves: list[dict] | None, seconds: dict[str, float]) -> tuple[str, ...]:
-    def column(key: str, factor: float = 1.0) -> str:
-        return _spread([score[key] * factor for score in scores])
-
-    masked = "-" if curves is None else _spread([100 * mean(curve["masked"]) for curve in curves])
-    fused, eager = (f"{seconds[which]:.3f}" if which in seconds else "-" for which in ("fused", "reference"))
-    return (
-        name,
-        column("reward"),
-        column("kl"),
-        masked,
-        column("legible", 100),
-        column("held_out_frechet"),
-        fused,
-        eager,
+def _row(name: str, scores: list[dict], curves: list[dict] | None, seconds: dict[str, float]) -> list[str]:
+    reward, kl, legible, frechet = (
+        _spread([score[key] * factor for score in scores])
+        for key, factor in (("reward", 1), ("kl", 1), ("legible", 100), ("held_out_frechet", 1))
     )
+    masked = "-" if curves is None else _spread([100 * mean(curve["masked"]) for curve in curves])
+    times = (f"{seconds[which]:.3f}" if which in seconds else "-" for which in ("fused", "reference"))
+    return [name, reward, kl, masked, legible, frechet, *times]
 
 
 def _spread(values: list[float]) -> str:
@@ -63,7 +52,7 @@ def _spread(values: list[float]) -> str:
     centre = mean(values)
     if not math.isfinite(centre) or abs(centre) >= 1e5:
         return f"{centre:.1e}"
-    digits = 3 if abs(centre) < 1 else 2 if abs(centre) < 10 else 1
+    digits = 3 - (abs(centre) >= 1) - (abs(centre) >= 10)
     return f"{centre:.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
@@ -90,19 +79,12 @@ def _caption(results: dict[str, Any]) -> list[str]:
 
 def write(out: Path, results: dict[str, Any], text: str, samples: dict[str, Tensor]) -> None:
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False), encoding="utf-8")
-    _plot_reward_over_kl(out / "reward_over_kl.png", results)
-    _plot_reward_over_iterations(out / "reward_over_iterations.png", results)
+    # JSON has no infinity and no NaN: a policy that diverged gives null.
+    finite = json.loads(json.dumps(results), parse_constant=lambda name: None)
+    (out / "results.json").write_text(json.dumps(finite, indent=1), encoding="utf-8")
+    _plot_rewards(out / "reward_over_kl.png", results, over_kl=True)
+    _plot_rewards(out / "reward_over_iterations.png", results, over_kl=False)
     _plot_samples(out / "samples.png", samples)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: a policy that diverged gives null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _curves(entry: dict[str, Any], key: str) -> np.ndarray:
@@ -110,39 +92,28 @@ def _curves(entry: dict[str, Any], key: str) -> np.ndarray:
     return np.array([curve[key] for curve in entry["curves"]])
 
 
-def _plot_reward_over_kl(path: Path, results: dict[str, Any]) -> None:
+def _plot_rewards(path: Path, results: dict[str, Any], over_kl: bool) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, entry in results["objectives"].items():
         kl, reward = _curves(entry, "kl"), _curves(entry, "reward")
-        colour = COLOURS.get(name, OTHER)
-        for one_kl, one_reward in zip(kl, reward, strict=True):
-            axes.plot(one_kl, one_reward, color=colour, linewidth=0.8, alpha=0.4)
-        style = "-" if name in COLOURS else "--"
-        axes.plot(kl.mean(0), reward.mean(0), style, color=colour, linewidth=2, label=name)
-        axes.plot(kl.mean(0)[-1], reward.mean(0)[-1], "o", color=colour)
-    axes.set_xlabel("KL to the pretrained model (nats per image, whole trajectory)")
-    axes.set_xlim(*_limits(results, "kl"))
-    _finish(figure, axes, results, path)
-
-
-def _plot_reward_over_iterations(path: Path, results: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, entry in results["objectives"].items():
-        reward = _curves(entry, "reward")
-        colour = COLOURS.get(name, OTHER)
-        iterations = np.arange(reward.shape[1])
-        style = "-" if name in COLOURS else "--"
-        axes.plot(iterations, reward.mean(0), style, color=colour, linewidth=2, label=name)
-        axes.fill_between(iterations, reward.min(0), reward.max(0), color=colour, alpha=0.2, linewidth=0)
-    axes.set_xlabel("iteration (one rollout each)")
-    _finish(figure, axes, results, path)
-
-
-def _finish(figure: plt.Figure, axes: Axes, results: dict[str, Any], path: Path) -> None:
-    """What both reward plots share. The control leaves the picture, so it has no say in the limits."""
+        colour, style = COLOURS.get(name, OTHER), "-" if name in COLOURS else "--"
+        average = {"color": colour, "linewidth": 2, "label": name}
+        if over_kl:
+            axes.plot(kl.T, reward.T, color=colour, linewidth=0.8, alpha=0.4)
+            axes.plot(kl.mean(0), reward.mean(0), style, **average)
+            axes.plot(kl.mean(0)[-1], reward.mean(0)[-1], "o", color=colour)
+        else:
+            iterations = np.arange(reward.shape[1])
+            axes.plot(iterations, reward.mean(0), style, **average)
+            axes.fill_between(iterations, reward.min(0), reward.max(0), color=colour, alpha=0.2, linewidth=0)
     axes.axhline(results["pretrained"]["reward"], color="0.3", linewidth=1, linestyle=":", label="pretrained")
     axes.set_ylabel(REWARD)
     axes.set_ylim(*_limits(results, "reward"))
+    if over_kl:
+        axes.set_xlabel("KL to the pretrained model (nats per image, whole trajectory)")
+        axes.set_xlim(*_limits(results, "kl"))
+    else:
+        axes.set_xlabel("iteration (one rollout each)")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
@@ -150,6 +121,7 @@ def _finish(figure: plt.Figure, axes: Axes, results: dict[str, Any], path: Path)
 
 
 def _limits(results: dict[str, Any], key: str) -> tuple[float, float]:
+    """The control leaves the picture: it has no say in them."""
     values = [_curves(entry, key) for name, entry in results["objectives"].items() if name in COLOURS]
     finite = np.concatenate([array[np.isfinite(array)] for array in values])
     low, high = (finite.min(), finite.max()) if finite.size else (-1.0, 0.0)
@@ -177,10 +149,6 @@ def _plot_samples(path: Path, samples: dict[str, Tensor], per_class: int = 2) ->
 
 def _tiles(images: Tensor, classes: tuple[int, ...], per_class: int) -> np.ndarray:
     """A class per column, a draw per line, a paper-coloured pixel between neighbours."""
-    height, width = images.shape[-2:]
-    canvas = np.full((per_class * (height + 1) + 1, len(classes) * (width + 1) + 1), -1.0)
-    for column, label in enumerate(classes):
-        for line in range(per_class):
-            top, left = 1 + line * (height + 1), 1 + column * (width + 1)
-            canvas[top : top + height, left : left + width] = images[label, line, 0]
-    return canvas
+    framed = np.pad(images[list(classes), :per_class, 0], [(0, 0), (0, 0), (1, 0), (1, 0)], constant_values=-1)
+    lines = np.concatenate(np.concatenate(framed, -1), 0)
+    return np.pad(lines, [(0, 1), (0, 1)], constant_values=-1)

@@ -65,29 +65,17 @@ def uniform_schedule(steps: int, noise_level: float, device: str) -> Schedule:
 @torch.no_grad()
 def rollout(policy: Velocity, prompts: Tensor, schedule: Schedule, generator: torch.Generator) -> Rollout:
     """Draws one image per prompt with Flow-SDE. `generator` is a CPU one, so that a GPU draws the same noise."""
-
-    def noise() -> Tensor:
-        return torch.randn(len(prompts), *SHAPE, generator=generator).to(prompts.device)
-
-    x = noise()
+    x = torch.randn(len(prompts), *SHAPE, generator=generator).to(prompts.device)
     samples, steps = [], []
     for number in range(schedule.steps):
         arguments = schedule.arguments(number)
         model_output = policy(x, arguments["sigma"][None], prompts)
-        step = flowdppo_ops.sde_step(model_output, x, noise=noise(), residual_dtype=torch.float16, **arguments)
+        step = flowdppo_ops.sde_step(model_output, x, generator=generator, residual_dtype=torch.float16, **arguments)
         samples.append(x)
         steps.append(step)
         x = step.prev_sample
-    return Rollout(
-        samples=torch.stack(samples, 1),
-        prev_samples=torch.stack([step.prev_sample for step in steps], 1),
-        residuals=torch.stack([step.residual for step in steps], 1),
-        means=torch.stack([step.prev_sample_mean for step in steps], 1),
-        std=torch.stack([step.std for step in steps], 1),
-        log_probs=torch.stack([step.log_prob for step in steps], 1),
-        prompts=prompts,
-        images=x,
-    )
+    prev_samples, log_probs, means, std, residuals = (torch.stack(field, 1) for field in zip(*steps, strict=True))
+    return Rollout(torch.stack(samples, 1), prev_samples, residuals, means, std, log_probs, prompts, x)
 
 
 def model_outputs(policy: Velocity, batch: Rollout, schedule: Schedule) -> Tensor:

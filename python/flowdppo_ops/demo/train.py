@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,19 +38,19 @@ class Settings:
 
 @dataclass
 class Run:
-    """What a fine-tuning left behind. The curves have one value per iteration, from before its updates."""
+    """What a fine-tuning leaves behind.
+
+    curves: one value per iteration, from before its updates. reward: mean over the rollout. kl: from the pretrained
+    model, nats per image. masked: share of rows masked or clipped, and grad_norm: before clipping, means over the
+    updates. calls: some of the `arguments_of_loss`.
+    """
 
     policy: Velocity
-    reward: list[float] = field(default_factory=list)  # mean over the rollout
-    kl: list[float] = field(default_factory=list)  # from the pretrained model, nats per image
-    masked: list[float] = field(default_factory=list)  # share of rows masked or clipped, mean over the updates
-    grad_norm: list[float] = field(default_factory=list)  # mean over the updates, before clipping
-    calls: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)  # recorded `arguments_of_loss`
+    curves: dict[str, list[float]] = field(
+        default_factory=lambda: {name: [] for name in ("reward", "kl", "masked", "grad_norm")}
+    )
+    calls: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
     updates: int = 0
-
-    @property
-    def curves(self) -> dict[str, list[float]]:
-        return {"reward": self.reward, "kl": self.kl, "masked": self.masked, "grad_norm": self.grad_norm}
 
 
 def arguments_of_loss(
@@ -75,15 +76,15 @@ def finetune(
     settings: Settings,
     seed: int,
     loss: Callable[..., PolicyLoss],
-    after_iteration: Callable[[Run], None] = lambda run: None,
-) -> Run:
+) -> Iterator[Run]:
     """Fine-tunes a copy of `pretrained` on the prompts `classes` towards `reward` (images in, `[batch]` out).
 
     `loss` is what `LOSSES[settings.fused]` names, in `flowdppo_ops` or in its reference. All randomness comes from
-    `seed`, so objectives that share it see the same noise until their policies part.
+    `seed`, so objectives that share it see the same noise until their policies part. Yields the run so far after each
+    iteration.
     """
     run = Run(copy.deepcopy(pretrained))
-    policy = run.policy
+    policy, curves = run.policy, run.curves
     optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(seed)
     device = schedule.sigmas.device
@@ -93,17 +94,16 @@ def finetune(
         batch = rollout(policy, prompts, schedule, generator)
         rewards = reward(batch.images)
         advantages = group_advantages(rewards, prompts)[:, None].expand(-1, schedule.steps)
-        run.reward.append(rewards.mean().item())
-        run.kl.append(path_kl(batch, pretrained, schedule))
+        curves["reward"].append(rewards.mean().item())
+        curves["kl"].append(path_kl(batch, pretrained, schedule))
 
         masked, grad_norm = [], []
         for _ in range(settings.epochs):
             order = torch.randperm(len(prompts), generator=generator).to(device)
             for rows in order.chunk(settings.minibatches):
                 old = select(batch, rows)
-                of_policy, arguments = arguments_of_loss(
-                    settings.fused, policy, old, schedule, advantages[rows], objective
-                )
+                given = (settings.fused, policy, old, schedule, advantages[rows], objective)
+                of_policy, arguments = arguments_of_loss(*given)
                 out = loss(of_policy, **arguments)
                 optimizer.zero_grad()
                 out.loss.backward()
@@ -115,7 +115,6 @@ def finetune(
                 run.updates += 1
                 if iteration in (0, settings.iterations // 2, settings.iterations - 1):
                     run.calls.append((of_policy.detach(), arguments))
-        run.masked.append(sum(masked) / len(masked))
-        run.grad_norm.append(sum(grad_norm) / len(grad_norm))
-        after_iteration(run)
-    return run
+        curves["masked"].append(fmean(masked))
+        curves["grad_norm"].append(fmean(grad_norm))
+        yield run

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ class Incompatible(RuntimeError):
 
 
 class Replacement(NamedTuple):
-    """`owner` is a module, a class or a dict; `name` its attribute or key, which may be absent so far."""
+    """`owner` is a module, a class or a dict; `name` an attribute or a key that it has itself."""
 
     owner: Any
     name: str
@@ -32,7 +33,7 @@ def wants_strict(strict: bool | None) -> bool:
 
 
 class Patch:
-    """The replacements of one integration.
+    """The replacements of one integration. Its module's `enable`, `disable`, `enabled` and `fallbacks` are methods.
 
     Args:
         trainer: its name, as users write it.
@@ -51,7 +52,53 @@ class Patch:
         self._replaced: list[tuple[Replacement, Any]] = []  # with what was there
         self._said: set[str] = set()
 
-    # ---- what is there ----
+    def replaces(self, replacements: Callable[[bool], Iterable[Replacement]]) -> Callable[[bool], Any]:
+        """Decorator of the function that says, by `strict`, what `enable` replaces."""
+        self._replacements = replacements
+        return replacements
+
+    # ---- the functions of an integration's module ----
+
+    def enable(self, strict: bool | None = None) -> None:
+        """Replaces what this module names. Twice is once; the other `strict` replaces the first.
+
+        Args:
+            strict: True reproduces the trainer to rounding, False does what the maths says where the two differ
+                (`flowdppo_ops.integrations.DEFECTS`); None reads FLOWDPPO_OPS_STRICT, "1" where it is not set.
+
+        Raises:
+            Incompatible: the trainer cannot be imported, or is not what this was written for; nothing is replaced then.
+        """
+        strict = wants_strict(strict)
+        if self.strict == strict:
+            return
+        found = list(self._replacements(strict))
+        self.disable()
+        for one in found:
+            self._replaced.append((one, _held(one.owner)[one.name]))
+            _put(*one)
+        self.strict = strict
+        self.say_once(logging.INFO, f"flowdppo_ops: {self.trainer} runs fused, strict={strict} ({len(found)} replaced)")
+
+    def disable(self) -> None:
+        """Puts back exactly what was there. What somebody else has replaced since stays, with a warning."""
+        while self._replaced:
+            one, before = self._replaced.pop()
+            if _held(one.owner).get(one.name) is one.value:
+                _put(one.owner, one.name, before)
+            else:
+                log.warning("flowdppo_ops: %s of %s was replaced by another party and stays", one.name, self.trainer)
+        self.strict = None
+
+    def enabled(self) -> bool:
+        """Whether the replacements are in place."""
+        return self.strict is not None
+
+    def count_fallbacks(self) -> dict[str, int]:
+        """Why a call went to the trainer's own function, or took a number as it does -> how many calls did."""
+        return dict(self.fallbacks)
+
+    # ---- what the trainer has ----
 
     def incompatible(self, what: str, found: object, wanted: object) -> Incompatible:
         return Incompatible(
@@ -69,8 +116,17 @@ class Patch:
         """An attribute of a module or a class of the trainer."""
         found = getattr(owner, name, None)
         if found is None:
-            raise self.incompatible(f"{_name(owner)}.{name}", "absent", "what the integration replaces or calls")
+            raise self.incompatible(_name(owner, name), "absent", "what the integration replaces or calls")
         return found
+
+    def original(self, owner: Any, name: str) -> Any:
+        """What a replacement has displaced, or what is there when nothing has."""
+        for one, before in self._replaced:
+            if one.owner is owner and one.name == name:
+                return before
+        if name not in _held(owner):
+            raise self.incompatible(_name(owner, name), "absent", "what the integration replaces")
+        return _held(owner)[name]
 
     def check_parameters(self, what: str, function: Callable[..., Any], wanted: Iterable[str]) -> None:
         """The names of a function's parameters, in order; all of them, for an unknown one would be lost on the way."""
@@ -78,45 +134,33 @@ class Patch:
         if found != wanted:
             raise self.incompatible(what, f"({', '.join(found)})", f"({', '.join(wanted)})")
 
-    # ---- putting in place and taking back ----
+    # ---- a function in the place of the trainer's ----
 
-    def enable(self, strict: bool | None, replacements: Callable[[bool], Iterable[Replacement]]) -> None:
-        """Puts in place what `replacements(strict)` says, unless it is; the other `strict` takes the first's back.
+    def replacement(self, owner: Any, name: str, function: Callable[..., Any], prefix: str = "") -> Replacement:
+        """By a function with the same parameters, which may leave calls to the trainer's: see `with_fallback`."""
+        own = self.original(owner, name)
+        self.check_parameters(_name(owner, name), own, inspect.signature(function).parameters)
+        return Replacement(owner, name, self.with_fallback(own, function, prefix))
 
-        `replacements` raises `Incompatible` before anything is touched.
+    def with_fallback(
+        self, own: Callable[..., Any], function: Callable[..., Any], prefix: str = ""
+    ) -> Callable[..., Any]:
+        """`function`; and where that returns a string, the reason why it does not serve a call, the trainer's own.
+
+        Such calls are counted, the reason after `prefix`; the first of each reason is logged.
         """
-        strict = wants_strict(strict)
-        if self.strict == strict:
-            return
-        found = list(replacements(strict))
-        self.disable()
-        for one in found:
-            self._replaced.append((one, _own(one)))
-            _put(one, one.value)
-        self.strict = strict
-        self.say_once(logging.INFO, f"flowdppo_ops: {self.trainer} runs fused, strict={strict} ({len(found)} replaced)")
 
-    def disable(self) -> None:
-        """Puts back exactly what was there. What somebody else has replaced since stays, with a warning."""
-        while self._replaced:
-            one, before = self._replaced.pop()
-            if _own(one) is not one.value:
-                log.warning("flowdppo_ops: %s of %s was replaced by another party and stays", one.name, self.trainer)
-            else:
-                _put(one, before)
-        self.strict = None
+        @functools.wraps(own)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if not isinstance(result, str):
+                return result
+            self.fall_back(prefix + result)
+            return own(*args, **kwargs)
 
-    def original(self, owner: Any, name: str) -> Any:
-        """What a replacement has displaced, or what is there when nothing has."""
-        for one, before in self._replaced:
-            if one.owner is owner and one.name == name:
-                return before
-        return _own(Replacement(owner, name, None))
-
-    # ---- what is not served ----
+        return call
 
     def fall_back(self, reason: str) -> None:
-        """Counts a call that goes to the trainer's own function; the first of each reason is logged."""
         self.fallbacks[reason] += 1
         self.say_once(logging.WARNING, f"flowdppo_ops: {self.trainer}'s own function runs: {reason}")
 
@@ -126,26 +170,17 @@ class Patch:
             log.log(level, line)
 
 
-_ABSENT = object()
+def _held(owner: Any) -> Mapping[str, Any]:
+    """What the owner itself holds, descriptors as they are."""
+    return owner if isinstance(owner, dict) else vars(owner)
 
 
-def _own(one: Replacement) -> Any:
-    """What the owner itself holds there, descriptors as they are; `_ABSENT` for what it inherits or has not."""
-    held = one.owner if isinstance(one.owner, MutableMapping) else vars(one.owner)
-    return held.get(one.name, _ABSENT)
-
-
-def _put(one: Replacement, value: Any) -> None:
-    if isinstance(one.owner, MutableMapping):
-        if value is _ABSENT:
-            del one.owner[one.name]
-        else:
-            one.owner[one.name] = value
-    elif value is _ABSENT:
-        delattr(one.owner, one.name)
+def _put(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, dict):
+        owner[name] = value
     else:
-        setattr(one.owner, one.name, value)
+        setattr(owner, name, value)
 
 
-def _name(owner: Any) -> str:
-    return getattr(owner, "__qualname__", getattr(owner, "__name__", repr(owner)))
+def _name(owner: Any, name: str) -> str:
+    return f"{getattr(owner, '__qualname__', getattr(owner, '__name__', repr(owner)))}.{name}"

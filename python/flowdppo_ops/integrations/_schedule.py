@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import draw_noise
+from .._torch import Generator, draw_noise
 
 
 def look_up(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,10 +26,13 @@ def look_up(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(nth[:, -1] > 0, sigmas[index], torch.nan), sigmas[index + 1]
 
 
-def draw(like: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+def draw(like: Tensor, generator: Generator) -> Tensor:
     """float32 noise in the shape of `like`, as diffusers' `randn_tensor` draws it: of several generators one a row."""
-    if not isinstance(generator, (list, tuple)):
-        return draw_noise(like, torch.float32, generator)
-    if len(generator) == 1:
-        return draw_noise(like, torch.float32, generator[0])
-    return torch.cat([draw_noise(row[None], torch.float32, one) for row, one in zip(like, generator, strict=True)])
+    if isinstance(generator, (list, tuple)) and len(generator) == 1:
+        generator = generator[0]  # draws all rows
+    return draw_noise(like, torch.float32, generator)
+
+
+def wide(rows: Tensor, rank: int) -> Tensor:
+    """`[rows]` as `[rows, 1, ...]`, of the rank of the latents: the form in which trainers keep row vectors."""
+    return rows.reshape(-1, *(1,) * (rank - 1))

@@ -1,11 +1,23 @@
-"""Terms of the trainers' losses that `loss` has no option for, made of it and of a few numbers per row."""
+"""What the trainers' losses have and `loss` has no option for, and their metrics."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import FlowGRPO, PolicyLoss, loss
+
+Means = tuple[Tensor, Tensor] | tuple[None, None]  # the policy's and the old policy's
+
+RATIO_METRICS = ("ratio_mean", "ratio_std", "ratio_min", "ratio_max")
+DPPO_METRICS = (
+    *(*RATIO_METRICS, "approx_kl", "kl_new_old_mean", "kl_new_old_max", "kl_mask_fraction"),
+    *("pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction"),
+)
+CLIP_METRICS = ("clip_fraction", "clipfrac_gt_one", "clipfrac_lt_one")
 
 
 def gaussian_kl(mean: Tensor, other: Tensor, std: float | Tensor) -> Tensor:
@@ -28,10 +40,15 @@ def gaussian_kl(mean: Tensor, other: Tensor, std: float | Tensor) -> Tensor:
     ).loss
 
 
-def with_gradient_of_exp(result: PolicyLoss, exponent: Tensor) -> Tensor:
-    """`result.loss`, 0-dim, with the trainers' gradient of a blocked row: 0 times its ratio, NaN if that is infinite.
+def policy_loss(strict: bool, log_prob: Tensor, means: Means = (None, None), **more: Any) -> PolicyLoss:
+    """`loss` of a log-prob that the trainer has computed.
 
-    A branch that is never taken has this gradient, and no value.
+    With `strict` a blocked row of infinite ratio has the trainers' gradient, that of their exp: 0 times infinity.
     """
-    blocked = torch.exp(torch.where(result.keep, 0.0, exponent)).sum()
-    return torch.where(torch.zeros_like(result.loss, dtype=torch.bool), blocked, result.loss)
+    if strict:
+        log_prob = log_prob.view_as(log_prob)  # for the hook: it is not to see the gradients of other losses
+    result = loss(*means, log_prob=log_prob, **more)
+    if strict and log_prob.requires_grad:
+        ratio = result.ratio
+        log_prob.register_hook(lambda grad: grad.masked_fill((grad == 0) & (ratio == math.inf), math.nan))
+    return result

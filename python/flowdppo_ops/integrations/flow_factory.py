@@ -1,172 +1,124 @@
 """Flow-Factory: its scheduler's step, replaced by `enable()`, and the losses that its trainers compute inline.
 
 No plug-in point reaches a trainer's `optimize`, so a few lines of it change, as docs/trainers.md shows. The losses take
-what is in scope there, and return the loss with what the trainer logs. Tested with Flow-Factory at a0b2bc5a.
+what is in scope there, and return the loss with what the trainer logs. `strict=None` takes what `enable` was told, and
+else FLOWDPPO_OPS_STRICT; the step has no defect. Tested with Flow-Factory at a0b2bc5a.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import FlowGRPO, GRPOGuard, loss, sde_step
+from .. import FlowGRPO, GRPOGuard, sde_step
+from .._torch import Generator
 from ._patch import Patch, Replacement, log, wants_strict
-from ._schedule import draw, look_up
-from ._terms import gaussian_kl, with_gradient_of_exp
+from ._schedule import draw, look_up, wide
+from ._terms import gaussian_kl, policy_loss
 
 __all__ = ["disable", "enable", "enabled", "fallbacks", "grpo_loss", "guard_loss"]
 
-_patch = Patch("Flow-Factory", "commit a0b2bc5a")
-_MODULE, _CLASS = "flow_factory.scheduler.flow_match_euler_discrete", "FlowMatchEulerDiscreteSDEScheduler"
-_STEP = (
-    *("self", "noise_pred", "timestep", "latents", "next_latents", "timestep_next", "generator", "noise_level"),
-    *("compute_log_prob", "return_dict", "return_kwargs", "dynamics_type", "sigma_max"),
-)
+_patch = Patch("Flow-Factory", tested="commit a0b2bc5a")
+enable, disable, enabled, fallbacks = _patch.enable, _patch.disable, _patch.enabled, _patch.count_fallbacks
+
 _SAMPLERS = {"Flow-SDE": "flow_sde", "Dance-SDE": "dance_sde", "CPS": "cps"}
-_RESULTS = ["next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred"]
+_RESULTS = ("next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred")
 
 Info = dict[str, Tensor]
 
 
-def enable(strict: bool | None = None) -> None:
-    """Replaces `FlowMatchEulerDiscreteSDEScheduler.step`, once.
-
-    `strict` is what `guard_loss` takes when it is not told; None asks FLOWDPPO_OPS_STRICT. The step has no defect.
-
-    Raises:
-        Incompatible: Flow-Factory is not there, or its scheduler is another one.
-    """
-
-    def replacements(_strict: bool) -> list[Replacement]:
-        module = _patch.module(_MODULE)
-        scheduler = _patch.attribute(module, _CLASS)
-        output = _patch.attribute(module, "SDESchedulerOutput")
-        _patch.check_parameters(f"{_CLASS}.step", _patch.attribute(scheduler, "step"), _STEP)
-        return [Replacement(scheduler, "step", _fused_step(_patch.original(scheduler, "step"), output))]
-
-    _patch.enable(strict, replacements)
-
-
-def disable() -> None:
-    """Puts the scheduler's own step back."""
-    _patch.disable()
-
-
-def enabled() -> bool:
-    return _patch.strict is not None
-
-
-def fallbacks() -> dict[str, int]:
-    """Why the scheduler's own step ran, and how often."""
-    return dict(_patch.fallbacks)
+@_patch.replaces
+def _replacements(strict: bool) -> list[Replacement]:
+    module = _patch.module("flow_factory.scheduler.flow_match_euler_discrete")
+    scheduler = _patch.attribute(module, "FlowMatchEulerDiscreteSDEScheduler")
+    output = _patch.attribute(module, "SDESchedulerOutput")
+    return [_patch.replacement(scheduler, "step", partial(_step, output))]
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
-def _fused_step(original: Callable[..., Any], output: type) -> Callable[..., Any]:
+def _step(
+    output: type,
+    self: Any,
+    noise_pred: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None = None,
+    timestep_next: float | Tensor | None = None,
+    generator: Generator = None,
+    noise_level: float | Tensor | None = None,
+    compute_log_prob: bool = True,
+    return_dict: bool = True,
+    return_kwargs: Sequence[str] = _RESULTS,
+    dynamics_type: str | None = None,
+    sigma_max: float | None = None,
+) -> Any:
     """`FlowMatchEulerDiscreteSDEScheduler.step` in one pass, without waiting for the device.
 
     `std_dev_t` is the transition's standard deviation for "CPS" alone, and without sqrt(-dt) for the others. A noise
     level of 0 (evaluation) gives log-prob 0 where the original has NaN.
     """
-
-    @functools.wraps(original)
-    def step(
-        self: Any,
-        noise_pred: Tensor,
-        timestep: float | Tensor,
-        latents: Tensor,
-        next_latents: Tensor | None = None,
-        timestep_next: float | Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        noise_level: float | Tensor | None = None,
-        compute_log_prob: bool = True,
-        return_dict: bool = True,
-        return_kwargs: Sequence[str] = tuple(_RESULTS),
-        dynamics_type: str | None = None,
-        sigma_max: float | None = None,
-    ) -> Any:
-        dynamics = dynamics_type or self.dynamics_type
-        reason = _not_served(dynamics, timestep, timestep_next, latents)
-        if reason:
-            _patch.fall_back(reason)
-            return original(
-                self,
-                noise_pred,
-                timestep,
-                latents,
-                next_latents,
-                timestep_next,
-                generator,
-                noise_level,
-                compute_log_prob,
-                return_dict,
-                list(return_kwargs),
-                dynamics_type,
-                sigma_max,
-            )
-        if timestep_next is None:
-            sigma, sigma_next = look_up(self, timestep)
-        else:
-            sigma, sigma_next = timestep / 1000, timestep_next / 1000
-        if self.is_eval:
-            noise_level = 0.0
-        elif noise_level is None:
-            noise_level = self.get_noise_level_for_sigma(sigma)
-        sigma, sigma_next, noise_level = (_rows(one, latents) for one in (sigma, sigma_next, noise_level))
-        given = {"noise": draw(latents, generator)} if next_latents is None else {"prev_sample": next_latents}
-        # A next sample is scored in the dtype of the sample: one that is drawn is rounded to it, here as there, a given
-        # one must not be.
-        rounds = next_latents is None or next_latents.dtype == latents.dtype
-        fused = sde_step(
-            noise_pred,
-            latents if rounds else latents.float(),
-            sigma=sigma,
-            sigma_next=sigma_next,
-            sigma_max=_rows(sigma_max or self.sigmas[1], latents),
-            noise_level=noise_level,
-            sampler=_SAMPLERS[dynamics],
-            **given,
-        )
-        dt = sigma_next - sigma
-        std_dev_t = fused.std
-        if dynamics == "Flow-SDE":
-            std_dev_t = std_dev_t / torch.sqrt(-dt)
-        elif dynamics == "Dance-SDE":
-            std_dev_t = noise_level
-        results = {
-            "next_latents": fused.prev_sample.float(),
-            "next_latents_mean": fused.prev_sample_mean,
-            "noise_pred": noise_pred.float(),
-            "log_prob": fused.log_prob if compute_log_prob else None,
-            "std_dev_t": _wide(std_dev_t, latents),
-            "dt": _wide(dt, latents),
-        }
-        if not return_dict:
-            return tuple(results.values())
-        for name in set(return_kwargs) - set(results):
-            log.warning("flowdppo_ops: requested return keyword %r is not among the step's results", name)
-        return output.from_dict({name: results[name] for name in return_kwargs if name in results})
-
-    return step
+    dynamics = dynamics_type or self.dynamics_type
+    if reason := _unserved(dynamics, timestep, timestep_next, latents):
+        return reason
+    if timestep_next is None:
+        sigma, sigma_next = look_up(self, timestep)
+    else:
+        sigma, sigma_next = timestep / 1000, timestep_next / 1000
+    if self.is_eval:
+        noise_level = 0.0
+    elif noise_level is None:
+        noise_level = self.get_noise_level_for_sigma(sigma)
+    sigma, sigma_next, noise_level = (_rows(one, latents) for one in (sigma, sigma_next, noise_level))
+    given = {"noise": draw(latents, generator)} if next_latents is None else {"prev_sample": next_latents}
+    # A next sample is scored in the dtype of the sample: one that is drawn is rounded to it, here as there, a given one
+    # must not be.
+    rounds = next_latents is None or next_latents.dtype == latents.dtype
+    fused = sde_step(
+        noise_pred,
+        latents if rounds else latents.float(),
+        sigma=sigma,
+        sigma_next=sigma_next,
+        sigma_max=_rows(sigma_max or self.sigmas[1], latents),
+        noise_level=noise_level,
+        sampler=_SAMPLERS[dynamics],
+        **given,
+    )
+    dt = sigma_next - sigma
+    std_dev_t = fused.std
+    if dynamics == "Flow-SDE":
+        std_dev_t = std_dev_t / torch.sqrt(-dt)
+    elif dynamics == "Dance-SDE":
+        std_dev_t = noise_level
+    results = {
+        "next_latents": fused.prev_sample.float(),
+        "next_latents_mean": fused.prev_sample_mean,
+        "noise_pred": noise_pred.float(),
+        "log_prob": fused.log_prob if compute_log_prob else None,
+        "std_dev_t": wide(std_dev_t.expand(len(latents)), latents.ndim),
+        "dt": wide(dt.expand(len(latents)), latents.ndim),
+    }
+    if not return_dict:
+        return tuple(results.values())
+    for name in set(return_kwargs) - set(results):
+        log.warning("flowdppo_ops: requested return keyword %r is not among the step's results", name)
+    return output.from_dict({name: results[name] for name in return_kwargs if name in results})
 
 
-def _not_served(
-    dynamics: str, timestep: float | Tensor, timestep_next: float | Tensor | None, latents: Tensor
-) -> str | None:
+def _unserved(dynamics: str, timestep: float | Tensor, timestep_next: float | Tensor | None, latents: Tensor) -> str:
     if dynamics not in _SAMPLERS:
         return f"dynamics {dynamics}"
     if timestep_next is None and (not isinstance(timestep, Tensor) or not timestep.is_floating_point()):
         return "a timestep that is no floating-point tensor, without the next one"
     if latents.dtype == torch.float64:
         return "float64 latents"
-    return None
+    return ""
 
 
 def _rows(value: float | Sequence[float] | Tensor, latents: Tensor) -> Tensor:
@@ -175,11 +127,6 @@ def _rows(value: float | Sequence[float] | Tensor, latents: Tensor) -> Tensor:
         return torch.full((), value, dtype=torch.float32, device=latents.device)
     value = torch.as_tensor(value).to(latents.device, torch.float32)
     return value.reshape(()) if value.numel() == 1 else value.reshape(-1)
-
-
-def _wide(row: Tensor, latents: Tensor) -> Tensor:
-    """`[rows, 1, ...]` of the rank of the latents."""
-    return row.expand(latents.shape[0]).reshape(-1, *(1,) * (latents.ndim - 1))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -205,20 +152,19 @@ def grpo_loss(
         kl_beta, kl_latents, ref_kl_latents: the penalty `kl_beta * mean (kl_latents - ref_kl_latents)^2`, on
             `noise_pred` with `kl_type` "v-based", on `next_latents_mean` with "x-based".
         strict: True gives a blocked row of infinite ratio the trainer's gradient, NaN, and has the penalty in
-            `policy_loss`, as it is logged there; False 0, and not. None takes what `enable` was told.
+            `policy_loss`, as it is logged there; False 0, and not. None: see above.
 
     Returns:
         `(loss, info)`: 0-dim, and detached `ratio unclipped_loss clipped_loss` `[B]`, `policy_loss loss clip_frac_high
         clip_frac_low clip_frac_total` 0-dim, and `kl_div kl_loss` with a penalty. Differentiable in `log_prob` and
         `kl_latents`.
     """
+    strict = wants_strict(_patch.strict if strict is None else strict)
     advantage = torch.clamp(advantage, *adv_clip_range)
     objective = FlowGRPO((-clip_range[0], clip_range[1]))
-    result = loss(None, None, advantage, log_prob=log_prob, old_log_prob=old_log_prob, objective=objective)
-    strict = wants_strict(_patch.strict if strict is None else strict)
-    policy_loss = with_gradient_of_exp(result, log_prob - old_log_prob) if strict else result.loss
-    info = _info(result.ratio, advantage, clip_range, policy_loss)
-    return _penalised(policy_loss, info, kl_beta, kl_latents, ref_kl_latents, strict)
+    result = policy_loss(strict, log_prob, advantages=advantage, old_log_prob=old_log_prob, objective=objective)
+    info = _info(result.ratio, advantage, clip_range)
+    return _penalised(result.loss, info, kl_beta, kl_latents, ref_kl_latents, strict)
 
 
 def guard_loss(
@@ -257,52 +203,43 @@ def guard_loss(
         # Rows of numbers from here on; the latents are read once, for their mean squares.
         squares = 2 * gaussian_kl(next_latents_mean, old_next_latents_mean, 1.0)
         ratio = torch.exp((log_prob - old_log_prob) * scale + squares / (2 * scale))
-        clipped = torch.clamp(ratio, 1.0 + clip_range[0], 1.0 + clip_range[1])
-        policy_loss = torch.mean(torch.maximum(-advantage * ratio, -advantage * clipped))
+        unclipped, clipped = _surrogates(ratio, advantage, clip_range)
+        loss = torch.mean(torch.maximum(unclipped, clipped))
     else:
-        result = loss(
-            next_latents_mean,
-            old_next_latents_mean,
-            advantage,
+        result = policy_loss(
+            strict,
+            log_prob,
+            (next_latents_mean, old_next_latents_mean),
+            advantages=advantage,
             std=scale,
             sqrt_dt=1.0,  # no final division by -dt here
-            log_prob=log_prob,
             old_log_prob=old_log_prob,
             objective=GRPOGuard((-clip_range[0], clip_range[1]), per_row_scale=True),
         )
-        policy_loss, ratio = result.loss, result.ratio
-    info = _info(ratio.detach(), advantage, clip_range, policy_loss)
-    return _penalised(policy_loss, info, kl_beta, kl_latents, ref_kl_latents, strict)
+        loss, ratio = result.loss, result.ratio
+    return _penalised(loss, _info(ratio.detach(), advantage, clip_range), kl_beta, kl_latents, ref_kl_latents, strict)
 
 
-def _info(ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float], policy_loss: Tensor) -> Info:
+def _surrogates(ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    return -advantage * ratio, -advantage * torch.clamp(ratio, 1.0 + clip_range[0], 1.0 + clip_range[1])
+
+
+def _info(ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float]) -> Info:
     high, low = (ratio > 1.0 + clip_range[1]).float().mean(), (ratio < 1.0 + clip_range[0]).float().mean()
-    return {
-        "ratio": ratio,
-        "unclipped_loss": -advantage * ratio,
-        "clipped_loss": -advantage * torch.clamp(ratio, 1.0 + clip_range[0], 1.0 + clip_range[1]),
-        "policy_loss": policy_loss.detach(),
-        "loss": policy_loss.detach(),
-        "clip_frac_high": high,
-        "clip_frac_low": low,
-        "clip_frac_total": high + low,
-    }
+    unclipped, clipped = _surrogates(ratio, advantage, clip_range)
+    info = {"ratio": ratio, "unclipped_loss": unclipped, "clipped_loss": clipped}
+    return info | {"clip_frac_high": high, "clip_frac_low": low, "clip_frac_total": high + low}
 
 
 def _penalised(
-    policy_loss: Tensor,
-    info: Info,
-    kl_beta: float,
-    latents: Tensor | None,
-    ref_latents: Tensor | None,
-    strict: bool,
+    policy_loss: Tensor, info: Info, kl_beta: float, latents: Tensor | None, ref_latents: Tensor | None, strict: bool
 ) -> tuple[Tensor, Info]:
-    if not kl_beta > 0:
-        return policy_loss, info
-    kl_div = 2 * gaussian_kl(latents, ref_latents, 1.0).mean()  # the plain mean of squares
-    kl_loss = kl_beta * kl_div
-    total = policy_loss + kl_loss
-    info |= {"loss": total.detach(), "kl_div": kl_div.detach(), "kl_loss": kl_loss.detach()}
-    if strict:  # the trainer's `loss += kl_loss` adds to the tensor that it logs as policy_loss
-        info["policy_loss"] = info["loss"]
-    return total, info
+    total, logged = policy_loss, policy_loss.detach()
+    if kl_beta > 0:
+        kl_div = 2 * gaussian_kl(latents, ref_latents, 1.0).mean()  # the plain mean of squares
+        kl_loss = kl_beta * kl_div
+        total = policy_loss + kl_loss
+        info |= {"kl_div": kl_div.detach(), "kl_loss": kl_loss.detach()}
+        if strict:  # the trainer's `loss += kl_loss` adds to the tensor that it logs as policy_loss
+            logged = total.detach()
+    return total, info | {"policy_loss": logged, "loss": total.detach()}

@@ -11,18 +11,17 @@ The losses take what is in scope where a script computes its own, and return it 
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import FlowGRPO, GRPOGuard, loss, sde_step
-from ..result import PolicyLoss
-from ._patch import wants_strict
-from ._schedule import draw, look_up
-from ._terms import gaussian_kl, with_gradient_of_exp
+from .. import FlowGRPO, GRPOGuard, PolicyLoss, sde_step
+from .._torch import Generator
+from ._patch import log, wants_strict
+from ._schedule import draw, look_up, wide
+from ._terms import CLIP_METRICS, gaussian_kl, policy_loss
 
 __all__ = [
     "enabled",
@@ -34,8 +33,8 @@ __all__ = [
 ]
 
 _SAMPLERS = {"sde": "flow_sde", "cps": "cps"}
+_CLIP_NAMES = dict(zip(CLIP_METRICS, ("clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"), strict=True))
 
-Generators = torch.Generator | list[torch.Generator] | None
 Info = dict[str, Tensor]
 
 
@@ -46,7 +45,7 @@ def enabled() -> bool:
 
 @cache
 def _announce(strict: bool) -> None:
-    logging.getLogger("flowdppo_ops").info("flowdppo_ops: flow_grpo's script runs fused, strict=%s", strict)
+    log.info("flowdppo_ops: flow_grpo's script runs fused, strict=%s", strict)
 
 
 def _strict(strict: bool | None) -> bool:
@@ -65,7 +64,7 @@ def sde_step_with_logprob(
     sample: Tensor,
     noise_level: float = 0.7,
     prev_sample: Tensor | None = None,
-    generator: Generators = None,
+    generator: Generator = None,
     *,
     strict: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,7 +95,7 @@ def guard_sde_step_with_logprob(
     sample: Tensor,
     noise_level: float = 0.7,
     prev_sample: Tensor | None = None,
-    generator: Generators = None,
+    generator: Generator = None,
     sde_type: str = "sde",
     return_sqrt_dt: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -131,7 +130,7 @@ def _step(
     prev_sample: Tensor | None,
     timestep: Tensor,
     noise_level: float,
-    generator: Generators = None,
+    generator: Generator = None,
     sde_type: str = "sde",
     rank: int | None = None,
     mixes: bool = False,
@@ -161,8 +160,8 @@ def _step(
     sqrt_dt = torch.sqrt(sigma - sigma_next)
     std = step.std[: len(sigma)]
     std_dev_t = std / sqrt_dt if sde_type == "sde" else std
-    wide = (-1, *(1 for _ in range((rank or sample.ndim) - 1)))
-    return prev_sample.float(), step.log_prob, step.prev_sample_mean, std_dev_t.reshape(wide), sqrt_dt.reshape(wide)
+    rows = (wide(one, rank or sample.ndim) for one in (std_dev_t, sqrt_dt))
+    return prev_sample.float(), step.log_prob, step.prev_sample_mean, *rows
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -199,10 +198,8 @@ def grpo_loss(
     """
     strict = _strict(strict)
     objective = FlowGRPO(clip_range, adv_clip_max)
-    result = loss(None, None, advantages, log_prob=log_prob, old_log_prob=old_log_prob, objective=objective)
-    policy_loss = with_gradient_of_exp(result, log_prob - old_log_prob) if strict else result.loss
-    penalty = (beta, prev_sample_mean, ref_prev_sample_mean, std_dev_t, sqrt_dt, strict)
-    return _penalised(policy_loss, _info(result), *penalty)
+    result = policy_loss(strict, log_prob, advantages=advantages, old_log_prob=old_log_prob, objective=objective)
+    return _penalised(result, {}, beta, prev_sample_mean, ref_prev_sample_mean, std_dev_t, sqrt_dt, strict)
 
 
 def guard_loss(
@@ -233,52 +230,36 @@ def guard_loss(
         As `grpo_loss`.
     """
     strict = _strict(strict)
-    penalty = (beta, prev_sample_mean, ref_prev_sample_mean, std_dev_t, sqrt_dt, strict)
-    if not strict:
-        result = loss(
-            prev_sample_mean,
-            old_prev_sample_mean,
-            advantages,
+    info = {}
+    if strict:
+        mean_sqrt_dt = sqrt_dt.mean()
+        scale = mean_sqrt_dt * std_dev_t.mean()
+        log_ratio = log_prob - old_log_prob
+        result = policy_loss(
+            strict,
+            (log_ratio + gaussian_kl(prev_sample_mean, old_prev_sample_mean, scale).mean()) * scale,
+            advantages=advantages,
+            old_log_prob=torch.zeros_like(log_ratio),
+            weights=1 / mean_sqrt_dt**2,
+            objective=FlowGRPO(clip_range, adv_clip_max),
+        )
+        info["approx_kl"] = 0.5 * log_ratio.detach().square().mean()  # of the log-ratio as it was
+    else:
+        result = policy_loss(
+            strict,
+            log_prob,
+            (prev_sample_mean, old_prev_sample_mean),
+            advantages=advantages,
             std=std_dev_t * sqrt_dt,
             sqrt_dt=sqrt_dt,
-            log_prob=log_prob,
             old_log_prob=old_log_prob,
             objective=GRPOGuard(clip_range, adv_clip_max),
         )
-        return _penalised(result.loss, _info(result), *penalty)
-
-    mean_sqrt_dt = sqrt_dt.mean()
-    scale = mean_sqrt_dt * std_dev_t.mean()
-    log_ratio = log_prob - old_log_prob
-    exponent = (log_ratio + gaussian_kl(prev_sample_mean, old_prev_sample_mean, scale).mean()) * scale
-    result = loss(
-        None,
-        None,
-        advantages,
-        log_prob=exponent,
-        old_log_prob=torch.zeros_like(log_ratio),
-        weights=1 / mean_sqrt_dt**2,
-        objective=FlowGRPO(clip_range, adv_clip_max),
-    )
-    info = _info(result) | {"approx_kl": 0.5 * log_ratio.detach().square().mean()}  # of the log-ratio as it was
-    return _penalised(with_gradient_of_exp(result, exponent), info, *penalty)
-
-
-def _info(result: PolicyLoss) -> Info:
-    metrics = result.metric_tensors()
-    policy_loss = result.loss.detach()
-    return {
-        "approx_kl": metrics["approx_kl"],
-        "clipfrac": metrics["clip_fraction"],
-        "clipfrac_gt_one": metrics["clipfrac_gt_one"],
-        "clipfrac_lt_one": metrics["clipfrac_lt_one"],
-        "policy_loss": policy_loss,
-        "loss": policy_loss,
-    }
+    return _penalised(result, info, beta, prev_sample_mean, ref_prev_sample_mean, std_dev_t, sqrt_dt, strict)
 
 
 def _penalised(
-    policy_loss: Tensor,
+    result: PolicyLoss,
     info: Info,
     beta: float,
     mean: Tensor | None,
@@ -287,10 +268,16 @@ def _penalised(
     sqrt_dt: Tensor | None,
     strict: bool,
 ) -> tuple[Tensor, Info]:
-    if not beta > 0:
-        return policy_loss, info
-    if not strict and sqrt_dt is None:
-        raise ValueError("flowdppo_ops: sqrt_dt is missing: with strict=False the reference penalty is the step's KL")
-    kl_loss = gaussian_kl(mean, ref_mean, std_dev_t if strict else std_dev_t * sqrt_dt).mean()
-    total = policy_loss + beta * kl_loss
-    return total, info | {"kl_loss": kl_loss.detach(), "loss": total.detach()}
+    """With the reference penalty, and the script's logging values; `info` has those that are not the result's."""
+    values, total = result.metric_tensors(), result.loss
+    info = {"approx_kl": values["approx_kl"]} | {_CLIP_NAMES[name]: values[name] for name in CLIP_METRICS} | info
+    info["policy_loss"] = result.loss.detach()
+    if beta > 0:
+        if not strict and sqrt_dt is None:
+            raise ValueError(
+                "flowdppo_ops: sqrt_dt is missing: with strict=False the reference penalty is the step's KL"
+            )
+        kl_loss = gaussian_kl(mean, ref_mean, std_dev_t if strict else std_dev_t * sqrt_dt).mean()
+        info["kl_loss"] = kl_loss.detach()
+        total = result.loss + beta * kl_loss
+    return total, info | {"loss": total.detach()}

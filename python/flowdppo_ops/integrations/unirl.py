@@ -7,20 +7,23 @@
         _target_: flowdppo_ops.integrations.unirl.FlowSDEStrategy    # was unirl.sde.kernels.FlowSDEStrategy
 
 The classes are subclasses of UniRL's, made when one is first asked for: importing this module imports no UniRL. The
-algorithms take UniRL's keywords and `strict`. `enable()` is for recipes that keep UniRL's own classes: it rebinds the
-helpers that compute their losses.
+algorithms take UniRL's keywords and `strict`, and need no `enable()`.
+
+`enable()` is for recipes that keep UniRL's own classes: it rebinds the helpers that compute their losses,
+`_flowdppo_kl_adv_loss` of `FlowDPPO`, and `_grpo_clip_loss` of `FlowGRPO` and of the token algorithm `GRPO`; with
+`strict=False` also `FlowDPPO._compute_sigma_t`, and the averaging of metrics over micro-batches.
 
 `B` samples, `S` trained steps of each; a trajectory is `[B, S, *latent]` with any latent dimensions.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
-from numbers import Real
+from functools import cached_property, partial
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +31,11 @@ from torch import Tensor
 
 from .. import FlowDPPO as _FlowDPPOObjective
 from .. import FlowGRPO as _FlowGRPOObjective
-from .. import PolicyLoss, loss, reference, sde_step
+from .. import PolicyLoss, reference
 from ._patch import Patch, Replacement, wants_strict
+from ._terms import CLIP_METRICS, DPPO_METRICS, RATIO_METRICS, policy_loss
+from ._unirl_step import SAMPLERS as _SAMPLERS
+from ._unirl_step import denoise
 
 if TYPE_CHECKING:  # made by `__getattr__`
     FlowDPPO: type
@@ -51,49 +57,9 @@ __all__ = [
 ]
 
 _patch = Patch("UniRL", tested="commit 1a7b501e8fe8517b432a130220d2ff462f9b5afa")
+enable, disable, enabled, fallbacks = _patch.enable, _patch.disable, _patch.enabled, _patch.count_fallbacks
 
-_SAMPLERS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps"}  # a strategy's canonical_name -> ours
-_DETERMINISTIC = 1e-7  # UniRL scores no step of a smaller eta
 _CLAMP = 0.99  # of the sigma in UniRL's KL
-
-# Where the helpers are looked up: they are imported by name.
-_CLIP_USERS = ("base", "flowgrpo", "grpo")
-_AVERAGING = ("utils.misc", "train.stack", "train.unified_model_stack")
-
-_KL_METRICS = (
-    *("ratio_mean", "ratio_std", "ratio_min", "ratio_max", "approx_kl", "kl_new_old_mean", "kl_new_old_max"),
-    *("kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction"),
-)
-_CLIP_METRICS = (
-    *("ratio_mean", "ratio_std", "ratio_min", "ratio_max", "clip_fraction", "clipfrac_gt_one", "clipfrac_lt_one"),
-    "approx_kl",
-)
-
-
-def enable(strict: bool | None = None) -> None:
-    """Rebinds the loss helpers where UniRL looks them up.
-
-    These are `_flowdppo_kl_adv_loss` of `FlowDPPO`, and `_grpo_clip_loss` of `FlowGRPO` and of the token algorithm
-    `GRPO`. With `strict=False` also `FlowDPPO._compute_sigma_t`, and the averaging of metrics over micro-batches.
-
-    Args:
-        strict: True reproduces UniRL to rounding, its defects included; False does what the maths says; None reads
-            FLOWDPPO_OPS_STRICT, which is True when not set.
-
-    Raises:
-        Incompatible: UniRL is not importable, or its surface is another than that of the commit tested.
-    """
-    _patch.enable(strict, _replacements)
-
-
-def disable() -> None:
-    """Puts UniRL's own functions back."""
-    _patch.disable()
-
-
-def enabled() -> bool:
-    """Whether the helpers are rebound; the classes of this module need no `enable()`."""
-    return _patch.strict is not None
 
 
 def active() -> bool:
@@ -101,34 +67,33 @@ def active() -> bool:
     return enabled() or not _CLASSES.keys().isdisjoint(globals())
 
 
-def fallbacks() -> dict[str, int]:
-    """reason -> how many calls UniRL's own function served for it."""
-    return dict(_patch.fallbacks)
-
-
+@_patch.replaces
 def _replacements(strict: bool) -> Iterator[Replacement]:
-    flowdppo, *users = (_patch.module(f"unirl.algorithms.{name}") for name in ("flowdppo", *_CLIP_USERS))
-    yield _replacement(flowdppo, "_flowdppo_kl_adv_loss", _flowdppo_kl_adv_loss)
-    for module in users:
-        yield _replacement(module, "_grpo_clip_loss", _grpo_clip_loss)
+    """Each helper in every module that has imported it by name."""
+    flowdppo = _patch.module("unirl.algorithms.flowdppo")
+    yield _patch.replacement(flowdppo, "_flowdppo_kl_adv_loss", partial(_flowdppo_kl_adv_loss, strict))
+    for name in ("base", "flowgrpo", "grpo"):
+        module = _patch.module(f"unirl.algorithms.{name}")
+        yield _patch.replacement(module, "_grpo_clip_loss", partial(_grpo_clip_loss, strict))
     if strict:
         return
-    yield _replacement(_patch.attribute(flowdppo, "FlowDPPO"), "_compute_sigma_t", _transition_sigma_t)
-    for name in _AVERAGING:
+    yield _patch.replacement(_patch.attribute(flowdppo, "FlowDPPO"), "_compute_sigma_t", _transition_sigma_t)
+    aggregate = _patch.original(_patch.module("unirl.utils.misc"), "aggregate_numeric_metrics")
+    for name in ("utils.misc", "train.stack", "train.unified_model_stack"):
         module = _patch.module(f"unirl.{name}")
-        yield _replacement(module, "aggregate_numeric_metrics", _aggregate_numeric_metrics)
-
-
-def _replacement(owner: Any, name: str, value: Callable[..., Any]) -> Replacement:
-    """Of a function with the same parameters."""
-    _patch.check_parameters(name, _patch.attribute(owner, name), inspect.signature(value).parameters)
-    return Replacement(owner, name, value)
+        yield _patch.replacement(module, "aggregate_numeric_metrics", partial(_with_extremes, aggregate))
 
 
 # ---- the loss helpers ------------------------------------------------------------------------------------------------
+#
+# Each has the parameters of UniRL's after `strict`, and returns what that returns, the loss of each element and the
+# metrics; or a string, the reason why UniRL's own has to run.
+
+Result = tuple[Tensor, Mapping[str, Tensor]]
 
 
 def _flowdppo_kl_adv_loss(
+    strict: bool,
     *,
     new_logp: Tensor,
     old_logp: Tensor,
@@ -137,132 +102,67 @@ def _flowdppo_kl_adv_loss(
     advantages: Tensor,
     sigma_t: Tensor,
     kl_mask_threshold: float,
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """What `enable()` puts in the place of UniRL's: per-element loss `[B, S]`, and the metrics."""
-    rows, means = (new_logp, old_logp, advantages), (new_means, old_means)
-    return _kl_adv_loss(rows, means, sigma_t, kl_mask_threshold, _patch.strict is not False)
+) -> Result | str:
+    rows, means = (new_logp, old_logp, advantages), (new_means.detach(), old_means)
+    if reason := _unserved_rows(rows) or _unserved_means(new_logp, means, strict):
+        return reason
+    std = _row_sigma(sigma_t, tuple(new_logp.shape))
+    if std is None:
+        return f"a sigma of shape {tuple(sigma_t.shape)}, which is not one per row"
+    # Every KL is high for a threshold below 0 and for NaN, as for 0.
+    objective = _FlowDPPOObjective(kl_mask_threshold=kl_mask_threshold if kl_mask_threshold > 0 else 0.0)
+    return _per_element(strict, rows, objective, DPPO_METRICS, means=means, std=std)
 
 
 def _grpo_clip_loss(
+    strict: bool,
     *,
     new_logp: Tensor,
     old_logp: Tensor,
     advantages: Tensor,
     clip_range: float,
     clip_range_high: float | None = None,
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """What `enable()` puts in the place of UniRL's, for rows of any shape: steps or tokens."""
-    return _clip_loss((new_logp, old_logp, advantages), clip_range, clip_range_high, _patch.strict is not False)
+) -> Result | str:
+    """For rows of any shape: steps or tokens."""
+    rows, high = (new_logp, old_logp, advantages), clip_range if clip_range_high is None else clip_range_high
+    if reason := _unserved_rows(rows):
+        return reason
+    if not (clip_range >= 0 and high >= 0):
+        return "a negative clip range"
+    objective = _FlowGRPOObjective(clip_range=(float(clip_range), float(high)))
+    return _per_element(strict, rows, objective, (*RATIO_METRICS, *CLIP_METRICS, "approx_kl"))
 
 
 _Rows = tuple[Tensor, Tensor, Tensor]  # new and old log-probs, advantages
 
 
-def _kl_adv_loss(
-    rows: _Rows, means: tuple[Tensor, Tensor], sigma_t: Tensor, threshold: float, strict: bool
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    std = _row_sigma(sigma_t, tuple(rows[0].shape))
-    reason = _unserved_rows(rows) or _unserved_means(rows[0], means, strict)
-    if not reason and std is None:
-        reason = f"a sigma of shape {tuple(sigma_t.shape)}, which is not one per row"
-    if reason:
-        names = ("new_logp", "old_logp", "advantages", "new_means", "old_means")
-        given = dict(zip(names, (*rows, *means), strict=True))
-        return _own(
-            "unirl.algorithms.flowdppo",
-            "_flowdppo_kl_adv_loss",
-            reason,
-            **given,
-            sigma_t=sigma_t,
-            kl_mask_threshold=threshold,
-        )
-    # Every KL is high for a threshold below 0 and for NaN, as for 0.
-    objective = _FlowDPPOObjective(kl_mask_threshold=threshold if threshold > 0 else 0.0)
-    new, old = means
-    return _per_element(rows, (new.detach(), old), std, objective, _KL_METRICS, strict)
-
-
-def _clip_loss(
-    rows: _Rows, clip_range: float, clip_range_high: float | None, strict: bool
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    high = clip_range if clip_range_high is None else clip_range_high
-    reason = _unserved_rows(rows)
-    if not reason and not (clip_range >= 0 and high >= 0):
-        reason = "a negative clip range"
-    if reason:
-        given = dict(zip(("new_logp", "old_logp", "advantages"), rows, strict=True))
-        return _own(
-            "unirl.algorithms.base",
-            "_grpo_clip_loss",
-            reason,
-            **given,
-            clip_range=clip_range,
-            clip_range_high=clip_range_high,
-        )
-    objective = _FlowGRPOObjective(clip_range=(float(clip_range), float(high)))
-    return _per_element(rows, (None, None), None, objective, _CLIP_METRICS, strict)
-
-
 def _per_element(
+    strict: bool,
     rows: _Rows,
-    means: tuple[Tensor | None, Tensor | None],
-    std: Tensor | None,
     objective: _FlowDPPOObjective | _FlowGRPOObjective,
     metrics: tuple[str, ...],
-    strict: bool,
-) -> tuple[Tensor, Mapping[str, Tensor]]:
+    **more: Any,
+) -> Result:
     new_logp, old_logp, advantages = rows
-    result = loss(
-        *means,
-        advantages.detach(),
-        std=std,
-        log_prob=new_logp,
-        old_log_prob=old_logp,
-        objective=objective,
-        reduction="none",
-    )
-    per_element = result.loss
-    if strict and per_element.requires_grad:
-        # UniRL's gradient of a blocked row is 0 times its ratio: NaN where that is infinite. A branch that is never
-        # taken has this gradient, and no value.
-        ratio = torch.exp(torch.where(result.keep, 0.0, new_logp - old_logp))
-        per_element = torch.where(torch.zeros_like(result.keep), ratio, per_element)
-    return per_element, _Late(result, metrics)
+    given = {"advantages": advantages.detach(), "old_log_prob": old_logp, "objective": objective}
+    result = policy_loss(strict, new_logp, **given, reduction="none", **more)
+    return result.loss, _Late(result, metrics)
 
 
-class _Late(Mapping[str, Tensor]):
+class _Late(UserDict[str, Tensor]):
     """A helper's metrics: name -> 0-dim tensor on the host.
 
-    They are copied there, at once, when the first is read. UniRL reads them after its backward; copied here they would
-    hold up the launch of the model's.
+    They are copied there, at once, when one is first asked for. UniRL reads them after its backward; copied here they
+    would hold up the launch of the model's.
     """
 
     def __init__(self, result: PolicyLoss, names: tuple[str, ...]) -> None:
-        self._result = result
-        self._names = names
+        self._result, self._names = result, names
 
     @cached_property
-    def _copied(self) -> dict[str, Tensor]:
+    def data(self) -> dict[str, Tensor]:
         values, dtype = self._result.metrics(), self._result.ratio.dtype
         return {name: torch.tensor(values[name], dtype=dtype) for name in self._names}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._copied[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-# ---- what the helpers do not serve -----------------------------------------------------------------------------------
-
-
-def _own(module: str, name: str, reason: str, **given: Any) -> Any:
-    """UniRL's own function, counted."""
-    _patch.fall_back(reason)
-    return _patch.original(_patch.module(module), name)(**given)
 
 
 def _unserved_rows(rows: _Rows) -> str:
@@ -338,9 +238,8 @@ def _schedule(segment: Any, target_steps: list[int], device: torch.device) -> tu
 # ---- metrics over micro-batches --------------------------------------------------------------------------------------
 
 
-def _aggregate_numeric_metrics(metrics_list: list[dict[str, Any]]) -> dict[str, float]:
+def _with_extremes(aggregate: Callable[..., Any], metrics_list: list[dict[str, Any]]) -> dict[str, float]:
     """UniRL's means over micro-batches, updates and ranks; of a minimum the least and of a maximum the largest."""
-    aggregate = _patch.original(_patch.module("unirl.utils.misc"), "aggregate_numeric_metrics")
     merged = aggregate(metrics_list)
     for suffix, extreme in (("_min", min), ("_max", max)):
         for name in filter(lambda name: name.endswith(suffix), merged):
@@ -358,23 +257,13 @@ class _Algorithm:
     def __init__(self, *, strict: bool | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.strict = wants_strict(strict)
-        _say_fused(self, f", strict={self.strict}")
+        line = f"flowdppo_ops: UniRL's {type(self).__name__} runs fused, strict={self.strict}"
+        _patch.say_once(logging.INFO, line)
 
     def compute_loss_and_backward(
         self, *, conditions: Any, segment: Any, advantages: Tensor, training_progress: float, loss_scale: float
     ) -> Any:
-        """Loss of one micro-batch: the mean over `[B, S]`; its gradient, times `loss_scale`, goes to the stage's model.
-
-        Args:
-            conditions, segment: what `stage.replay` takes.
-            advantages: `[B]`.
-            training_progress: in [0, 1], for the schedule of a clip range.
-            loss_scale: one over the number of micro-batches.
-
-        Returns:
-            UniRL's `AlgorithmStepResult`. The device is waited for after the backward is launched, for the loss and for
-            all metrics together.
-        """
+        """UniRL's. The device is waited for after the backward is launched: for the loss, then for all metrics."""
         base = _patch.module("unirl.algorithms.base")
         steps = self._resolve_target_steps(segment)
         if not steps:
@@ -384,7 +273,7 @@ class _Algorithm:
         new_logp = replay.log_probs
         old_logp = _anchor(segment, "sde_logp", steps, new_logp)
         wide = advantages.to(dtype=new_logp.dtype, device=new_logp.device).reshape(-1, 1).expand_as(new_logp)
-        rows = new_logp, old_logp, wide
+        rows = {"new_logp": new_logp, "old_logp": old_logp, "advantages": wide}
         per_element, late, setting = self._per_element(rows, segment, steps, replay, training_progress)
         mean = per_element.mean()
         (mean * loss_scale).backward()
@@ -396,16 +285,23 @@ class _Algorithm:
 class _FlowDPPO(_Algorithm):
     """UniRL's FlowDPPO, fused, for image, token and video trajectories. `strict` as in `enable`."""
 
+    _own_keywords = ("kl_mask_threshold", "add_kl_coefficient")
+
     def _per_element(
-        self, rows: _Rows, segment: Any, steps: list[int], replay: Any, training_progress: float
+        self, rows: dict[str, Tensor], segment: Any, steps: list[int], replay: Any, training_progress: float
     ) -> tuple[Tensor, Mapping[str, Tensor], dict[str, float]]:
-        new_means = replay.prev_sample_means
-        if new_means is None:
+        means = replay.prev_sample_means
+        if means is None:
             raise RuntimeError("FlowDPPO requires stage.replay() to return prev_sample_means, but got None.")
-        means = new_means, _anchor(segment, "sde_means", steps, new_means)
-        sigma_t = self._compute_sigma_t(segment, steps, device=new_means.device)
-        result = _kl_adv_loss(rows, means, sigma_t, self.kl_mask_threshold, self.strict)
-        return *result, {"kl_mask_threshold": self.kl_mask_threshold}
+        given = {
+            "new_means": means,
+            "old_means": _anchor(segment, "sde_means", steps, means),
+            "sigma_t": self._compute_sigma_t(segment, steps, device=means.device),
+        }
+        setting = {"kl_mask_threshold": self.kl_mask_threshold}
+        own = _patch.original(_patch.module("unirl.algorithms.flowdppo"), "_flowdppo_kl_adv_loss")
+        helper = _patch.with_fallback(own, partial(_flowdppo_kl_adv_loss, self.strict))
+        return *helper(**rows, **given, **setting), setting
 
     def _compute_sigma_t(self, segment: Any, target_steps: list[int], device: torch.device) -> Tensor:
         return (_strict_sigma_t if self.strict else _transition_sigma_t)(self, segment, target_steps, device)
@@ -414,12 +310,16 @@ class _FlowDPPO(_Algorithm):
 class _FlowGRPO(_Algorithm):
     """UniRL's FlowGRPO, fused. `strict` as in `enable`."""
 
+    _own_keywords = ("clip_range", "clip_schedule")
+
     def _per_element(
-        self, rows: _Rows, segment: Any, steps: list[int], replay: Any, training_progress: float
+        self, rows: dict[str, Tensor], segment: Any, steps: list[int], replay: Any, training_progress: float
     ) -> tuple[Tensor, Mapping[str, Tensor], dict[str, float]]:
-        scheduled = _patch.module("unirl.algorithms.base")._resolve_clip_range_from_schedule
-        clip_range = float(scheduled(self.clip_range, self.clip_schedule, training_progress))
-        return *_clip_loss(rows, clip_range, None, self.strict), {"clip_range": clip_range}
+        base = _patch.module("unirl.algorithms.base")
+        scheduled = base._resolve_clip_range_from_schedule(self.clip_range, self.clip_schedule, training_progress)
+        setting = {"clip_range": float(scheduled)}
+        own = _patch.original(base, "_grpo_clip_loss")
+        return *_patch.with_fallback(own, partial(_grpo_clip_loss, self.strict))(**rows, **setting), setting
 
 
 def _anchor(segment: Any, field: str, steps: list[int], like: Tensor) -> Tensor:
@@ -432,158 +332,57 @@ def _anchor(segment: Any, field: str, steps: list[int], like: Tensor) -> Tensor:
     return value.to(dtype=like.dtype, device=like.device)
 
 
-# ---- strategies ------------------------------------------------------------------------------------------------------
-
-
-class _Strategy:
-    """`denoise` in one pass forward and one backward; `step` and `compute_log_prob` are UniRL's."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        _say_fused(self)
-
-    def denoise(
-        self,
-        noise_pred: Tensor,
-        sample: Tensor,
-        sigma: Tensor,
-        sigma_next: Tensor,
-        *,
-        eta: float = 1.0,
-        prev_sample: Tensor | None = None,
-        sigma_max: float | Tensor = 0.99,
-        step_index: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One transition: draws the next latent, or scores `prev_sample`.
-
-        Args:
-            noise_pred, sample: latents `[B, *latent]`; the velocity, which has the gradient, and the sample.
-            sigma, sigma_next: 0-dim or `[B]`, with or without trailing ones.
-            eta: noise level; below 1e-7 nothing is scored.
-            prev_sample: latents; None draws, with PyTorch's own generator and the numbers that UniRL draws.
-            sigma_max: 0-dim or a number; stands in for a sigma of exactly 1.
-            step_index: not used.
-
-        Returns:
-            `(prev_sample, log_prob, prev_sample_mean)`, all float32: latents, rounded to the dtype of `sample` if they
-            are scored; `[B]`, or None where nothing is scored; latents.
-        """
-        reason = _unserved_step(noise_pred, sample, prev_sample, sigma, sigma_next, sigma_max, eta)
-        if reason:
-            _patch.fall_back(reason)
-            schedule = {"eta": eta, "sigma_max": sigma_max, "step_index": step_index}
-            return super().denoise(noise_pred, sample, sigma, sigma_next, prev_sample=prev_sample, **schedule)
-        scored = not eta < _DETERMINISTIC
-        if not scored or sample.dtype == torch.float64:
-            sample = sample.float()
-        step = sde_step(
-            _at_most_float(noise_pred),
-            sample,
-            sigma=_row_vector(sigma, sample),
-            sigma_next=_row_vector(sigma_next, sample),
-            noise_level=float(eta),
-            sampler=_SAMPLERS[self.canonical_name],
-            sigma_max=_row_vector(sigma_max, sample),
-            prev_sample=None if prev_sample is None else _at_most_float(prev_sample),
-        )
-        return step.prev_sample.float(), step.log_prob if scored else None, step.prev_sample_mean
-
-
-def _at_most_float(latents: Tensor) -> Tensor:
-    """UniRL computes a step in float32 whatever it is given; half precision is widened in the pass itself."""
-    return latents.float() if latents.dtype == torch.float64 else latents
-
-
-def _row_vector(value: float | Tensor, latents: Tensor) -> float | Tensor:
-    """`value` where the latents are, padded with trailing ones as UniRL does."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.numel() == 1:
-        value = value.reshape(())
-    elif value.ndim < latents.ndim:
-        value = value.reshape(*value.shape, *(1,) * (latents.ndim - value.ndim))
-    return value.to(latents.device, non_blocking=True)
-
-
-def _unserved_step(
-    noise_pred: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor | None,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    sigma_max: float | Tensor,
-    eta: float,
-) -> str:
-    """Why the fused step cannot take the call; empty if it can."""
-    others = [noise_pred] if prev_sample is None else [noise_pred, prev_sample]
-    if sample.device.type not in ("cpu", "cuda"):
-        return f"latents on {sample.device.type}"
-    if sample.ndim < 2 or not sample.numel() or any(t.shape != sample.shape for t in others):
-        return f"latents of shape {', '.join(str(tuple(t.shape)) for t in (sample, *others))}"
-    if any(t.device != sample.device for t in others):
-        return "latents on different devices"
-    if not all(t.is_floating_point() for t in (sample, *others)):
-        return "latents that are no floating-point numbers"
-    if not isinstance(eta, Real) or (isinstance(sigma_max, Tensor) and sigma_max.numel() != 1):
-        return "eta or sigma_max other than one number"
-    for value in (sigma, sigma_next):
-        rows = value.shape[:1].numel()  # 1 for 0-dim
-        if rows not in (1, len(sample)) or value.numel() != rows or value.ndim > sample.ndim:
-            return f"a sigma of shape {tuple(value.shape)} for latents of shape {tuple(sample.shape)}"
-    if torch.is_grad_enabled():
-        if sample.requires_grad:
-            return "a gradient for the sample"
-        if prev_sample is None and noise_pred.requires_grad:
-            return "a gradient for the latent that is drawn"
-    return ""
-
-
 # ---- the classes, made when asked for --------------------------------------------------------------------------------
 
-# name -> (UniRL's module, what is put over its class)
-_CLASSES: dict[str, tuple[str, type]] = {
+# name -> (UniRL's module, what is put over its class; None for a strategy)
+_CLASSES: dict[str, tuple[str, type | None]] = {
     "FlowDPPO": ("unirl.algorithms.flowdppo", _FlowDPPO),
     "FlowGRPO": ("unirl.algorithms.flowgrpo", _FlowGRPO),
-    "FlowSDEStrategy": ("unirl.sde.kernels", _Strategy),
-    "CPSSDEStrategy": ("unirl.sde.kernels", _Strategy),
-    "DanceSDEStrategy": ("unirl.sde.kernels", _Strategy),
+    "FlowSDEStrategy": ("unirl.sde.kernels", None),
+    "CPSSDEStrategy": ("unirl.sde.kernels", None),
+    "DanceSDEStrategy": ("unirl.sde.kernels", None),
 }
-# What is called or replaced of UniRL's: methods with their parameters, and names of `unirl.algorithms.base`.
-_ALGORITHM_METHODS = {
-    "_resolve_target_steps": ("self", "segment"),
-    "compute_loss_and_backward": tuple(inspect.signature(_Algorithm.compute_loss_and_backward).parameters),
-    "prepare_segment": ("self", "conditions", "segment"),
-}
-_STRATEGY_METHODS = {"denoise": tuple(inspect.signature(_Strategy.denoise).parameters)}
-_BASE = ("AlgorithmStepResult", "_resolve_clip_range_from_schedule", "gather_sde_field", "typed_conditions")
+
+
+# Of the algorithms' constructors. One of a later UniRL is refused: it would be accepted and have no effect.
+_KEYWORDS = {"params", "stage", "pipeline", "stage_attr", "old_logp_source", "conditions_cls"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, mine = _CLASSES[name]
+    module, algorithm = _CLASSES[name]
     base = _patch.attribute(_patch.module(module), name)
-    is_algorithm = issubclass(mine, _Algorithm)
-    for method, parameters in (_ALGORITHM_METHODS if is_algorithm else _STRATEGY_METHODS).items():
-        _patch.check_parameters(f"{name}.{method}", _patch.attribute(base, method), parameters)
-    for needed in _BASE if is_algorithm else ():
-        _patch.attribute(_patch.module("unirl.algorithms.base"), needed)
     # The module by name: UniRL's classes are abstract, and a class that their metaclass makes is taken for abc's.
-    own = {"__module__": __name__, "__doc__": mine.__doc__, "__signature__": _signature(base, mine)}
-    made = globals()[name] = type(name, (mine, base), own)
+    members: dict[str, Any] = {"__module__": __name__}
+    if algorithm is None:
+        _check_method(base, "denoise", signature(denoise).parameters)
+        members["__doc__"] = f"UniRL's {name}; `denoise`, fused, draws a step or scores it. The rest is UniRL's."
+        members["denoise"] = _patch.with_fallback(base.denoise, denoise)
+        bases = (base,)
+        _patch.say_once(logging.INFO, f"flowdppo_ops: UniRL's {name} runs fused")
+    else:
+        own = signature(base)
+        if later := own.parameters.keys() - _KEYWORDS - set(algorithm._own_keywords):
+            raise _patch.incompatible(name, f"a class that takes {', '.join(sorted(later))}", "one that does not")
+        _check_method(base, "_resolve_target_steps", ("self", "segment"))
+        _check_method(base, "prepare_segment", ("self", "conditions", "segment"))
+        _check_method(base, "compute_loss_and_backward", signature(_Algorithm.compute_loss_and_backward).parameters)
+        called = ("AlgorithmStepResult", "_resolve_clip_range_from_schedule", "gather_sde_field", "typed_conditions")
+        for needed in called:
+            _patch.attribute(_patch.module("unirl.algorithms.base"), needed)
+        # UniRL's keywords and ours, for Hydra and editors.
+        strict = Parameter("strict", Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
+        members["__signature__"] = own.replace(parameters=[*own.parameters.values(), strict])
+        members["__doc__"] = algorithm.__doc__
+        bases = (algorithm, base)
+    made = globals()[name] = type(name, bases, members)
     return made
+
+
+def _check_method(base: type, method: str, parameters: Any) -> None:
+    _patch.check_parameters(f"{base.__name__}.{method}", _patch.attribute(base, method), parameters)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-def _signature(base: Callable[..., Any], mine: type) -> inspect.Signature:
-    """UniRL's keywords, which Hydra and editors see, and ours."""
-    signature = inspect.signature(base)
-    own = [p for p in inspect.signature(mine).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    return signature.replace(parameters=[*signature.parameters.values(), *own])
-
-
-def _say_fused(instance: object, more: str = "") -> None:
-    _patch.say_once(logging.INFO, f"flowdppo_ops: UniRL's {type(instance).__name__} runs fused{more}")
