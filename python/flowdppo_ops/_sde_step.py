@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ._calls import PublicFunction
-from ._checks import check_array, check_row_vector, check_same_device, check_sde_step, check_shape, require
+from ._checks import Checks, check_sde_step
 from ._native import SdeStepMemo
 from ._operators import sde_step as operator
 from ._torch import FAMILY, Generator, draw_noise, row_tensor
@@ -148,16 +148,15 @@ def encode_residual(
         ValueError, TypeError: as `loss`.
     """
     where = "flowdppo_ops.encode_residual"
-    check_array(where, FAMILY, "prev_sample", prev_sample)
-    check_array(where, FAMILY, "mean", mean)
-    check_shape(where, "mean", mean, prev_sample.shape, "prev_sample")
-    check_same_device(where, FAMILY, "mean", mean, "prev_sample", prev_sample)
+    checks = Checks(where, FAMILY, {"prev_sample": prev_sample, "mean": mean, "std": std})
+    checks.array("prev_sample")
+    checks.array_like("mean", "prev_sample")
     if dtype not in FAMILY.dtypes:
         raise TypeError(f"{where}: dtype is {dtype}, wanted one of {', '.join(FAMILY.dtypes.values())}")
     shape = tuple(prev_sample.shape)
     row_shape = shape[: getattr(std, "ndim", 0)]
-    require(where, "std", std, "the standard deviation of the transition")
-    check_row_vector(where, FAMILY, "std", std, "prev_sample", prev_sample, row_shape, len(shape))
+    checks.require("std", "the standard deviation of the transition")
+    std = checks.row_vector("std", "prev_sample", row_shape, len(shape))
     wide = torch.float64 if torch.float64 in (prev_sample.dtype, mean.dtype) else torch.float32
     rows = row_tensor(std, row_shape, wide, prev_sample.device)
     return standardised(prev_sample.detach().to(wide) - mean.detach(), rows).to(dtype)
