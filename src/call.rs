@@ -15,9 +15,9 @@ use crate::error::Error;
 
 // ---- tables: names once, in the order in which they stand in memory -------------------------------------------------
 
-/// A C enum whose variants have the names that users write.
+/// C enums whose variants have the names that users write.
 macro_rules! options {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+ }) => {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal),+ $(,)? })+) => {$(
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, NoUninit)]
         #[repr(i32)]
@@ -37,7 +37,7 @@ macro_rules! options {
                 Self::NAMES[self as usize]
             }
         }
-    };
+    )+};
 }
 
 /// A struct of fields of one type, which can be gone through by name.
@@ -95,12 +95,7 @@ macro_rules! numbered {
 
 options! {
     /// What an array holds.
-    Dtype {
-        F32 = "float32",
-        Bf16 = "bfloat16",
-        F16 = "float16",
-        F64 = "float64",
-    }
+    Dtype { F32 = "float32", Bf16 = "bfloat16", F16 = "float16", F64 = "float64" }
 }
 
 impl Dtype {
@@ -286,66 +281,24 @@ impl SdeStepLatents {
 // ---- settings --------------------------------------------------------------------------------------------------------
 
 options! {
-    Sampler {
-        /// Means are given, there is no schedule.
-        None = "none",
-        FlowSde = "flow_sde",
-        DanceSde = "dance_sde",
-        Cps = "cps",
-    }
-}
+    /// `None`: means are given, there is no schedule.
+    Sampler { None = "none", FlowSde = "flow_sde", DanceSde = "dance_sde", Cps = "cps" }
 
-options! {
-    ObjectiveKind {
-        FlowDppo = "flow_dppo",
-        FlowGrpo = "flow_grpo",
-        GrpoGuard = "grpo_guard",
-    }
-}
+    ObjectiveKind { FlowDppo = "flow_dppo", FlowGrpo = "flow_grpo", GrpoGuard = "grpo_guard" }
 
-options! {
     /// Which rows of high KL are blocked.
-    Mask {
-        Asymmetric = "asymmetric",
-        Symmetric = "symmetric",
-        None = "none",
-    }
-}
+    Mask { Asymmetric = "asymmetric", Symmetric = "symmetric", None = "none" }
 
-options! {
-    /// What `mean (mu - mu_old)^2` is divided by.
-    KlDivisor {
-        /// 2 std^2: the KL of two Gaussians.
-        Gaussian = "gaussian",
-        /// 2
-        Constant = "constant",
-        /// b^2: the mean squared difference of the model outputs.
-        Velocity = "velocity",
-    }
-}
+    /// What `mean (mu - mu_old)^2` is divided by: `2 std^2`, which gives the KL of two Gaussians; 2; or `b^2`, which gives
+    /// the mean squared difference of the model outputs.
+    KlDivisor { Gaussian = "gaussian", Constant = "constant", Velocity = "velocity" }
 
-options! {
-    Density {
-        Gaussian = "gaussian",
-        Cps = "cps",
-    }
-}
+    Density { Gaussian = "gaussian", Cps = "cps" }
 
-options! {
-    LatentReduction {
-        Mean = "mean",
-        Sum = "sum",
-    }
-}
+    LatentReduction { Mean = "mean", Sum = "sum" }
 
-options! {
     /// Over the rows.
-    Reduction {
-        Mean = "mean",
-        Sum = "sum",
-        None = "none",
-        KeptMean = "kept_mean",
-    }
+    Reduction { Mean = "mean", Sum = "sum", None = "none", KeptMean = "kept_mean" }
 }
 
 /// An objective's settings. Limits are float64: `1 - clip_low` is formed first and rounded then, as everywhere else.
@@ -529,24 +482,9 @@ pub fn fields(has_schedule: bool) -> usize {
 
 /// Names of the metrics, in the order in which every backend writes them.
 pub const METRICS: [&str; 18] = [
-    "ratio_mean",
-    "ratio_std",
-    "ratio_min",
-    "ratio_max",
-    "approx_kl",
-    "ppo_kl",
-    "kl_new_old_mean",
-    "kl_new_old_max",
-    "kl_mask_fraction",
-    "pos_rm_fraction",
-    "neg_rm_fraction",
-    "masked_fraction",
-    "unmasked_fraction",
-    "clip_fraction",
-    "clipfrac_gt_one",
-    "clipfrac_lt_one",
-    "nonfinite_fraction",
-    "kl_loss",
+    "ratio_mean", "ratio_std", "ratio_min", "ratio_max", "approx_kl", "ppo_kl", "kl_new_old_mean", "kl_new_old_max",
+    "kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction", "clip_fraction",
+    "clipfrac_gt_one", "clipfrac_lt_one", "nonfinite_fraction", "kl_loss",
 ];
 
 /// Before the metrics, what the backward divides the policy's gradient by: the row count or the kept count, or 1.
