@@ -287,7 +287,7 @@ def test_numbers_that_change_under_compile(kind, options):
     name = leaves(arguments)[0]
 
     def function(leaf, number):
-        return tuple(results_of(kind, arguments | {name: leaf} | options(number)))
+        return tuple(results_of(kind, {**arguments, name: leaf, **options(number)}))
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for number in (0.01, 0.02, 0.3, 0.0004):
@@ -305,7 +305,7 @@ def test_an_objective_that_is_made_of_a_bad_number_under_compile():
     arguments = small_call("loss")
 
     def function(threshold):
-        return flowdppo_ops.loss(**arguments | {"objective": FlowDPPO(threshold)}).loss
+        return flowdppo_ops.loss(**{**arguments, "objective": FlowDPPO(threshold)}).loss
 
     compiled = torch.compile(function, backend="aot_eager")
     compiled(0.01), compiled(0.02)

@@ -22,12 +22,11 @@ APIS = pytest.mark.parametrize("which", [reference, flowdppo_ops], ids=["referen
 
 @contextlib.contextmanager
 def default_device(device: str):
-    before = torch.get_default_device()
-    torch.set_default_device(device)
+    torch.set_default_device(device)  # not `with torch.device(device)`, which is a mode: this is what stays set
     try:
         yield
     finally:
-        torch.set_default_device(None if before.type == "cpu" else before)
+        torch.set_default_device(None)
 
 
 CALLS = [(kind, name) for kind in KINDS[:3] for name in (*OBJECTIVES, *VARIANTS)] + [("sde_step", "")]

@@ -20,7 +20,7 @@ EVERYTHING = {kind: small_call(kind, everything=True) for kind in KINDS}
 
 
 def call(kind: str, api=flowdppo_ops, /, **change):
-    return function_of(kind, api)(**EVERYTHING[kind] | change)
+    return function_of(kind, api)(**{**EVERYTHING[kind], **change})
 
 
 # ---- the environment -------------------------------------------------------------------------------------------------
@@ -293,15 +293,21 @@ for folder in pathlib.Path(sys.argv[1]).iterdir():
 
 
 class Exported(torch.nn.Module):
+    """A call with its tensors as buffers, which every version of PyTorch exports."""
+
     def __init__(self, kind: str, name: str):
         super().__init__()
         self.kind, self.name = kind, name
+        drawn = {"prev_sample": None, "noise": EVERYTHING[kind]["prev_sample"]} if kind == "sde_step" else {}
+        self.arguments = {**EVERYTHING[kind], **drawn}
+        for argument, value in self.arguments.items():
+            if isinstance(value, torch.Tensor):
+                self.register_buffer(argument, value.detach())
 
     def forward(self, leaf):
-        if self.kind == "sde_step":
-            drawn = {"prev_sample": None, "noise": EVERYTHING["sde_step"]["prev_sample"]}
-            return call("sde_step", **{self.name: leaf}, **drawn).log_prob
-        return call(self.kind, **{self.name: leaf}).loss
+        tensors = {name: getattr(self, name) for name in self._buffers}
+        result = function_of(self.kind)(**{**self.arguments, **tensors, self.name: leaf})
+        return result.log_prob if self.kind == "sde_step" else result.loss
 
 
 def test_saved_programs_run_where_the_package_was_imported_only(native, tmp_path):

@@ -5,6 +5,8 @@ Nothing here reads a value (that would synchronise a GPU) or allocates. The same
 the rows followed by any latent dimensions; a *row vector* is a number, or an array that broadcasts to the rows from
 the left, with the rank of the rows or of the latents.
 
+PyTorch 2.6 traces these functions and those of `_operators` only if dictionaries are joined by `{**a, **b}`.
+
 The native module remembers calls that passed (`src/boundary/memo.rs`) by the types, dtypes, shapes, devices and options
 of their arguments, and by which numbers are 0: a check must not depend on anything else.
 """
@@ -241,7 +243,7 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
     for name in of_rows:
         checks.array_like(name, "advantages")
     like = ("advantages", row_shape, getattr(mean, "ndim", None))
-    fields |= of_rows | checks.row_vectors(("weights", "std", "sqrt_dt", "ref_std"), *like)
+    fields = {**fields, **of_rows, **checks.row_vectors(("weights", "std", "sqrt_dt", "ref_std"), *like)}
     settings = {
         "sampler": "none",
         "density": given["density"],
@@ -249,7 +251,7 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
         "reduction": given["reduction"],
         "ref_kl_weight": ref_kl_weight,
     }
-    return Call(where, row_shape, fields, objective._settings | settings, objective, given["process_group"])
+    return Call(where, row_shape, fields, {**objective._settings, **settings}, objective, given["process_group"])
 
 
 def check_step_loss(where: str, family: Family, given: Arguments) -> Call:
@@ -275,7 +277,8 @@ def check_step_loss(where: str, family: Family, given: Arguments) -> Call:
     for name in of_rows:
         checks.array_like(name, "advantages")
     like = ("advantages", row_shape, given["model_output"].ndim)
-    fields |= of_rows | checks.row_vectors(("weights", "ref_std"), *like) | checks.schedule(*like)
+    vectors = checks.row_vectors(("weights", "ref_std"), *like)
+    fields = {**fields, **of_rows, **vectors, **checks.schedule(*like)}
     settings = {
         "sampler": sampler,
         "density": "cps" if sampler == "cps" else "gaussian",
@@ -283,7 +286,7 @@ def check_step_loss(where: str, family: Family, given: Arguments) -> Call:
         "reduction": given["reduction"],
         "ref_kl_weight": ref_kl_weight,
     }
-    return Call(where, row_shape, fields, objective._settings | settings, objective, given["process_group"])
+    return Call(where, row_shape, fields, {**objective._settings, **settings}, objective, given["process_group"])
 
 
 def check_sde_step(where: str, family: Family, given: Arguments) -> Call:
@@ -314,6 +317,7 @@ def check_sde_step(where: str, family: Family, given: Arguments) -> Call:
         if not any(residual_dtype is dtype for dtype in allowed):
             wanted = ", ".join(allowed.values())
             raise TypeError(f"{where}: residual_dtype is {residual_dtype!r}, wanted one of {wanted}")
-    fields = {name: given[name] for name in latents} | checks.schedule("model_output", row_shape, len(shape))
+    fields = {name: given[name] for name in latents}
+    fields = {**fields, **checks.schedule("model_output", row_shape, len(shape))}
     settings = {name: given[name] for name in ("sampler", "log_prob_normalizer", "residual_dtype", "row_dims")}
     return Call(where, row_shape, fields, settings, generator=generator)

@@ -33,7 +33,7 @@ class _Objective:
     _needs_sqrt_dt: ClassVar[bool] = False
 
     def _set(self, **settings: Any) -> None:
-        object.__setattr__(self, "_settings", _DEFAULTS | settings)
+        object.__setattr__(self, "_settings", {**_DEFAULTS, **settings})
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_native"}

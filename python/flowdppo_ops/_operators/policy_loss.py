@@ -135,7 +135,7 @@ torch.library.define(
 
 
 def _through_the_dispatcher(call: Call, process_group: Any) -> tuple[Tensor, Tensor]:
-    arguments = dict.fromkeys(FIELDS) | as_tensors(call.fields, call.fields["advantages"]) | call.settings
+    arguments = {**dict.fromkeys(FIELDS), **as_tensors(call.fields, call.fields["advantages"]), **call.settings}
     sums = None
     if process_group is not None:
         from torch.distributed._functional_collectives import all_reduce  # traceable, unlike the one in place

@@ -43,7 +43,7 @@ def run_checked(call: Call, memo: _native.SdeStepMemo, arguments: tuple) -> Resu
     if "prev_sample" not in fields and "noise" not in fields:
         double = any(fields[name].dtype == torch.float64 for name in _native.SDE_STEP_LATENTS if name in fields)
         fields["noise"] = draw_noise(sample, torch.float64 if double else torch.float32, call.generator)
-    arguments = dict.fromkeys(FIELDS) | as_tensors(fields, sample) | settings
+    arguments = {**dict.fromkeys(FIELDS), **as_tensors(fields, sample), **settings}
     stored, *others, residual, _ = torch.ops.flowdppo_ops.sde_step(**arguments)
     if _is_as_stored(arguments):
         stored = fields["prev_sample"].detach()
