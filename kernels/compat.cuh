@@ -36,4 +36,10 @@ __device__ __forceinline__ unsigned floats_to_bfloats(float low, float high) {
   return word;
 }
 
+// Of a plain store the compiler does not see that it is to global memory, and __stwb is one that other blocks must see.
+__device__ __forceinline__ void store16(uint4* address, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w));
+}
+
 #endif

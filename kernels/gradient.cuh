@@ -1,6 +1,7 @@
 // The gradient of an element, and where it goes.
 #pragma once
 
+#include "common/stream.cuh"
 #include "transition.cuh"
 
 // What the differences of one row are multiplied with; the terms whose coefficient is 0 are not read.

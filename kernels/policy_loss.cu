@@ -22,51 +22,37 @@ constexpr int kNumbers = Source::kIsStep ? kStepFields : kFields;
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// This thread's share of the sums over `part`; `source` starts at its first element.
+// This thread's share of a row's sums.
 template <class Source>
-__device__ __forceinline__ void thread_sums(Source source, const Part& part, float (&total)[kSums]) {
-  constexpr int kSteps = kUnroll<Source>;
-  const bool vectorised = source.aligned();
-#pragma unroll 1
-  for (long long first = 0; first < part.count; first += kRun) {
-    const int count = static_cast<int>(part.count - first < kRun ? part.count - first : kRun);
-    const int vectors = vectorised ? count / Source::kVector : 0;
-    float sums[kSteps][kSums] = {};  // chains that do not wait for each other
+struct Sums {
+  using Raw = typename Source::Raw;
+  static constexpr int kVector = Source::kVector, kSteps = kUnroll<Source>;
+  static constexpr bool kAhead = Source::kDtype != kAny;
+  Source source;
+  float total[kSums] = {};
+  float run[kSteps][kSums] = {};  // of this run: chains that do not wait for each other
 
-    int vector = first_vector<kSteps>(part);
-#pragma unroll 1
-    for (; vector + (kSteps - 1) * kWarpSize < vectors; vector += kSteps * part.threads) {
-      typename Source::Raw raw[kSteps];
+  __device__ __forceinline__ bool aligned() const { return source.aligned(); }
+  __device__ __forceinline__ void load(Raw& raw, int vector) const { source.load(raw, vector); }
+  __device__ __forceinline__ void vector(int, int step, const Raw& raw) {
+    Moments moments[kVector];
+    source.moments(raw, moments);
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) raw[step] = source.load(vector + step * kWarpSize);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        Moments moments[Source::kVector];
-        source.moments(raw[step], moments);
-#pragma unroll
-        for (int j = 0; j < Source::kVector; ++j) add(sums[step], moments[j]);
-      }
-    }
-#pragma unroll 1
-    for (; kSteps > 1 && vector < vectors; vector += kWarpSize) {
-      Moments moments[Source::kVector];
-      source.moments(source.load(vector), moments);
-#pragma unroll
-      for (int j = 0; j < Source::kVector; ++j) add(sums[0], moments[j]);
-    }
-    // Tail, and all of a row at an odd address.
-#pragma unroll 1
-    for (int at = vectors * Source::kVector + part.thread; at < count; at += part.threads)
-      add(sums[0], source.element(at));
-
+    for (int j = 0; j < kVector; ++j) add(run[step], moments[j]);
+  }
+  __device__ __forceinline__ void element(int at) { add(run[0], source.element(at)); }
+  __device__ __forceinline__ void advance(long long elements) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) total[i] += sums[step][i];
+      for (int i = 0; i < kSums; ++i) {
+        total[i] += run[step][i];
+        run[step][i] = 0.f;
+      }
     }
-    source.advance(kRun);
+    source.advance(elements);
   }
-}
+};
 
 // The sums of a row that waits for the batch's means: in the first partial of the row, which nobody needs any more.
 __device__ __forceinline__ float4* waiting_sums(const PolicyLossForward& p, long long row) {
@@ -116,7 +102,10 @@ __device__ __forceinline__ void forward(const PolicyLossForward& p) {
     if constexpr (Source::kIsStep) step = shared_step(call.schedule, call.settings.sampler, call.rows, part);
     const Demand wanted = {true, true, true};
     const long long first = part.row * call.numel + part.first;
-    if (part.count > 0) thread_sums(Source(call.latents, first, step, wanted), part, sums);
+    Sums<Source> work = {Source(call.latents, first, step, wanted)};
+    stream(work, part, [] {});
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = work.total[i];
   }
 
   bool owner;  // of the row: the one thread that finishes it
@@ -165,53 +154,32 @@ __device__ __forceinline__ Coefficients coefficients(const PolicyLossBackward& p
   return {scaled(grad_loss, innovation, divisor), scaled(grad_loss, drift, divisor), scaled(grad_loss, reference, 1.0)};
 }
 
+// The gradient of one row.
 template <class Source>
-__device__ __forceinline__ void write_gradient(const Source& source, const typename Source::Raw& raw, Coefficients c,
-                                               const Gradients<Source>& out, int vector) {
-  Moments moments[Source::kVector];
-  source.moments(raw, moments);
-  float values[Source::kVector];
-#pragma unroll
-  for (int j = 0; j < Source::kVector; ++j) values[j] = gradient(c, moments[j]);
-  out.store(vector, values);
-}
+struct Gradient {
+  using Raw = typename Source::Raw;
+  static constexpr int kVector = Source::kVector, kSteps = kUnroll<Source>;
+  static constexpr bool kAhead = Source::kDtype != kAny;
+  Source source;
+  Gradients<Source> out;
+  Coefficients c;
 
-template <class Source>
-__device__ __forceinline__ void stream_gradient(Source source, const Part& part, Coefficients c,
-                                                Gradients<Source> out) {
-  constexpr int kSteps = kUnroll<Source>, kVector = Source::kVector;
-  const bool nothing = c.innovation == 0.f && c.drift == 0.f && c.reference == 0.f;
-  const bool vectorised = source.aligned() && out.aligned();
-#pragma unroll 1
-  for (long long first = 0; first < part.count; first += kRun) {
-    const int count = static_cast<int>(part.count - first < kRun ? part.count - first : kRun);
-    const int vectors = vectorised ? count / kVector : 0;
-    int vector = first_vector<kSteps>(part);
-    if (nothing) {
-      const float zeros[kVector] = {};
-#pragma unroll 1
-      for (vector = part.thread; vector < vectors; vector += part.threads) out.store(vector, zeros);
-    }
-#pragma unroll 1
-    for (; vector + (kSteps - 1) * kWarpSize < vectors; vector += kSteps * part.threads) {
-      typename Source::Raw raw[kSteps];
+  __device__ __forceinline__ bool aligned() const { return source.aligned() && out.aligned(); }
+  __device__ __forceinline__ void load(Raw& raw, int vector) const { source.load(raw, vector); }
+  __device__ __forceinline__ void vector(int vector, int, const Raw& raw) const {
+    Moments moments[kVector];
+    source.moments(raw, moments);
+    float values[kVector];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) raw[step] = source.load(vector + step * kWarpSize);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) write_gradient(source, raw[step], c, out, vector + step * kWarpSize);
-    }
-#pragma unroll 1
-    for (; kSteps > 1 && vector < vectors; vector += kWarpSize)
-      write_gradient(source, source.load(vector), c, out, vector);
-    // Tail, and all of a row at an odd address.
-#pragma unroll 1
-    for (int at = vectors * kVector + part.thread; at < count; at += part.threads)
-      out.store_one(at, nothing ? 0.f : gradient(c, source.element(at)));
-
-    source.advance(kRun);
-    out.advance(kRun);
+    for (int j = 0; j < kVector; ++j) values[j] = gradient(c, moments[j]);
+    out.store(vector, values);
   }
-}
+  __device__ __forceinline__ void element(int at) const { out.store_one(at, gradient(c, source.element(at))); }
+  __device__ __forceinline__ void advance(long long elements) {
+    source.advance(elements);
+    out.advance(elements);
+  }
+};
 
 template <class Source>
 __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
@@ -235,7 +203,8 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
   // What has no coefficient is not read, and an infinity there is not multiplied with 0.
   const Demand wanted = {c.innovation != 0.f, c.drift != 0.f, c.reference != 0.f};
   const long long first = part.row * p.numel + part.first;
-  stream_gradient(Source(p.latents, first, step, wanted), part, c, Gradients<Source>(p, first, step));
+  Gradient<Source> work = {Source(p.latents, first, step, wanted), Gradients<Source>(p, first, step), c};
+  stream(work, part, [] {});
 }
 
 // ---- entry points --------------------------------------------------------------------------------------------------

@@ -8,44 +8,11 @@
 //
 // Backward. G = grad_mean + log_prob (x' - mu), the gradient of mu; the gradients are shares of it. Streaming. Where a
 // row's log-prob has no coefficient x' and mu are not read.
-#include "common/parts.cuh"
-#include "common/reduce.cuh"
+#include "common/stream.cuh"
 #include "common/tensor.cuh"
 #include "schedule.cuh"
 
 namespace sde_step {
-
-// Elements of one vector step: one word of 16 bytes of a half, two of float32.
-constexpr int kVector = 8;
-
-// Calls `vector(i, raw)` for every vector of a part, and `element(i)` for the tail, and for all of a row at an odd
-// address; `load(i)` gives what `vector` takes, the loads of kSteps vectors are issued together. After every kRun
-// elements `advance(n)` moves to the next.
-template <class Work>
-__device__ __forceinline__ void stream(Work& work, const Part& part) {
-  using Raw = typename Work::Raw;
-  constexpr int kSteps = Work::kSteps;
-  const bool vectorised = work.aligned();
-#pragma unroll 1
-  for (long long first = 0; first < part.count; first += kRun) {
-    const int count = static_cast<int>(part.count - first < kRun ? part.count - first : kRun);
-    const int vectors = vectorised ? count / kVector : 0;
-    int vector = first_vector<kSteps>(part);
-#pragma unroll 1
-    for (; vector + (kSteps - 1) * kWarpSize < vectors; vector += kSteps * part.threads) {
-      Raw raw[kSteps];
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) raw[step] = work.load(vector + step * kWarpSize);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) work.vector(vector + step * kWarpSize, raw[step]);
-    }
-#pragma unroll 1
-    for (; kSteps > 1 && vector < vectors; vector += kWarpSize) work.vector(vector, work.load(vector));
-#pragma unroll 1
-    for (int at = vectors * kVector + part.thread; at < count; at += part.threads) work.element(at);
-    work.advance(kRun);
-  }
-}
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -63,13 +30,13 @@ struct Step {
   bool draws;
   float sum, run;  // of (x' - mu)^2: of all runs but this one, and of this one
 
+  static constexpr bool kAhead = true;
+  static constexpr int kVector = 8, kSteps = 1;  // one word of 16 bytes of a half, two of float32
   struct Raw {
     Pack<kOutput, kVector> output, uncond;
     Pack<kSample, kVector> sample;
     Pack<kAny, kVector> next;
   };
-  // 6 words, or 8, are enough under way by themselves; twice 6 spill on sm_100 and sm_120.
-  static constexpr int kSteps = sizeof(Raw) > 5 * 16 ? 1 : 2;
 
   __device__ __forceinline__ Step(const SdeStepForward& p, long long first, const StepRow& row)
       : output(p.call.latents.model_output, first),
@@ -94,17 +61,18 @@ struct Step {
   }
 
   // The backward reads a given x' again, and none of the others.
-  __device__ __forceinline__ Raw load(int vector) const {
-    return {output.template load<Cache::kStream, kVector>(vector),
-            uncond.template load<Cache::kStream, kVector>(vector),
-            sample.template load<Cache::kStream, kVector>(vector), next.template load<Cache::kKeep, kVector>(vector)};
+  __device__ __forceinline__ void load(Raw& raw, int vector) const {
+    output.template load<Cache::kStream>(raw.output, vector);
+    uncond.template load<Cache::kStream>(raw.uncond, vector);
+    sample.template load<Cache::kStream>(raw.sample, vector);
+    next.template load<Cache::kKeep>(raw.next, vector);
   }
 
-  __device__ __forceinline__ void vector(int vector, const Raw& raw) {
+  __device__ __forceinline__ void vector(int vector, int, const Raw& raw) {
     float v[kVector], w[kVector], x[kVector], mu[kVector], x_next[kVector];
     raw.output.get(v, output.dtype());
     raw.sample.get(x, sample.dtype());
-    if (uncond.present) {
+    if (uncond.present()) {
       raw.uncond.get(w, uncond.dtype());
 #pragma unroll
       for (int j = 0; j < kVector; ++j) v[j] = guided(guidance, v[j], w[j]);
@@ -129,7 +97,7 @@ struct Step {
 
   __device__ __forceinline__ void element(int at) {
     float v = output.element(at, 0.f);
-    if (uncond.present) v = guided(guidance, v, uncond.element(at, 0.f));
+    if (uncond.present()) v = guided(guidance, v, uncond.element(at, 0.f));
     const float mu = mean_of(a, b, v, sample.element(at, 0.f));
     float x_next = next.element(at, 0.f);
     if (draws) x_next = fmaf(std, x_next, mu);
@@ -207,7 +175,7 @@ __device__ __forceinline__ void forward(const SdeStepForward& p) {
   float sum[1] = {};
   if (part.count > 0) {
     Step<kOutput, kSample> work(p, part.row * call.numel + part.first, step);
-    stream(work, part);
+    stream(work, part, [] {});
     sum[0] = work.sum;
   }
 
@@ -237,11 +205,12 @@ struct Gradient {
   Target<kOutput> output, uncond;
   float log_prob, output_share, uncond_share;
 
+  static constexpr bool kAhead = true;
+  static constexpr int kVector = 8, kSteps = 1;
   struct Raw {
     Pack<kFloat32, kVector> grad_mean, mean;
     Pack<kNext, kVector> next;
   };
-  static constexpr int kSteps = 2;
 
   __device__ __forceinline__ Gradient(const SdeStepBackward& p, long long first, float log_prob, double b,
                                       double guidance)
@@ -258,13 +227,13 @@ struct Gradient {
     return grad_mean.aligned() && mean.aligned() && next.aligned() && output.aligned() && uncond.aligned();
   }
 
-  __device__ __forceinline__ Raw load(int vector) const {
-    return {grad_mean.template load<Cache::kStream, kVector>(vector),
-            mean.template load<Cache::kStream, kVector>(vector), next.template load<Cache::kStream, kVector>(vector)};
+  __device__ __forceinline__ void load(Raw& raw, int vector) const {
+    grad_mean.template load<Cache::kStream>(raw.grad_mean, vector);
+    mean.template load<Cache::kStream>(raw.mean, vector);
+    next.template load<Cache::kStream>(raw.next, vector);
   }
 
-  // What is absent was loaded as zeros.
-  __device__ __forceinline__ void vector(int vector, const Raw& raw) const {
+  __device__ __forceinline__ void vector(int vector, int, const Raw& raw) const {
     float gradient[kVector], mu[kVector], x_next[kVector];
     raw.grad_mean.get(gradient, kFloat32);
     raw.mean.get(mu, kFloat32);
@@ -302,7 +271,7 @@ __device__ __forceinline__ void backward(const SdeStepBackward& p) {
   // A coefficient of 0 stays 0, whatever it is multiplied with.
   const double log_prob = coefficient == 0.f ? 0.0 : static_cast<double>(upstream) * coefficient;
   Gradient<kOutput, kNext> work(p, part.row * p.numel + part.first, static_cast<float>(log_prob), b, guidance);
-  stream(work, part);
+  stream(work, part, [] {});
 }
 
 }  // namespace sde_step

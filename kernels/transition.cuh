@@ -27,6 +27,8 @@ struct Moments {
 // Which of the moments somebody wants; what only the others need is not read.
 struct Demand {
   bool innovation, drift, ref_drift;
+
+  __device__ __forceinline__ bool any() const { return innovation || drift || ref_drift; }
 };
 
 // How another policy is given: as its mean, as its v, or, the old policy alone, as (x' - mu_old) / std.
@@ -51,7 +53,7 @@ __device__ __forceinline__ Policy ref_policy(const Latents& latents) {
   return {latents.ref_model_output, kNoForm};
 }
 
-// Means as given. mu is always there; what else is absent stands for mu itself: its difference is 0.
+// Means as given. What is absent stands for mu: its difference is 0.
 template <int kMean, int kAnchor, Cache kReread>
 struct Means {
   static constexpr bool kIsStep = false;
@@ -67,7 +69,7 @@ struct Means {
   };
 
   __device__ __forceinline__ Means(const Latents& latents, long long first, const StepRow&, Demand wanted)
-      : mean(output_of(latents), first),
+      : mean(output_of(latents), first, wanted.any()),
         next(latents.prev_sample, first, wanted.innovation),
         old(latents.old_prev_sample_mean, first, wanted.drift),
         ref(latents.ref_prev_sample_mean, first, wanted.ref_drift) {}
@@ -75,9 +77,11 @@ struct Means {
   static __device__ __forceinline__ const Latent& output_of(const Latents& latents) { return latents.prev_sample_mean; }
 
   // mu and x' stay in the L2 for the backward as far as it reaches; nobody reads the anchors again.
-  __device__ __forceinline__ Raw load(int vector) const {
-    return {mean.template load<kReread, kVector>(vector), next.template load<kReread, kVector>(vector),
-            old.template load<Cache::kStream, kVector>(vector), ref.template load<Cache::kStream, kVector>(vector)};
+  __device__ __forceinline__ void load(Raw& raw, int vector) const {
+    mean.template load<kReread>(raw.mean, vector);
+    next.template load<kReread>(raw.next, vector);
+    old.template load<Cache::kStream>(raw.old, vector);
+    ref.template load<Cache::kStream>(raw.ref, vector);
   }
 
   __device__ __forceinline__ void moments(const Raw& raw, Moments (&out)[kVector]) const {
@@ -88,12 +92,12 @@ struct Means {
     raw.ref.get(mu_ref, ref.dtype());
 #pragma unroll
     for (int j = 0; j < kVector; ++j)
-      out[j] = differences(mu[j], next.present ? x[j] : mu[j], old.present ? mu_old[j] : mu[j],
-                           ref.present ? mu_ref[j] : mu[j]);
+      out[j] = differences(mu[j], next.present() ? x[j] : mu[j], old.present() ? mu_old[j] : mu[j],
+                           ref.present() ? mu_ref[j] : mu[j]);
   }
 
   __device__ __forceinline__ Moments element(int at) const {
-    const float mu = load_element(mean.data, mean.dtype(), at);
+    const float mu = mean.element(at, 0.f);
     return differences(mu, next.element(at, mu), old.element(at, mu), ref.element(at, mu));
   }
 
@@ -119,7 +123,7 @@ struct Means {
 //   old, ref   mean      mu - old
 //              output    b (v - old): no cancellation of two means; exactly 0 when the outputs are equal
 //              residual  -std ((x' - mu)/std - old)
-// output is always there, and sample and next where a difference needs them; without `old` or `ref` theirs is 0.
+// Read is what a difference needs; without `old` or `ref` theirs is 0.
 template <int kOutput, int kSample, int kPolicy, Cache kReread>
 struct Step {
   static constexpr bool kIsStep = true;
@@ -145,10 +149,13 @@ struct Step {
   static __device__ __forceinline__ const Latent& output_of(const Latents& latents) { return latents.model_output; }
 
   // What the backward reads again stays in the L2 as far as that reaches.
-  __device__ __forceinline__ Raw load(int vector) const {
-    return {output.template load<kReread, kVector>(vector),     uncond.template load<kReread, kVector>(vector),
-            sample.template load<kReread, kVector>(vector),     next.template load<kReread, kVector>(vector),
-            old.template load<Cache::kStream, kVector>(vector), ref.template load<Cache::kStream, kVector>(vector)};
+  __device__ __forceinline__ void load(Raw& raw, int vector) const {
+    output.template load<kReread>(raw.output, vector);
+    uncond.template load<kReread>(raw.uncond, vector);
+    sample.template load<kReread>(raw.sample, vector);
+    next.template load<kReread>(raw.next, vector);
+    old.template load<Cache::kStream>(raw.old, vector);
+    ref.template load<Cache::kStream>(raw.ref, vector);
   }
 
   __device__ __forceinline__ void moments(const Raw& raw, Moments (&out)[kVector]) const {
@@ -163,12 +170,8 @@ struct Step {
   }
 
   __device__ __forceinline__ Moments element(int at) const {
-    const Values<1> values = {{load_element(output.data, output.dtype(), at)},
-                              {uncond.element(at, 0.f)},
-                              {sample.element(at, 0.f)},
-                              {next.element(at, 0.f)},
-                              {old.element(at, 0.f)},
-                              {ref.element(at, 0.f)}};
+    const Values<1> values = {{output.element(at, 0.f)}, {uncond.element(at, 0.f)}, {sample.element(at, 0.f)},
+                              {next.element(at, 0.f)},   {old.element(at, 0.f)},    {ref.element(at, 0.f)}};
     Moments out[1];
     moments_of(values, out);
     return out[0];
@@ -198,8 +201,8 @@ struct Step {
         inverse_unit(1.f / unit),
         old_form(wanted.drift ? old_policy.form : kNoForm),
         ref_form(wanted.ref_drift ? ref_policy.form : kNoForm),
-        output(output_of(latents), first),
-        uncond(latents.uncond_output, first),
+        output(output_of(latents), first, wanted.any()),
+        uncond(latents.uncond_output, first, wanted.any()),
         sample(latents.sample, first, wanted.innovation || needs_mean(old_form) || needs_mean(ref_form)),
         next(latents.prev_sample, first, wanted.innovation || old_form == kResidualForm),
         old(old_policy.latent, first, old_form != kNoForm && !(old_form == kResidualForm && row.std == 0.f)),
@@ -217,14 +220,14 @@ struct Step {
     float v[kCount], mu[kCount], u[kCount], drift[kCount], ref_drift[kCount];
 #pragma unroll
     for (int j = 0; j < kCount; ++j) v[j] = in.output[j];
-    if (uncond.present) {
+    if (uncond.present()) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) v[j] = guided(guidance, v[j], in.uncond[j]);
     }
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       mu[j] = mean_of(a, b, v[j], in.sample[j]);
-      u[j] = next.present ? in.next[j] - mu[j] : 0.f;
+      u[j] = next.present() ? in.next[j] - mu[j] : 0.f;
     }
     differences(old_form, v, mu, u, in.old, drift);
     differences(ref_form, v, mu, u, in.ref, ref_drift);

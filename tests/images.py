@@ -29,8 +29,11 @@ class Memory(NamedTuple):
     """Instructions of a kernel."""
 
     local: int  # loads and stores of a stack
-    loads_in_flight: int  # most 16-byte global loads of one loop before arithmetic needs the first
+    loads_in_flight: int  # most 16-byte global loads that an iteration of a loop issues before it uses one of them
+    late_loads: int  # most that it issues afterwards: a second trip to memory
     wide_stores: int  # most 16-byte global stores of one loop
+    strong_stores: int  # that other blocks must see: they bypass the first-level cache one by one
+    longest_loop: int  # instructions of the longest innermost loop over vectors
 
 
 def cubins() -> dict[str, bytes]:
@@ -110,48 +113,113 @@ def memory(image: bytes) -> dict[str, Memory]:
     return {name: _memory(body) for name, body in zip(kernels[::2], kernels[1::2], strict=True)}
 
 
+class Operation(NamedTuple):
+    predicate: str
+    name: str
+    arguments: str
+    targets: tuple[int, ...]  # of a branch
+
+    @property
+    def is_wide_load(self) -> bool:
+        return self.name.startswith("LDG") and ".128" in self.name
+
+    @property
+    def is_wide_store(self) -> bool:
+        return self.name.startswith("ST") and ".128" in self.name and not self.name.startswith("STL")
+
+    def registers(self) -> tuple[set[int], set[int]]:
+        """Those that it writes, and those that it reads."""
+        has_no_result = self.name.startswith(("ST", "BRA", "BRX", "ISETP", "FSETP", "DSETP"))
+        first, _, rest = self.arguments.partition(",")
+        written = set() if has_no_result else _named(first)
+        if self.is_wide_load:
+            written = {register + at for register in written for at in range(4)}
+        elif re.search(r"WIDE|\.64|^D[A-Z]", self.name):
+            written = {register + at for register in written for at in range(2)}
+        return written, _named(self.arguments if has_no_result else rest)
+
+
+def _named(arguments: str) -> set[int]:
+    found = re.findall(r"\bR(\d+)((?:\.\w+)*)", arguments)
+    return {int(number) + at for number, suffix in found for at in range(2 if ".64" in suffix else 1)}
+
+
 def _memory(body: str) -> Memory:
-    labels, operations = {}, []
+    operations = _operations(body)
+    local = sum(operation.name.startswith(("LDL", "STL")) for operation in operations)
+    strong = sum(operation.name.startswith("ST") and ".STRONG" in operation.name for operation in operations)
+    in_flight = late = stores = longest = 0
+    for start, end in _innermost_loops(operations):
+        loop = operations[start:end]
+        stores = max(stores, sum(operation.is_wide_store for operation in loop))
+        if any(operation.is_wide_load for operation in loop):
+            loads, late_loads = _loads(operations, start, end)
+            in_flight, late, longest = max(in_flight, loads), max(late, late_loads), max(longest, end - start)
+    return Memory(local, in_flight, late, stores, strong, longest)
+
+
+def _operations(body: str) -> list[Operation]:
+    labels, lines = {}, []
     for line in body.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(operations)
-        elif operation := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([^;]+)", line):
-            operations.append(operation[1])
-    local = sum(op.startswith(("LDL", "STL")) for op in operations)
-    in_flight = stores = 0
-    for start, end in _innermost_loops(labels, operations):
-        loop = operations[start:end]
-        stores = max(stores, sum(op.startswith("STG") and ".128" in op for op in loop))
-        in_flight = max(in_flight, _loads_in_flight(loop))
-    return Memory(local, in_flight, stores)
+            labels[label[1]] = len(lines)
+        elif operation := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+)?\s*(\S+)\s*([^;]*)(.*)", line):
+            lines.append(operation.groups(""))
+    return [
+        Operation(predicate, name, arguments, tuple(labels[label] for label in re.findall(r"\.L_x_\d+", text)))
+        if name.startswith(("BRA", "BRX"))
+        else Operation(predicate, name, arguments, ())
+        for predicate, name, arguments, more in lines
+        for text in [" ".join(label for label in re.findall(r"\.L_x_\d+", arguments + more) if label in labels)]
+    ]
 
 
-def _innermost_loops(labels: dict[str, int], operations: list[str]) -> list[tuple[int, int]]:
+def _innermost_loops(operations: list[Operation]) -> list[tuple[int, int]]:
     """First operation, and one past the branch back to it, where there is no other such pair inside."""
-    loops = []
-    for at, operation in enumerate(operations):
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", operation)
-        if target and labels[target[1]] < at:
-            loops.append((labels[target[1]], at + 1))
+    loops = [(to, at + 1) for at, operation in enumerate(operations) for to in operation.targets if to <= at]
     return [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
 
 
-def _loads_in_flight(loop: list[str]) -> int:
-    """Most 16-byte loads between two floating-point operations."""
-    longest = current = 0
-    for operation in loop:
-        if operation.startswith("LDG") and ".128" in operation:
-            current += 1
-            longest = max(longest, current)
-        elif re.match(r"(FADD|FFMA|FMUL|HADD|HFMA)", operation):
-            current = 0
-    return longest
+def _loads(operations: list[Operation], start: int, end: int) -> tuple[int, int]:
+    """Wide loads of an iteration: most that are issued before one of them is used, and those that may come after.
+
+    Along every path through the loop, from its first operation on, the branch back not taken.
+    """
+    # At an operation: registers that a load of this iteration fills, whether one was read, and how many loads there
+    # were until then.
+    states: dict[int, tuple[frozenset[int], bool, int]] = {start: (frozenset(), False, 0)}
+    most, late, waiting = 0, set(), [start]
+    while waiting:
+        at = waiting.pop()
+        loaded, used, count = states[at]
+        operation = operations[at]
+        written, read = operation.registers()
+        used = used or bool(read & loaded)
+        if operation.is_wide_load:
+            loaded |= written
+            count += not used
+            late |= {at} if used else set()
+        elif not operation.predicate:
+            loaded -= written
+        most = max(most, count)
+        jumps = bool(operation.targets) and not operation.predicate and not re.search(r"\bU?P\d", operation.arguments)
+        followers = operation.targets if jumps and ".DIV" not in operation.name else (*operation.targets, at + 1)
+        for follower in followers:
+            if not max(at, start) < follower < end:
+                continue
+            before = states.get(follower, (frozenset(), False, 0))
+            after = (before[0] | loaded, before[1] or used, max(before[2], count))
+            if follower not in states or after != before:
+                states[follower] = after
+                waiting.append(follower)
+    return most, len(late)
 
 
 if __name__ == "__main__":
-    print(f"{'image':27}{'kernel':42}{'registers':>10}{'stack':>7}{'local':>7}{'loads':>7}{'stores':>8}{'code':>9}")
+    titles = ("registers", "stack", "code", "local", "loads", "late", "stores", "strong", "loop")
+    print(f"{'image':20}{'kernel':42}" + "".join(f"{title:>10}" for title in titles))
     for image_name, content in cubins().items():
         instructions = memory(content) if disassembler() else {}
         for kernel, r in sorted(resources(content).items()):
-            m = instructions.get(kernel, ("",) * 3)
-            print(f"{image_name:27}{kernel:42}{r.registers:10}{r.stack:7}{m[0]:7}{m[1]:7}{m[2]:8}{r.code:9}")
+            numbers = (r.registers, r.stack, r.code, *instructions.get(kernel, ()))
+            print(f"{image_name:20}{kernel:42}" + "".join(f"{number:10}" for number in numbers))

@@ -252,7 +252,7 @@ def check_races(server):
 
 
 KERNEL, OBJECTIVE = "policy_loss.cu", "objective.cuh"
-PARTS, REDUCE = "common/parts.cuh", "common/reduce.cuh"
+PARTS, REDUCE, STREAM = "common/parts.cuh", "common/reduce.cuh", "common/stream.cuh"
 OVERFLOW, RACE, WRONG = "heap-buffer-overflow", "data race", "keep: |not finite|: error "
 # name: (the fault, sanitizer, check, what the check says)
 FAULTS = {
@@ -281,26 +281,23 @@ FAULTS = {
         "tsan", check_races, RACE,
     ),
     "a vector read past the end": (
-        Fault(KERNEL, "kSteps > 1 && vector < vectors; vector += kWarpSize) {",
-              "kSteps > 1 && vector <= vectors; vector += kWarpSize) {"),
+        Fault(STREAM, "kSteps > 1 && vector < vectors) {", "vectorised && vector <= vectors) {"),
         "asan", check_values, OVERFLOW,
     ),
     "an element read past the end": (
-        Fault(KERNEL, "at < count; at += part.threads)\n      add(", "at <= count; at += part.threads)\n      add("),
+        Fault(STREAM, "at < count; at += part.threads", "at <= count; at += part.threads"),
         "asan", check_values, OVERFLOW,
     ),
     "a gradient written past the end": (
-        Fault(KERNEL, "at < count; at += part.threads)\n      out.store_one(at, nothing ? 0.f :",
-              "at <= count; at += part.threads)\n      out.store_one(at, at == count ? 0.f :"),
+        Fault(KERNEL, "out.store_one(at, gradient", "out.store_one(at + 1, gradient"),
         "asan", check_values, OVERFLOW,
     ),
     "a dropped tail": (
-        Fault(KERNEL, "at < count; at += part.threads)\n      add(", "at < 0; at += part.threads)\n      add("),
+        Fault(STREAM, "at < count; at += part.threads", "at < 0; at += part.threads"),
         "asan", check_values, WRONG,
     ),
     "a tail of the gradient dropped": (
-        Fault(KERNEL, "at < count; at += part.threads)\n      out.store_one(",
-              "at < 0; at += part.threads)\n      out.store_one("),
+        Fault(KERNEL, "out.store_one(at, gradient(c, source.element(at)));", ""),
         "asan", check_values, "grad prev_sample_mean",
     ),
     "a stretch rounded down": (

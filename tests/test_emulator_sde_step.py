@@ -49,7 +49,7 @@ def test_gradients_of_one_result(asan, through, dtypes):
         three_way(EmulatedSdeStep(asan, splits=2), arguments, through=through)
 
 
-# Around a vector of 8, a warp's one and two steps of 32 of them, and the run of 65536 that is summed in one go.
+# Around a vector of 8, one and two steps of a warp, and the run of 65536 that is summed in one go.
 @pytest.mark.parametrize("numel", [1, 7, 8, 9, 255, 256, 257, 511, 512, 513, 767, 4096, 65_536 + 9])
 @dtypes
 def test_sizes(asan, numel, dtypes):
@@ -190,19 +190,19 @@ def check_races(server):
     three_way(EmulatedSdeStep(server, splits=3), draw((3, 200)))
 
 
-KERNEL, SCHEDULE, PARTS = "sde_step.cu", "schedule.cuh", "common/parts.cuh"
+KERNEL, SCHEDULE, PARTS, STREAM = "sde_step.cu", "schedule.cuh", "common/parts.cuh", "common/stream.cuh"
 OVERFLOW, RACE, WRONG = "heap-buffer-overflow", "data race", "error "
 # name: (the fault, sanitizer, check, what the check says)
 FAULTS = {
     "a vector read past the end": (
-        Fault(KERNEL, "kSteps > 1 && vector < vectors;", "vector <= vectors;"), "asan", check_values, OVERFLOW
+        Fault(STREAM, "      if (vector < whole) {", "      if (vector <= whole) {"), "asan", check_values, OVERFLOW
     ),
     "an element past the end": (
-        Fault(KERNEL, "at < count; at += part.threads", "at <= count; at += part.threads"),
+        Fault(STREAM, "at < count; at += part.threads", "at <= count; at += part.threads"),
         "asan", check_values, OVERFLOW,
     ),
     "a dropped tail": (
-        Fault(KERNEL, "at < count; at += part.threads", "at < 0; at += part.threads"), "asan", check_values, WRONG
+        Fault(STREAM, "at < count; at += part.threads", "at < 0; at += part.threads"), "asan", check_values, WRONG
     ),
     "vectors at an odd address": (
         Fault(KERNEL, "mean.aligned() && residual.aligned()", "mean.aligned()"),
@@ -213,7 +213,7 @@ FAULTS = {
         Fault(KERNEL, "draws(p.call.latents.noise.data)", "draws(true)"), "asan", check_values, WRONG
     ),
     "no guidance in a tail": (
-        Fault(KERNEL, "if (uncond.present) v = guided(guidance, v, uncond.element(at, 0.f));", ""),
+        Fault(KERNEL, "if (uncond.present()) v = guided(guidance, v, uncond.element(at, 0.f));", ""),
         "asan", check_values, WRONG,
     ),
     "guidance's other share": (

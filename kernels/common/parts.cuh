@@ -47,17 +47,6 @@ __device__ __forceinline__ Part part_of_thread(long long rows, long long numel, 
   return part;
 }
 
-// Elements that are handled with 32-bit indices, and added up in one go: 256 per thread of a block. Longer chains of
-// float32 additions would lose digits.
-constexpr int kRun = 65536;
-
-// First vector of a thread. A warp takes kSteps times 32 neighbours, so that the steps of a thread are a constant
-// distance apart, and one address register per tensor serves all of them.
-template <int kSteps>
-__device__ __forceinline__ int first_vector(const Part& part) {
-  return part.thread / kWarpSize * (kSteps * kWarpSize) + part.thread % kWarpSize;
-}
-
 // Counts this block in; true in all threads of the block that came last of `count`, which may then read what the others
 // wrote before they were counted. The ticket is 0 again after the last one.
 __device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned count) {

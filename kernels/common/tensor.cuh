@@ -6,29 +6,26 @@
 // One tensor from some element on. `dtype_if_any` is looked at where kDtype is kAny.
 template <int kDtype>
 struct Tensor {
-  const char* data;
-  int present;
+  const char* data;  // null: absent
   int dtype_if_any;
 
   __device__ __forceinline__ Tensor(const Latent& latent, long long first, bool wanted = true)
-      : present(wanted && latent.data), dtype_if_any(latent.dtype) {
-    data = present ? static_cast<const char*>(latent.data) + first * dtype_size(dtype()) : nullptr;
+      : data(wanted ? static_cast<const char*>(latent.data) : nullptr), dtype_if_any(latent.dtype) {
+    advance(first);
   }
+  __device__ __forceinline__ bool present() const { return data; }
   __device__ __forceinline__ int dtype() const { return kDtype == kAny ? dtype_if_any : kDtype; }
   __device__ __forceinline__ bool aligned() const { return reinterpret_cast<size_t>(data) % 16 == 0; }
   __device__ __forceinline__ void advance(long long elements) {
-    if (present) data += elements * dtype_size(dtype());
+    if (present()) data += elements * dtype_size(dtype());
   }
   template <Cache kCache, int kCount>
-  __device__ __forceinline__ Pack<kDtype, kCount> load(int vector) const {
-    // Zeros, so that a pack which is not loaded does not keep its registers from one iteration to the next.
-    Pack<kDtype, kCount> pack = {};
-    if (present)
+  __device__ __forceinline__ void load(Pack<kDtype, kCount>& pack, int vector) const {
+    if (present())
       pack.template load<kCache>(data + static_cast<long long>(vector) * (kCount * dtype_size(dtype())), dtype());
-    return pack;
   }
   __device__ __forceinline__ float element(int at, float absent) const {
-    return present ? load_element(data, dtype(), at) : absent;
+    return present() ? load_element(data, dtype(), at) : absent;
   }
 };
 

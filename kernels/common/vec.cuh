@@ -31,12 +31,11 @@ struct Pack {
       if (kDtype != kAny || i < kVectors / 2 || dtype == kFloat32) raw[i] = load16<kCache>(vectors + i);
   }
 
-  // By name, as the loads: of a plain store the compiler no longer sees that it is to global memory.
   __device__ __forceinline__ void store(void* data, int dtype) const {
     uint4* vectors = static_cast<uint4*>(data);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-      if (kDtype != kAny || i < kVectors / 2 || dtype == kFloat32) __stwb(vectors + i, raw[i]);
+      if (kDtype != kAny || i < kVectors / 2 || dtype == kFloat32) store16(vectors + i, raw[i]);
   }
 
   // All elements at once: one branch on a run-time dtype for the pack, not one for each element.

@@ -92,10 +92,7 @@ template <class T>
 T __ldcg(const T* address) {
   return *address;
 }
-template <class T>
-void __stwb(T* address, T value) {
-  *address = value;
-}
+inline void store16(uint4* address, uint4 value) { *address = value; }
 
 // ---- numbers: twins of the instructions in compat.cuh --------------------------------------------------------------
 
