@@ -11,19 +11,18 @@
 //!   FLOWDPPO_NVRTC=/path/libnvrtc.so.12           NVRTC from elsewhere
 //!   FLOWDPPO_NVCC=/path/nvcc                      nvcc instead of NVRTC
 
+use std::error::Error;
 use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, ptr, thread};
 
 use libloading::{Library, Symbol};
 
 /// sm_86 and sm_89 would run the image of sm_80, but were not scheduled for. sm_100 serves 103 and sm_120 serves 121.
 /// PTX of the lowest is what a driver compiles for generations that do not exist yet.
-const ARCHS: [&str; 7] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80"];
+const ARCHS: &str = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,compute_80";
 
 /// Of NVRTC and nvcc. No product is fused with a sum but where the kernels say `fmaf`: their twins on the CPU round
 /// both, and of a residual that is given back, `u / std - residual` would be the product's rounding, not 0.
@@ -37,7 +36,7 @@ from importlib.metadata import distribution
 print(distribution('nvidia-cuda-nvrtc-cu12').locate_file('nvidia/cuda_nvrtc/lib/libnvrtc.so.12'))
 ";
 
-type Outcome<T> = Result<T, String>;
+type Outcome<T> = Result<T, Box<dyn Error>>;
 
 fn main() -> ExitCode {
     match build() {
@@ -59,16 +58,15 @@ fn build() -> Outcome<()> {
         println!("cargo:rerun-if-env-changed=FLOWDPPO_{name}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run by Cargo only")?);
-    let jobs = jobs()?;
-    let mut table = images(&jobs)?;
+    let mut jobs = jobs()?;
     if !jobs.is_empty() {
         match Compiler::find() {
             Ok(compiler) => compile_all(&jobs, &compiler, &out)?,
             // A package without its kernels would be found out on a GPU only. Plain `cargo build` and `cargo test`
             // make no package, and work from a fresh clone.
             Err(missing) if !makes_package() => {
-                table = images(&[])?;
-                for line in missing.lines() {
+                jobs.clear();
+                for line in missing.to_string().lines() {
                     println!("cargo::warning={line}");
                 }
                 println!("cargo::warning=built without GPU kernels");
@@ -78,7 +76,7 @@ fn build() -> Outcome<()> {
             Err(missing) => return Err(missing),
         }
     }
-    write(&out.join("images.rs"), table.as_bytes())
+    write(&out.join("images.rs"), table(&jobs).as_bytes())
 }
 
 /// maturin, and with it pip and uv, names the Python that it builds for.
@@ -91,11 +89,20 @@ struct Job {
     unit: String,
     source: PathBuf,
     arch: String,
+    capability: u32,
+    is_ptx: bool,
 }
 
 impl Job {
-    fn is_ptx(&self) -> bool {
-        self.arch.starts_with("compute_")
+    fn new(source: &Path, arch: &str) -> Outcome<Job> {
+        let number = arch.split_once('_').and_then(|(_, number)| number.parse().ok());
+        Ok(Job {
+            unit: source.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+            source: source.to_owned(),
+            arch: arch.to_owned(),
+            capability: number.ok_or_else(|| format!("FLOWDPPO_ARCHS has {arch:?}, wanted e.g. sm_90"))?,
+            is_ptx: arch.starts_with("compute_"),
+        })
     }
 
     fn file_name(&self) -> String {
@@ -104,73 +111,59 @@ impl Job {
 }
 
 fn jobs() -> Outcome<Vec<Job>> {
+    let mut jobs = Vec::new();
     match env::var("FLOWDPPO_KERNELS").as_deref() {
-        Ok("none") => return Ok(Vec::new()),
+        Ok("none") => return Ok(jobs),
         Ok("") | Err(_) => {}
-        Ok(other) => return Err(format!("FLOWDPPO_KERNELS is {other:?}, wanted \"none\" or nothing")),
+        Ok(other) => return Err(format!("FLOWDPPO_KERNELS is {other:?}, wanted \"none\" or nothing").into()),
     }
     if env::var("CARGO_CFG_TARGET_OS").as_deref() != Ok("linux") {
-        return Ok(Vec::new());
+        return Ok(jobs);
     }
-    let archs = match env::var("FLOWDPPO_ARCHS") {
-        Ok(list) if !list.is_empty() => list.split(',').map(str::to_owned).collect(),
-        _ => ARCHS.map(str::to_owned).to_vec(),
-    };
-    let mut sources = Vec::new();
+    let archs = env::var("FLOWDPPO_ARCHS").ok().filter(|list| !list.is_empty()).unwrap_or(ARCHS.to_owned());
     for entry in fs::read_dir("kernels").map_err(|error| format!("kernels/: {error}"))? {
-        let path = entry.map_err(|error| format!("kernels/: {error}"))?.path();
-        if path.extension().is_some_and(|extension| extension == "cu") {
-            sources.push(path);
+        let source = entry?.path();
+        if source.extension().is_some_and(|extension| extension == "cu") {
+            for arch in archs.split(',') {
+                jobs.push(Job::new(&source, arch)?);
+            }
         }
     }
-    sources.sort();
-    let of = |source: &PathBuf| {
-        let unit = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        archs.iter().map(move |arch| (unit.clone(), arch.clone()))
-    };
-    Ok(sources
-        .iter()
-        .flat_map(|source| of(source).map(|(unit, arch)| Job { unit, source: source.clone(), arch }))
-        .collect())
+    // A stable sort: architectures stay in order.
+    jobs.sort_by(|one, other| one.source.cmp(&other.source));
+    Ok(jobs)
 }
 
 /// The compiler takes 0.2 to 2 s an image, so images are compiled side by side.
 fn compile_all(jobs: &[Job], compiler: &Compiler, out: &Path) -> Outcome<()> {
-    let threads = env::var("NUM_JOBS").ok().and_then(|count| count.parse().ok()).unwrap_or(1);
-    let (next, errors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    thread::scope(|scope| {
-        for _ in 0..jobs.len().min(threads) {
-            scope.spawn(|| {
-                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(error) = compiler.compile(job, out) {
-                        let text = format!("{} for {}: {error}", job.source.display(), job.arch);
-                        errors.lock().expect("no thread panics while it holds the lock").push(text);
-                    }
-                }
-            });
-        }
+    let threads = env::var("NUM_JOBS").ok().and_then(|count| count.parse().ok()).unwrap_or(1).clamp(1, jobs.len());
+    let compile = |job: &Job| match compiler.compile(job).and_then(|image| write(&out.join(job.file_name()), &image)) {
+        Ok(()) => None,
+        Err(error) => Some(format!("{} for {}: {error}", job.source.display(), job.arch)),
+    };
+    let errors: Vec<String> = thread::scope(|scope| {
+        // Each thread takes every `threads`-th image.
+        let share = |first| move || jobs.iter().skip(first).step_by(threads).filter_map(compile).collect::<Vec<_>>();
+        let shares: Vec<_> = (0..threads).map(|first| scope.spawn(share(first))).collect();
+        shares.into_iter().flat_map(|share| share.join().expect("errors are returned")).collect()
     });
-    let errors = errors.into_inner().expect("as above");
-    if errors.is_empty() { Ok(()) } else { Err(errors.join("\n")) }
+    if errors.is_empty() { Ok(()) } else { Err(errors.join("\n").into()) }
 }
 
 /// The table that `src/cuda/image.rs` includes.
-fn images(jobs: &[Job]) -> Outcome<String> {
+fn table(jobs: &[Job]) -> String {
     let mut table = String::from("pub static IMAGES: &[Image] = &[\n");
     for job in jobs {
-        let number = job.arch.split_once('_').and_then(|(_, number)| number.parse::<u32>().ok());
-        let capability = number.ok_or_else(|| format!("FLOWDPPO_ARCHS has {:?}, wanted e.g. sm_90", job.arch))?;
-        let (unit, ptx, file) = (&job.unit, job.is_ptx(), job.file_name());
-        let bytes = format!("embed!(concat!(env!(\"OUT_DIR\"), \"/{file}\"))");
-        let _ =
-            writeln!(table, "    Image {{ unit: {unit:?}, capability: {capability}, is_ptx: {ptx}, bytes: {bytes} }},");
+        let Job { unit, capability, is_ptx, .. } = job;
+        let bytes = format!("embed!(concat!(env!(\"OUT_DIR\"), \"/{}\"))", job.file_name());
+        let image = format!("Image {{ unit: {unit:?}, capability: {capability}, is_ptx: {is_ptx}, bytes: {bytes} }}");
+        let _ = writeln!(table, "    {image},");
     }
-    table.push_str("];\n");
-    Ok(table)
+    table + "];\n"
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Outcome<()> {
-    fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()))
+    fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
 enum Compiler {
@@ -190,11 +183,10 @@ impl Compiler {
         Ok(Compiler::Nvrtc(Nvrtc::open(&library)?))
     }
 
-    fn compile(&self, job: &Job, out: &Path) -> Outcome<()> {
-        let target = out.join(job.file_name());
+    fn compile(&self, job: &Job) -> Outcome<Vec<u8>> {
         match self {
-            Compiler::Nvcc(nvcc) => run_nvcc(nvcc, job, &target),
-            Compiler::Nvrtc(nvrtc) => write(&target, &nvrtc.compile(job)?),
+            Compiler::Nvcc(nvcc) => run_nvcc(nvcc, job),
+            Compiler::Nvrtc(nvrtc) => nvrtc.compile(job),
         }
     }
 }
@@ -222,46 +214,32 @@ fn wheel() -> Outcome<PathBuf> {
     Err(format!(
         "no CUDA compiler found in any of these:\n{tried}To build the GPU kernels: pip install {REQUIREMENT}\n\
          (or set FLOWDPPO_NVCC=/path/nvcc); to build without them: FLOWDPPO_KERNELS=none"
-    ))
+    )
+    .into())
 }
 
-fn run_nvcc(nvcc: &OsString, job: &Job, target: &Path) -> Outcome<()> {
-    let kind = if job.is_ptx() { "--ptx" } else { "--cubin" };
-    let output = Command::new(nvcc)
-        .args(OPTIONS)
-        .args([kind, "-arch", &job.arch, "-o"])
-        .args([target, &job.source])
-        .output()
-        .map_err(|error| format!("{}: {error}", nvcc.to_string_lossy()))?;
+fn run_nvcc(nvcc: &OsString, job: &Job) -> Outcome<Vec<u8>> {
+    let kind = if job.is_ptx { "--ptx" } else { "--cubin" };
+    let target = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join(job.file_name());
+    let command = &mut Command::new(nvcc);
+    let command = command.args(OPTIONS).args([kind, "-arch", &job.arch, "-o"]).args([&target, &job.source]);
+    let output = command.output().map_err(|error| format!("{}: {error}", nvcc.to_string_lossy()))?;
     if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        return Err(String::from_utf8_lossy(&output.stderr).into());
     }
-    if job.is_ptx() {
+    let mut image = fs::read(target)?;
+    if job.is_ptx {
         // The driver takes PTX as a C string. NVRTC ends it with a NUL, nvcc does not.
-        let mut text = fs::read(target).map_err(|error| format!("{}: {error}", target.display()))?;
-        text.push(0);
-        write(target, &text)?;
+        image.push(0);
     }
-    Ok(())
+    Ok(image)
 }
 
 // ---- NVRTC, https://docs.nvidia.com/cuda/archive/12.9.1/nvrtc/index.html -------------------------------------------
 
 type Program = *mut c_void;
 type Status = c_int;
-type Create = unsafe extern "C" fn(
-    *mut Program,
-    *const c_char,
-    *const c_char,
-    c_int,
-    *const *const c_char,
-    *const *const c_char,
-) -> Status;
-type Compile = unsafe extern "C" fn(Program, c_int, *const *const c_char) -> Status;
-type Destroy = unsafe extern "C" fn(*mut Program) -> Status;
-type Size = unsafe extern "C" fn(Program, *mut usize) -> Status;
-type Get = unsafe extern "C" fn(Program, *mut c_char) -> Status;
-type ErrorString = unsafe extern "C" fn(Status) -> *const c_char;
+type Strings = *const *const c_char;
 
 struct Nvrtc(Library);
 
@@ -269,14 +247,14 @@ impl Nvrtc {
     fn open(path: &Path) -> Outcome<Nvrtc> {
         // SAFETY: loading runs the initialisers of NVIDIA's library, which ask nothing of this process. By absolute
         // path, so that its run path finds libnvrtc-builtins beside it.
-        unsafe { Library::new(path) }.map(Nvrtc).map_err(|error| format!("{}: {error}", path.display()))
+        unsafe { Library::new(path) }.map(Nvrtc).map_err(|error| format!("{}: {error}", path.display()).into())
     }
 
     /// # Safety
     /// `T` is the type of `name` in nvrtc.h.
     unsafe fn function<T>(&self, name: &str) -> Outcome<Symbol<'_, T>> {
         // SAFETY: the type is right by the contract of this function.
-        unsafe { self.0.get(name.as_bytes()) }.map_err(|error| format!("{name}: {error}"))
+        unsafe { self.0.get(name.as_bytes()) }.map_err(|error| format!("{name}: {error}").into())
     }
 
     fn check(&self, status: Status) -> Outcome<()> {
@@ -284,57 +262,57 @@ impl Nvrtc {
             return Ok(());
         }
         // SAFETY: the type stands in nvrtc.h; the string it returns is static.
-        Err(unsafe {
-            let text = self.function::<ErrorString>("nvrtcGetErrorString")?(status);
-            CStr::from_ptr(text).to_string_lossy().into_owned()
-        })
+        let text = unsafe {
+            let text = self.function::<unsafe extern "C" fn(Status) -> *const c_char>("nvrtcGetErrorString")?;
+            CStr::from_ptr(text(status))
+        };
+        Err(text.to_string_lossy().into())
     }
 
     fn compile(&self, job: &Job) -> Outcome<Vec<u8>> {
-        let source = fs::read_to_string(&job.source).map_err(|error| error.to_string())?;
-        let name = job.source.to_string_lossy().into_owned();
-        let options = OPTIONS.map(str::to_owned).into_iter().chain([format!("--gpu-architecture={}", job.arch)]);
-        let strings: Vec<CString> = [source, name]
-            .into_iter()
-            .chain(options)
-            .map(|text| CString::new(text).map_err(|error| error.to_string()))
-            .collect::<Outcome<_>>()?;
-        let pointers: Vec<*const c_char> = strings.iter().map(|text| text.as_ptr()).collect();
-        let [source, name, options @ ..] = pointers.as_slice() else { unreachable!("two and the options") };
+        let source = CString::new(fs::read(&job.source)?)?;
+        let name = CString::new(job.source.to_string_lossy().as_bytes())?;
+        let arch = format!("--gpu-architecture={}", job.arch);
+        let options = OPTIONS.into_iter().chain([&*arch]).map(CString::new).collect::<Result<Vec<_>, _>>()?;
+        let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
 
         let mut program: Program = ptr::null_mut();
-        // SAFETY: types as in nvrtc.h; the strings live in `strings` to the end of this function, and the program is
-        // alive from here to its destruction below.
+        // SAFETY: types as in nvrtc.h; the strings live to the end of this function, and the program is alive from here
+        // to its destruction below.
         unsafe {
+            type Create =
+                unsafe extern "C" fn(*mut Program, *const c_char, *const c_char, c_int, Strings, Strings) -> Status;
             let create = self.function::<Create>("nvrtcCreateProgram")?;
-            self.check(create(&mut program, *source, *name, 0, ptr::null(), ptr::null()))?;
+            self.check(create(&mut program, source.as_ptr(), name.as_ptr(), 0, ptr::null(), ptr::null()))?;
+            type Compile = unsafe extern "C" fn(Program, c_int, Strings) -> Status;
             let compile = self.function::<Compile>("nvrtcCompileProgram")?;
             let compiled = self.check(compile(program, options.len() as c_int, options.as_ptr()));
-            let log = self.output(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")?;
+            let log = self.output(program, "ProgramLog")?;
             let log = String::from_utf8_lossy(&log).trim_matches(['\0', '\n']).to_owned();
-            let image = compiled.map_err(|error| format!("{error}\n{log}")).and_then(|()| {
-                for line in log.lines() {
-                    println!("cargo:warning={line}");
-                }
-                match job.is_ptx() {
-                    true => self.output(program, "nvrtcGetPTXSize", "nvrtcGetPTX"),
-                    false => self.output(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN"),
-                }
-            });
+            let image = match compiled {
+                Ok(()) => self.output(program, if job.is_ptx { "PTX" } else { "CUBIN" }),
+                Err(error) => Err(format!("{error}\n{log}").into()),
+            };
+            if image.is_ok() {
+                log.lines().for_each(|line| println!("cargo:warning={line}"));
+            }
+            type Destroy = unsafe extern "C" fn(*mut Program) -> Status;
             self.check(self.function::<Destroy>("nvrtcDestroyProgram")?(&mut program))?;
             image
         }
     }
 
     /// # Safety
-    /// `program` is alive, and the names are of a size function and of the function that fills as many bytes.
-    unsafe fn output(&self, program: Program, size: &str, get: &str) -> Outcome<Vec<u8>> {
-        // SAFETY: both as in nvrtc.h by the contract of this function; the buffer has the size just asked for.
+    /// `program` is alive; nvrtc.h has `nvrtcGet..` and `nvrtcGet..Size` of what is asked for.
+    unsafe fn output(&self, program: Program, what: &str) -> Outcome<Vec<u8>> {
+        type Size = unsafe extern "C" fn(Program, *mut usize) -> Status;
+        type Get = unsafe extern "C" fn(Program, *mut c_char) -> Status;
+        let mut len = 0;
+        // SAFETY: as in nvrtc.h by the contract of this function; the buffer has the size just asked for.
         unsafe {
-            let mut len = 0;
-            self.check(self.function::<Size>(size)?(program, &mut len))?;
+            self.check(self.function::<Size>(&format!("nvrtcGet{what}Size"))?(program, &mut len))?;
             let mut bytes = vec![0u8; len];
-            self.check(self.function::<Get>(get)?(program, bytes.as_mut_ptr().cast()))?;
+            self.check(self.function::<Get>(&format!("nvrtcGet{what}"))?(program, bytes.as_mut_ptr().cast()))?;
             Ok(bytes)
         }
     }
