@@ -45,15 +45,9 @@ impl<'a, Call> Host<'a, Call> {
     }
 
     /// An input of `len` elements.
-    pub fn view(self, of: impl FnOnce(&'a Call) -> &'a Latent, len: usize) -> Option<View<'a>> {
-        let Latent { data, dtype, .. } = *of(self.0);
+    pub fn view(self, of: impl FnOnce(&'a Call) -> Latent, len: usize) -> Option<View<'a>> {
+        let Latent { data, dtype, .. } = of(self.0);
         (data != 0).then_some(View { address: data as usize, dtype, len, memory: PhantomData })
-    }
-
-    /// The same of an address whose dtype follows from something else.
-    pub fn view_at(self, address: impl FnOnce(&'a Call) -> u64, dtype: Dtype, len: usize) -> Option<View<'a>> {
-        let address = address(self.0) as usize;
-        (address != 0).then_some(View { address, dtype, len, memory: PhantomData })
     }
 
     /// An output of `len` elements.

@@ -6,6 +6,8 @@
 
 use std::f64::consts::TAU;
 
+use bytemuck::{Pod, Zeroable};
+
 use super::memory::Host;
 use super::schedule::Transition;
 use crate::call::{
@@ -14,7 +16,8 @@ use crate::call::{
 };
 
 /// Sums over a row's latents, of `u = x' - mu`, `e = mu - mu°` and `f = mu - mu_ref`.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
 pub struct Sums {
     /// sum u^2
     pub q: f64,
@@ -42,7 +45,7 @@ pub struct Problem<'a> {
     /// Outputs are float64; float32 otherwise.
     double: bool,
     has_kl: bool,
-    has_ref: bool,
+    pub has_ref: bool,
 }
 
 /// What one row becomes, by `Field`; the last four with a schedule alone.

@@ -7,35 +7,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::memory::{Element, Host, ViewMut};
 use super::objective::{Problem, Row, Sums};
-use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, narrow};
-use super::source::means::{Means, with_means};
-use super::source::step::{Coefficients as StepRow, Outputs, with_outputs};
-use super::source::{Block, Moments, Scratch, Source};
-use super::threads::for_each;
+use super::simd::{BLOCK, Buffer, Kernel, LANES, Real, Storage, dispatch, narrow};
+use super::source::step::StepRow;
+use super::source::{Moments, Source, with_source};
+use super::threads::{for_each, for_each_row, map};
 use crate::call::{
-    BATCH_LEN, Dtype, Field, Latent, Latents, POLICY_DIVISOR, PolicyLoss, PolicyLossBackward, PolicyLossForward, SUMS,
-    Stage, fields, numbers_len, row_sums_len,
+    BATCH_LEN, Dtype, Field, Latent, POLICY_DIVISOR, PolicyLoss, PolicyLossBackward, PolicyLossForward, SUMS, Stage,
+    fields, numbers_len, row_sums_len,
 };
-use crate::plan::{CHUNK, Plan, Stretch};
+use crate::plan::{Plan, Stretch};
 
 /// Where the gradients of the latents go: of `prev_sample_mean` or `model_output`, and of `uncond_output`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Gradients {
     pub output: Latent,
     pub uncond_output: Latent,
-}
-
-/// Runs `$body` with `$source` bound to the fastest source of these latents, if there are any to read. `$rows` are the
-/// steps' coefficients, where means are formed from model outputs.
-macro_rules! with_source {
-    ($latents:expr, $len:expr, $rows:expr, $source:ident => $body:expr) => {{
-        let latents: Host<'_, Latents> = $latents;
-        if latents.has_model_output() {
-            Outputs::new(latents, $len, $rows).map(|outputs| with_outputs!(outputs, $source => $body))
-        } else {
-            Means::new(latents, $len).map(|means| with_means!(means, $source => $body))
-        }
-    }};
 }
 
 /// The loss and the numbers, or with `Stage::SumsAlone` the rows' sums. `gradients_ahead`: where the gradients for a
@@ -57,9 +43,7 @@ fn forward_in<F: Real>(call: Host<'_, PolicyLossForward>, ahead: Option<Host<'_,
     if call.stage == Stage::SumsAlone {
         let mut out = output(|call| call.row_sums, Dtype::F64, sums_len);
         let (of_rows, numel) = out.slice_mut::<f64>().split_at_mut(SUMS * rows);
-        for (out, sums) in of_rows.chunks_exact_mut(SUMS).zip(sums_of::<F>(whole, &problem, plan, threads)) {
-            out.copy_from_slice(&[sums.q, sums.d, sums.cross, sums.f]);
-        }
+        of_rows.copy_from_slice(bytemuck::cast_slice(&sums_of::<F>(whole, &problem, plan, threads)));
         numel[0] = whole.numel as f64;
         return;
     }
@@ -67,18 +51,20 @@ fn forward_in<F: Real>(call: Host<'_, PolicyLossForward>, ahead: Option<Host<'_,
     let len = numbers_len(rows, problem.has_schedule()).expect("checked: the numbers fit into memory");
     let mut numbers = output(|call| call.numbers, F::DTYPE, len);
     if let Some(ahead) = ahead {
-        let targets = Targets::new(ahead, rows * plan.numel);
+        let targets: Targets<'_> = [
+            ahead.output(|ahead| ahead.output, rows * plan.numel),
+            ahead.output(|ahead| ahead.uncond_output, rows * plan.numel),
+        ];
         let divisor = whole.divisor().expect("checked: the divisor is known beforehand");
         let steps = step_rows(&problem);
-        with_source!(whole.part(|call| &call.latents), rows * plan.numel, &steps, source => {
+        with_source!(F, whole.part(|call| &call.latents), rows * plan.numel, &steps, source => {
             rows_with_gradient::<F, _>(&problem, &source, plan, divisor, &numbers, &targets, threads);
         });
     } else if call.stage == Stage::ObjectiveAlone {
-        let sums = call.view_at(|call| call.row_sums, Dtype::F64, sums_len).expect("checked: the sums are there");
+        let sums =
+            call.view(|call| Latent::new(call.row_sums, Dtype::F64), sums_len).expect("checked: the sums are there");
         let (of_rows, numel) = sums.slice::<f64>(0, sums_len).split_at(SUMS * rows);
-        let sums: Vec<Sums> =
-            of_rows.chunks_exact(SUMS).map(|row| Sums { q: row[0], d: row[1], cross: row[2], f: row[3] }).collect();
-        row_objective::<F>(&problem.with_numel(numel[0] as usize), &sums, &numbers, threads);
+        row_objective::<F>(&problem.with_numel(numel[0] as usize), bytemuck::cast_slice(of_rows), &numbers, threads);
     } else {
         row_objective::<F>(&problem, &sums_of::<F>(whole, &problem, plan, threads), &numbers, threads);
     }
@@ -101,15 +87,18 @@ fn forward_in<F: Real>(call: Host<'_, PolicyLossForward>, ahead: Option<Host<'_,
 }
 
 /// Empty without a schedule.
-fn step_rows(problem: &Problem<'_>) -> Vec<StepRow> {
-    (0..problem.rows).map_while(|row| problem.transition(row)).map(StepRow::from).collect()
+fn step_rows<F: Real>(problem: &Problem<'_>) -> Vec<StepRow<F>> {
+    let transitions = (0..problem.rows).map_while(|row| problem.transition(row));
+    transitions.map(|step| StepRow::new(step.a, step.b, step.std, step.guidance)).collect()
 }
 
-/// Empty without latents.
+/// Zeros without latents.
 fn sums_of<F: Real>(call: Host<'_, PolicyLoss>, problem: &Problem<'_>, plan: Plan, threads: usize) -> Vec<Sums> {
     let (rows, latents) = (step_rows(problem), call.part(|call| &call.latents));
-    with_source!(latents, plan.rows * plan.numel, &rows, source => row_sums::<F, _>(&source, plan, threads))
-        .unwrap_or_default()
+    with_source!(F, latents, plan.rows * plan.numel, &rows, source => {
+        row_sums::<F, _>(&source, plan, problem.has_ref, threads)
+    })
+    .unwrap_or_else(|| vec![Sums::default(); plan.rows])
 }
 
 /// The gradients of the latents and of `log_prob`, from what the forward left.
@@ -125,7 +114,7 @@ fn backward_in<F: Real>(call: Host<'_, PolicyLossBackward>, threads: usize) {
     let is_step = latents.has_model_output();
     let at_divisor = fields(is_step) * rows + POLICY_DIVISOR;
     let len = at_divisor - POLICY_DIVISOR + BATCH_LEN;
-    let numbers = call.view_at(|call| call.numbers, F::DTYPE, len).expect("checked: the numbers are there");
+    let numbers = call.view(|call| Latent::new(call.numbers, F::DTYPE), len).expect("checked: the numbers are there");
     let numbers = numbers.slice::<F>(0, len);
     let divisor = numbers[at_divisor].to_f64();
     let stored = |field, row| read_field(numbers, rows, field, row);
@@ -141,28 +130,28 @@ fn backward_in<F: Real>(call: Host<'_, PolicyLossBackward>, threads: usize) {
     }
     let plan = Plan::new(rows, call.numel as usize);
     let len = rows * plan.numel;
-    let targets = Targets {
-        output: call.output(|call| Latent { data: call.grad_output, ..*call.latents.output().1 }, len),
-        uncond_output: call.output(|call| Latent { data: call.grad_uncond_output, ..call.latents.uncond_output }, len),
-    };
-    if targets.output.is_none() && targets.uncond_output.is_none() {
+    let targets: Targets<'_> = [
+        call.output(|call| Latent { data: call.grad_output, ..*call.latents.output().1 }, len),
+        call.output(|call| Latent { data: call.grad_uncond_output, ..call.latents.uncond_output }, len),
+    ];
+    if targets.iter().all(Option::is_none) {
         return;
     }
     let coefficients = |row| Coefficients {
-        innovation: scaled(Field::CoefInnovation, row, divisor),
-        drift: scaled(Field::CoefDrift, row, divisor),
-        reference: scaled(Field::CoefRef, row, 1.0),
+        terms: [
+            scaled(Field::CoefInnovation, row, divisor),
+            scaled(Field::CoefDrift, row, divisor),
+            scaled(Field::CoefRef, row, 1.0),
+        ],
         guidance: if is_step { stored(Field::StepGuidance, row) } else { 1.0 },
     };
-    let steps: Vec<StepRow> = (0..if is_step { rows } else { 0 })
-        .map(|row| StepRow {
-            a: stored(Field::StepA, row),
-            b: stored(Field::StepB, row),
-            std: stored(Field::StepStd, row),
-            guidance: stored(Field::StepGuidance, row),
-        })
-        .collect();
-    with_source!(latents, len, &steps, source => gradient::<F, _>(&source, &coefficients, plan, &targets, threads));
+    let step = |row| {
+        let [a, b, std, guidance] =
+            [Field::StepA, Field::StepB, Field::StepStd, Field::StepGuidance].map(|field| stored(field, row));
+        StepRow::new(a, b, std, guidance)
+    };
+    let steps: Vec<_> = if is_step { (0..rows).map(step).collect() } else { Vec::new() };
+    with_source!(F, latents, len, &steps, source => gradient::<F, _>(&source, &coefficients, plan, &targets, threads));
 }
 
 /// Multiplies a gradient that was formed for a `grad_loss` of 1. False, where it must be formed again: half precision would
@@ -178,62 +167,52 @@ pub fn scale_in_place(gradient: Host<'_, Latent>, len: usize, factor: f64, threa
 fn scale_in<F: Real>(gradient: Host<'_, Latent>, len: usize, factor: f64, threads: usize) -> bool {
     let Some(out) = gradient.output(|gradient| *gradient, len) else { return false };
     let (plan, all_finite, factor) = (Plan::new(1, len), AtomicBool::new(factor.is_finite()), F::from_f64(factor));
-    for_each(
-        plan.tasks(),
-        threads,
-        || (),
-        |(), task| {
-            for Stretch { first, len, .. } in plan.stretches(task) {
-                // SAFETY: stretches do not overlap, and every task runs once.
-                let part = unsafe { out.part_mut::<F>(first, len) };
-                let mut finite = true;
-                for value in part {
-                    finite &= value.to_f64().is_finite();
-                    *value = *value * factor;
-                }
-                if !finite {
-                    all_finite.store(false, Ordering::Relaxed);
-                }
+    for_each(plan.tasks(), threads, <()>::default, |(), task| {
+        for Stretch { first, len, .. } in plan.stretches(task) {
+            // SAFETY: stretches do not overlap, and every task runs once.
+            let part = unsafe { out.part_mut::<F>(first, len) };
+            let mut finite = true;
+            for value in part {
+                finite &= value.to_f64().is_finite();
+                *value = *value * factor;
             }
-        },
-    );
+            if !finite {
+                all_finite.store(false, Ordering::Relaxed);
+            }
+        }
+    });
     all_finite.into_inner()
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------------
 
 /// Sums over every row's latents.
-fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, threads: usize) -> Vec<Sums> {
-    let mut partials = vec![Sums::default(); plan.partials()];
-    {
-        let partials = Disjoint::new(&mut partials);
-        for_each(plan.tasks(), threads, Scratch::<F>::default, |scratch, task| {
-            for stretch in plan.stretches(task) {
-                let sums = stretch_sums(source, stretch, scratch);
-                // SAFETY: every stretch has its own partial, and every task runs once.
-                unsafe { partials.write(stretch.partial, sums) };
-            }
-        });
-    }
-    if plan.chunks_per_row == 1 {
-        return partials;
-    }
-    partials.chunks(plan.chunks_per_row).map(|chunks| chunks.iter().fold(Sums::default(), Sums::plus)).collect()
+fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, has_ref: bool, threads: usize) -> Vec<Sums> {
+    let of_tasks = map(plan.tasks(), threads, S::Scratch::default, |scratch, task| {
+        let stretches = plan.stretches(task);
+        stretches.map(|stretch| stretch_sums(source, stretch, has_ref, scratch)).collect::<Vec<_>>()
+    });
+    of_tasks.concat().chunks(plan.chunks_per_row).map(total).collect()
 }
 
-fn stretch_sums<F: Real, S: Source<F>>(source: &S, stretch: Stretch, scratch: &mut Scratch<F>) -> Sums {
-    if source.has_reference() {
-        dispatch(SumKernel::<_, _, true> { source, stretch, scratch })
+/// Of a row, from its stretches.
+fn total(stretches: &[Sums]) -> Sums {
+    stretches.iter().fold(Sums::default(), Sums::plus)
+}
+
+fn stretch_sums<F: Real, S: Source<F>>(source: &S, stretch: Stretch, has_ref: bool, scratch: &mut S::Scratch) -> Sums {
+    if has_ref {
+        dispatch(SumKernel::<F, S, true> { source, stretch, scratch })
     } else {
-        dispatch(SumKernel::<_, _, false> { source, stretch, scratch })
+        dispatch(SumKernel::<F, S, false> { source, stretch, scratch })
     }
 }
 
 /// Without `REF` a quarter of the arithmetic is left out, which is what bfloat16 waits for; float32 waits for memory.
-struct SumKernel<'a, F, S, const REF: bool> {
+struct SumKernel<'a, F: Real, S: Source<F>, const REF: bool> {
     source: &'a S,
     stretch: Stretch,
-    scratch: &'a mut Scratch<F>,
+    scratch: &'a mut S::Scratch,
 }
 
 impl<F: Real, S: Source<F>, const REF: bool> Kernel for SumKernel<'_, F, S, REF> {
@@ -243,77 +222,55 @@ impl<F: Real, S: Source<F>, const REF: bool> Kernel for SumKernel<'_, F, S, REF>
     fn run<const FMA: bool>(self) -> Sums {
         let SumKernel { source, stretch, scratch } = self;
         // Lane by lane to the end: adding up 32 lanes in every block would cost a fifth of the time.
-        let mut total = LaneSums::<f64>::default();
+        let mut total = [[0.0; LANES]; SUMS];
         for part in stretch.parts(BLOCK) {
             let block = source.block(part, scratch);
-            let mut sums = LaneSums::<F>::default();
+            let mut sums = [[F::default(); LANES]; SUMS];
             // The tail stands apart: a call inside the loop would push the sums out of their registers, every time.
-            let full = block.elements() / LANES * LANES;
+            let full = part.len / LANES * LANES;
             for at in (0..full).step_by(LANES) {
-                sums = sums.plus::<FMA, REF>(block.moments::<FMA>(at));
+                sums = plus::<F, FMA, REF>(sums, S::moments::<FMA, false>(&block, at));
             }
-            if full < block.elements() {
-                sums = sums.plus::<FMA, REF>(block.tail::<FMA>(full));
+            if full < part.len {
+                sums = plus::<F, FMA, REF>(sums, S::moments::<FMA, true>(&block, full));
             }
-            for lane in 0..LANES {
-                total.q[lane] += sums.q[lane].to_f64();
-                total.d[lane] += sums.d[lane].to_f64();
-                total.cross[lane] += sums.cross[lane].to_f64();
-                total.f[lane] += sums.f[lane].to_f64();
+            for (total, sums) in total.iter_mut().zip(&sums) {
+                for lane in 0..LANES {
+                    total[lane] += sums[lane].to_f64();
+                }
             }
         }
-        Sums {
-            q: total.q.iter().sum(),
-            d: total.d.iter().sum(),
-            cross: total.cross.iter().sum(),
-            f: total.f.iter().sum(),
-        }
+        let [q, d, cross, f] = &total;
+        Sums { q: q.iter().sum(), d: d.iter().sum(), cross: cross.iter().sum(), f: f.iter().sum() }
     }
 }
 
-/// Running sums, one per lane.
-#[derive(Clone, Copy, Default)]
-struct LaneSums<F> {
-    q: [F; LANES],
-    d: [F; LANES],
-    cross: [F; LANES],
-    f: [F; LANES],
-}
-
-impl<F: Real> LaneSums<F> {
-    /// By value: through a reference every sum would be stored to memory in every round.
-    #[inline(always)]
-    fn plus<const FMA: bool, const REF: bool>(mut self, moments: Moments<F>) -> Self {
-        let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
-        for lane in 0..LANES {
-            self.q[lane] = u[lane].mul_add::<FMA>(u[lane], self.q[lane]);
-            self.d[lane] = e[lane].mul_add::<FMA>(e[lane], self.d[lane]);
-            self.cross[lane] = e[lane].mul_add::<FMA>(u[lane], self.cross[lane]);
-            if REF {
-                self.f[lane] = r[lane].mul_add::<FMA>(r[lane], self.f[lane]);
-            }
+/// Adds to running sums, one per lane and field of `Sums`. By value: through a reference every sum would be stored to
+/// memory in every round.
+#[inline(always)]
+fn plus<F: Real, const FMA: bool, const REF: bool>(
+    [mut q, mut d, mut cross, mut f]: [[F; LANES]; SUMS],
+    moments: Moments<F>,
+) -> [[F; LANES]; SUMS] {
+    let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
+    for lane in 0..LANES {
+        q[lane] = u[lane].mul_add::<FMA>(u[lane], q[lane]);
+        d[lane] = e[lane].mul_add::<FMA>(e[lane], d[lane]);
+        cross[lane] = e[lane].mul_add::<FMA>(u[lane], cross[lane]);
+        if REF {
+            f[lane] = r[lane].mul_add::<FMA>(r[lane], f[lane]);
         }
-        self
     }
+    [q, d, cross, f]
 }
 
 /// Every row's numbers into `rows`, laid out `[FIELDS, rows]`.
 fn row_objective<F: Real>(problem: &Problem<'_>, sums: &[Sums], rows: &ViewMut<'_>, threads: usize) {
     let guard = problem.guard_scale();
-    // ~50 ns a row: worth a thread from thousands of rows on.
-    let per_task = CHUNK / 16;
-    for_each(
-        problem.rows.div_ceil(per_task),
-        threads,
-        || (),
-        |(), task| {
-            for row in task * per_task..problem.rows.min((task + 1) * per_task) {
-                let sums = sums.get(row).copied().unwrap_or_default();
-                // SAFETY: tasks own disjoint rows.
-                unsafe { write_row::<F>(problem, problem.row(row, sums, guard), row, rows) };
-            }
-        },
-    );
+    for_each_row(problem.rows, threads, |row| {
+        // SAFETY: every row is done once.
+        unsafe { write_row::<F>(problem, problem.row(row, sums[row], guard), row, rows) };
+    });
 }
 
 /// # Safety
@@ -337,22 +294,20 @@ fn rows_with_gradient<F: Real, S: Source<F>>(
     threads: usize,
 ) {
     let guard = problem.guard_scale();
-    for_each(plan.row_tasks(), threads, <(Scratch<F>, Output<S::Gradient>)>::default, |(scratch, output), task| {
+    for_each(plan.row_tasks(), threads, Buffers::<F, S>::default, |buffers, task| {
         for row in plan.rows_of(task) {
             let sums = plan
                 .stretches_of(row)
-                .fold(Sums::default(), |total, stretch| total.plus(&stretch_sums(source, stretch, scratch)));
+                .map(|stretch| stretch_sums(source, stretch, problem.has_ref, &mut buffers.0))
+                .fold(Sums::default(), |total, sums| total.plus(&sums));
             let row_numbers = problem.row(row, sums, guard);
             // SAFETY: tasks own disjoint rows.
             unsafe { write_row::<F>(problem, row_numbers, row, numbers) };
             let stored = |field: Field| F::from_f64(row_numbers[field as usize]).to_f64();
-            let coefficients = Coefficients {
-                innovation: stored(Field::CoefInnovation) / divisor,
-                drift: stored(Field::CoefDrift) / divisor,
-                reference: stored(Field::CoefRef),
-                guidance: if problem.has_schedule() { stored(Field::StepGuidance) } else { 1.0 },
-            };
-            row_gradient(source, plan.stretches_of(row), coefficients, scratch, output, targets);
+            let terms =
+                [stored(Field::CoefInnovation) / divisor, stored(Field::CoefDrift) / divisor, stored(Field::CoefRef)];
+            let guidance = if problem.has_schedule() { stored(Field::StepGuidance) } else { 1.0 };
+            row_gradient(source, plan.stretches_of(row), Coefficients { terms, guidance }, buffers, targets);
         }
     });
 }
@@ -360,46 +315,17 @@ fn rows_with_gradient<F: Real, S: Source<F>>(
 /// What the backward multiplies the differences of one row with.
 #[derive(Clone, Copy, Debug)]
 struct Coefficients {
-    innovation: f64,
-    drift: f64,
-    reference: f64,
+    /// Of `x' - mu`, `mu - mu°` and `mu - mu_ref`.
+    terms: [f64; 3],
     /// What the output's gradient is multiplied with; the unconditional output's with 1 less this.
     guidance: f64,
 }
 
-impl Coefficients {
-    fn times(self, factor: f64) -> Self {
-        // A coefficient of 0 stays 0, whatever it is multiplied with.
-        let scaled = |coefficient: f64| if coefficient == 0.0 { 0.0 } else { coefficient * factor };
-        Coefficients {
-            innovation: scaled(self.innovation),
-            drift: scaled(self.drift),
-            reference: scaled(self.reference),
-            ..self
-        }
-    }
-}
+/// The gradients of the output and of the unconditional output, each in the dtype of what it belongs to; `[rows, numel]`.
+type Targets<'a> = [Option<ViewMut<'a>>; 2];
 
-/// Where gradients go, each in the dtype of what it belongs to; `[rows, numel]`.
-struct Targets<'a> {
-    output: Option<ViewMut<'a>>,
-    uncond_output: Option<ViewMut<'a>>,
-}
-
-impl<'a> Targets<'a> {
-    fn new(gradients: Host<'a, Gradients>, len: usize) -> Self {
-        Targets {
-            output: gradients.output(|gradients| gradients.output, len),
-            uncond_output: gradients.output(|gradients| gradients.uncond_output, len),
-        }
-    }
-
-    /// With the factors of a row.
-    fn of_row(&self, guidance: f64) -> impl Iterator<Item = (&ViewMut<'_>, f64)> {
-        let pair = [(&self.output, guidance), (&self.uncond_output, 1.0 - guidance)];
-        pair.into_iter().filter_map(|(view, factor)| Some((view.as_ref()?, factor)))
-    }
-}
+/// Of one thread: the source's, and one for a part of the gradient that is wanted in another dtype than it is formed in.
+type Buffers<F, S> = (<S as Source<F>>::Scratch, Buffer<<S as Source<F>>::Gradient>);
 
 /// `gradient = innovation (x' - mu) + drift (mu - mu°) + reference (mu - mu_ref)`, row by row.
 ///
@@ -412,9 +338,9 @@ fn gradient<F: Real, S: Source<F>>(
     targets: &Targets<'_>,
     threads: usize,
 ) {
-    for_each(plan.tasks(), threads, <(Scratch<F>, Output<S::Gradient>)>::default, |(scratch, output), task| {
+    for_each(plan.tasks(), threads, Buffers::<F, S>::default, |buffers, task| {
         for stretch in plan.stretches(task) {
-            row_gradient(source, [stretch], coefficients(stretch.row), scratch, output, targets);
+            row_gradient(source, [stretch], coefficients(stretch.row), buffers, targets);
         }
     });
 }
@@ -424,36 +350,23 @@ fn row_gradient<F: Real, S: Source<F>>(
     source: &S,
     stretches: impl IntoIterator<Item = Stretch>,
     coefficients: Coefficients,
-    scratch: &mut Scratch<F>,
-    output: &mut Output<S::Gradient>,
+    buffers: &mut Buffers<F, S>,
     targets: &Targets<'_>,
 ) {
-    let Coefficients { innovation, drift, reference, guidance } = coefficients;
+    let Coefficients { terms: [innovation, drift, reference], guidance } = coefficients;
     let source = &source.only(innovation != 0.0, drift != 0.0, reference != 0.0);
     for stretch in stretches {
-        for (out, factor) in targets.of_row(guidance) {
-            let (coefficients, scratch, output) = (coefficients.times(factor), &mut *scratch, &mut *output);
+        for (out, factor) in targets.iter().zip([guidance, 1.0 - guidance]) {
+            let Some(out) = out else { continue };
+            // A coefficient of 0 stays 0, whatever it is multiplied with.
+            let coefficients = coefficients.terms.map(|term| if term == 0.0 { 0.0 } else { term * factor });
+            let buffers = &mut *buffers;
             if drift == 0.0 && reference == 0.0 {
-                dispatch(GradientKernel::<_, _, false> { source, stretch, coefficients, scratch, output, out });
+                dispatch(GradientKernel::<F, S, false> { source, stretch, coefficients, buffers, out });
             } else {
-                dispatch(GradientKernel::<_, _, true> { source, stretch, coefficients, scratch, output, out });
+                dispatch(GradientKernel::<F, S, true> { source, stretch, coefficients, buffers, out });
             }
         }
-    }
-}
-
-/// One block of gradient before it is converted to the dtype that it is wanted in.
-#[derive(Default)]
-struct Output<T>(Vec<T>);
-
-impl<T: Storage> Output<T> {
-    /// Made when it is first used: most gradients are written where they go.
-    #[inline(always)]
-    fn buffer(&mut self) -> &mut [T] {
-        if self.0.is_empty() {
-            self.0.resize(BLOCK, T::default());
-        }
-        &mut self.0
     }
 }
 
@@ -461,9 +374,8 @@ impl<T: Storage> Output<T> {
 struct GradientKernel<'a, F: Real, S: Source<F>, const ALL: bool> {
     source: &'a S,
     stretch: Stretch,
-    coefficients: Coefficients,
-    scratch: &'a mut Scratch<F>,
-    output: &'a mut Output<S::Gradient>,
+    coefficients: [f64; 3],
+    buffers: &'a mut Buffers<F, S>,
     out: &'a ViewMut<'a>,
 }
 
@@ -472,7 +384,8 @@ impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S,
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Coefficients { innovation, drift, reference, .. } = self.coefficients;
+        let [innovation, drift, reference] = self.coefficients;
+        let (scratch, buffer) = self.buffers;
         let blocked = innovation == 0.0 && drift == 0.0 && reference == 0.0;
         let factors = [F::from_f64(innovation), F::from_f64(drift), F::from_f64(reference)];
         let direct = self.out.dtype() == S::Gradient::DTYPE;
@@ -482,24 +395,27 @@ impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S,
                 // SAFETY: stretches do not overlap, and every task runs once.
                 unsafe { self.out.part_mut(first, len) }
             } else {
-                &mut self.output.buffer()[..len]
+                buffer.first(len)
             };
             if blocked {
                 target.fill(S::Gradient::default());
             } else {
-                let block = self.source.block(part, self.scratch);
+                let block = self.source.block(part, scratch);
                 let full = len / LANES * LANES;
                 for at in (0..full).step_by(LANES) {
-                    combine::<F, _, FMA, ALL>(factors, block.moments::<FMA>(at), &mut target[at..at + LANES]);
+                    combine::<F, _, FMA, ALL>(
+                        factors,
+                        S::moments::<FMA, false>(&block, at),
+                        &mut target[at..at + LANES],
+                    );
                 }
                 if full < len {
-                    combine::<F, _, FMA, ALL>(factors, block.tail::<FMA>(full), &mut target[full..]);
+                    combine::<F, _, FMA, ALL>(factors, S::moments::<FMA, true>(&block, full), &mut target[full..]);
                 }
             }
             if !direct {
-                let values = &self.output.buffer()[..len];
                 // SAFETY: stretches do not overlap, and every task runs once.
-                unsafe { narrow(values, self.out, first) };
+                unsafe { narrow(buffer.first(len), self.out, first) };
             }
         }
     }
@@ -516,26 +432,6 @@ fn combine<F: Real, T: Storage, const FMA: bool, const ALL: bool>(
         let gradient =
             if ALL { a.mul_add::<FMA>(u[lane], b.mul_add::<FMA>(e[lane], c * r[lane])) } else { a * u[lane] };
         *target = T::store(gradient);
-    }
-}
-
-/// A slice whose elements different threads write, each its own.
-struct Disjoint<T>(*mut T, usize);
-
-// SAFETY: only `write` touches the elements, and its contract keeps threads apart.
-unsafe impl<T: Send> Sync for Disjoint<T> {}
-
-impl<T> Disjoint<T> {
-    fn new(slice: &mut [T]) -> Self {
-        Disjoint(slice.as_mut_ptr(), slice.len())
-    }
-
-    /// # Safety
-    /// No two threads write the same index, and the slice outlives this value.
-    unsafe fn write(&self, index: usize, value: T) {
-        assert!(index < self.1);
-        // SAFETY: in range by the assertion, exclusive by the contract.
-        unsafe { *self.0.add(index) = value }
     }
 }
 

@@ -26,9 +26,7 @@ impl Transition {
     pub fn is_deterministic(&self) -> bool {
         self.std == 0.0
     }
-}
 
-impl Transition {
     /// Of one row, rounded to the arithmetic type: float64 where `double`, else float32.
     pub fn new(schedule: Host<'_, Schedule>, sampler: Sampler, row: usize, double: bool) -> Transition {
         let round = |value: f64| if double { value } else { f64::from(value as f32) };

@@ -5,25 +5,79 @@
 //! then float64 in a fixed order, so that the bits depend on neither thread count nor schedule.
 
 use std::f64::consts::TAU;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::memory::{Host, View, ViewMut};
 use super::schedule::Transition;
-use super::simd::{BLOCK, Kernel, LANES, Real, Storage, dispatch, store_scaled, widen, with_part};
-use super::source::step::{guided, mean};
-use super::source::{self, lanes, padded};
-use super::threads::for_each;
+use super::simd::{BLOCK, Buffer, Kernel, LANES, Real, Storage, dispatch, store_scaled, with_type};
+use super::source::elements_if;
+use super::source::step::{StepRow, velocity_and_mean};
+use super::threads::{for_each, for_each_row, map};
 use crate::call::{
     Dtype, Latent, SDE_STEP_NUMBERS, Sampler, SdeStep, SdeStepBackward, SdeStepForward, SdeStepLatents, SdeStepNumber,
 };
 use crate::plan::{Plan, Stretch};
 
-type Scratch<F> = source::Scratch<F, 3>;
+const THERE: &str = "checked: what every call has is there";
+
+type Scratch<F> = [Buffer<F>; 3];
+
+pub fn forward(call: Host<'_, SdeStepForward>, threads: usize) {
+    match call.call.dtype() {
+        Dtype::F64 => forward_in::<f64>(call, threads),
+        _ => forward_in::<f32>(call, threads),
+    }
+}
+
+fn forward_in<F: Real>(forward: Host<'_, SdeStepForward>, threads: usize) {
+    let (rows, call) = (forward.call.rows as usize, forward.part(|forward| &forward.call));
+    let plan = Plan::new(rows, call.numel as usize);
+    let step = &Step::new::<F>(forward);
+    let transition = |row| Transition::new(call.part(|call| &call.schedule), call.sampler, row, F::DTYPE == Dtype::F64);
+    let of_tasks = map(plan.tasks(), threads, Scratch::<F>::default, |scratch, task| {
+        let of_stretch =
+            |stretch: Stretch| dispatch(StepKernel { step, transition: transition(stretch.row), stretch, scratch });
+        plan.stretches(task).map(of_stretch).collect::<Vec<_>>()
+    });
+    let squares = of_tasks.concat();
+
+    let output = |address: fn(&SdeStepForward) -> u64, len| {
+        forward.output(|forward| Latent::new(address(forward), F::DTYPE), len).expect(THERE)
+    };
+    let (log_probs, stds) = (output(|forward| forward.log_prob, rows), output(|forward| forward.std, rows));
+    let numbers = output(|forward| forward.numbers, SDE_STEP_NUMBERS * rows);
+    for_each_row(rows, threads, |row| {
+        let q = squares[row * plan.chunks_per_row..][..plan.chunks_per_row].iter().sum();
+        let step = transition(row);
+        let (log_prob, coefficient) = log_prob(&call, step, q);
+        let at = |number: SdeStepNumber| number as usize * rows + row;
+        for (out, at, number) in [
+            (&log_probs, row, log_prob),
+            (&stds, row, step.std),
+            (&numbers, at(SdeStepNumber::LogProb), coefficient),
+            (&numbers, at(SdeStepNumber::Velocity), step.b),
+            (&numbers, at(SdeStepNumber::Guidance), step.guidance),
+        ] {
+            // SAFETY: every row is done once, and each number of it is an element of its own.
+            unsafe { out.part_mut::<F>(at, 1)[0] = F::from_f64(number) };
+        }
+    });
+}
+
+/// A row's log-prob, and the factor in `d log_prob / d mu = factor (x' - mu)`. `q` is the sum of `(x' - mu)^2`.
+fn log_prob(call: &SdeStep, step: Transition, q: f64) -> (f64, f64) {
+    let (n, variance) = (call.numel as f64, step.std * step.std);
+    if call.sampler == Sampler::Cps {
+        (-q / n, 2.0 / n)
+    } else if step.is_deterministic() {
+        (0.0, 0.0)
+    } else {
+        let constant = if call.log_prob_normalizer != 0 { step.std.ln() + 0.5 * TAU.ln() } else { 0.0 };
+        (-q / (n * 2.0 * variance) - constant, 1.0 / (n * variance))
+    }
+}
 
 /// A call's latents, `[rows, numel]` each.
 struct Step<'a> {
-    call: Host<'a, SdeStep>,
-    double: bool,
     model_output: View<'a>,
     uncond_output: Option<View<'a>>,
     sample: View<'a>,
@@ -33,96 +87,23 @@ struct Step<'a> {
     stored: Option<ViewMut<'a>>,
     mean: ViewMut<'a>,
     residual: Option<ViewMut<'a>>,
-    log_prob: ViewMut<'a>,
-    std: ViewMut<'a>,
-    numbers: ViewMut<'a>,
 }
 
 impl<'a> Step<'a> {
-    fn new(forward: Host<'a, SdeStepForward>) -> Self {
-        let call = forward.part(|forward| &forward.call);
-        let (latents, dtype, rows) = (call.part(|call| &call.latents), call.dtype(), call.rows as usize);
-        let len = rows * call.numel as usize;
-        let input = |of: fn(&SdeStepLatents) -> &Latent| latents.view(of, len);
-        let output = |address: fn(&SdeStepForward) -> u64, dtype, len| {
-            forward.output(|forward| Latent::new(address(forward), dtype), len)
-        };
-        const THERE: &str = "checked: what every call has is there";
+    fn new<F: Real>(forward: Host<'a, SdeStepForward>) -> Self {
+        let latents = forward.part(|forward| &forward.call.latents);
+        let len = forward.call.rows as usize * forward.call.numel as usize;
+        let input = |of: fn(&SdeStepLatents) -> Latent| latents.view(of, len);
         Step {
-            call,
-            double: dtype == Dtype::F64,
-            model_output: input(|latents| &latents.model_output).expect(THERE),
-            uncond_output: input(|latents| &latents.uncond_output),
-            sample: input(|latents| &latents.sample).expect(THERE),
-            next: input(|latents| latents.next()).expect(THERE),
+            model_output: input(|latents| latents.model_output).expect(THERE),
+            uncond_output: input(|latents| latents.uncond_output),
+            sample: input(|latents| latents.sample).expect(THERE),
+            next: input(|latents| *latents.next()).expect(THERE),
             draws: latents.noise.is_present(),
-            stored: output(|forward| forward.stored, latents.sample.dtype, len),
-            mean: output(|forward| forward.prev_sample_mean, dtype, len).expect(THERE),
+            stored: forward.output(|forward| Latent::new(forward.stored, latents.sample.dtype), len),
+            mean: forward.output(|forward| Latent::new(forward.prev_sample_mean, F::DTYPE), len).expect(THERE),
             residual: forward.output(|forward| forward.residual, len),
-            log_prob: output(|forward| forward.log_prob, dtype, rows).expect(THERE),
-            std: output(|forward| forward.std, dtype, rows).expect(THERE),
-            numbers: output(|forward| forward.numbers, dtype, SDE_STEP_NUMBERS * rows).expect(THERE),
         }
-    }
-
-    fn transition(&self, row: usize) -> Transition {
-        Transition::new(self.call.part(|call| &call.schedule), self.call.sampler, row, self.double)
-    }
-
-    /// Writes what becomes of a row. `q`: sum of `(x' - mu)^2`.
-    ///
-    /// # Safety
-    /// No other thread writes this row.
-    unsafe fn write_row<F: Real>(&self, row: usize, q: f64) {
-        let step = self.transition(row);
-        let (n, std) = (self.call.numel as f64, step.std);
-        let (log_prob, coefficient) = if self.call.sampler == Sampler::Cps {
-            (-q / n, 2.0 / n)
-        } else if step.is_deterministic() {
-            (0.0, 0.0)
-        } else {
-            let constant = if self.call.log_prob_normalizer != 0 { std.ln() + 0.5 * TAU.ln() } else { 0.0 };
-            (-q / (n * 2.0 * (std * std)) - constant, 1.0 / (n * (std * std)))
-        };
-        let at = |number: SdeStepNumber| number as usize * self.call.rows as usize + row;
-        for (out, at, number) in [
-            (&self.log_prob, row, log_prob),
-            (&self.std, row, std),
-            (&self.numbers, at(SdeStepNumber::LogProb), coefficient),
-            (&self.numbers, at(SdeStepNumber::Velocity), step.b),
-            (&self.numbers, at(SdeStepNumber::Guidance), step.guidance),
-        ] {
-            // SAFETY: no other thread writes this row, and each number of it is an element of its own.
-            unsafe { out.part_mut::<F>(at, 1)[0] = F::from_f64(number) };
-        }
-    }
-}
-
-pub fn forward(call: Host<'_, SdeStepForward>, threads: usize) {
-    let step = &Step::new(call);
-    if step.double { forward_in::<f64>(step, threads) } else { forward_in::<f32>(step, threads) }
-}
-
-fn forward_in<F: Real>(step: &Step<'_>, threads: usize) {
-    let plan = Plan::new(step.call.rows as usize, step.call.numel as usize);
-    // Of rows in several stretches, the sum of each: the bits of a float64.
-    let split = plan.chunks_per_row > 1;
-    let partials: Vec<AtomicU64> = (0..if split { plan.partials() } else { 0 }).map(|_| AtomicU64::new(0)).collect();
-    for_each(plan.tasks(), threads, Scratch::<F>::default, |scratch, task| {
-        for stretch in plan.stretches(task) {
-            let transition = step.transition(stretch.row);
-            let q = dispatch(StepKernel { step, transition, stretch, scratch });
-            match partials.get(stretch.partial) {
-                Some(partial) => partial.store(q.to_bits(), Ordering::Relaxed),
-                // SAFETY: every row is one stretch, and every task runs once.
-                None => unsafe { step.write_row::<F>(stretch.row, q) },
-            }
-        }
-    });
-    for (row, chunks) in partials.chunks(plan.chunks_per_row).enumerate() {
-        let q = chunks.iter().map(|partial| f64::from_bits(partial.load(Ordering::Relaxed))).sum();
-        // SAFETY: all threads are done.
-        unsafe { step.write_row::<F>(row, q) };
     }
 }
 
@@ -140,22 +121,41 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
     #[inline(always)]
     fn run<const FMA: bool>(self) -> f64 {
         let StepKernel { step, transition, stretch, scratch } = self;
+        let Transition { a, b, std, guidance, .. } = transition;
+        let row = StepRow::new(a, b, std, guidance);
         let mut total = [0.0; LANES];
-        for offset in (0..stretch.len).step_by(BLOCK) {
-            let (first, len) = (stretch.first + offset, BLOCK.min(stretch.len - offset));
+        for part in stretch.parts(BLOCK) {
+            let Stretch { first, len, .. } = part;
             // SAFETY: stretches do not overlap, and every task runs once.
             let mean = unsafe { step.mean.part_mut::<F>(first, len) };
-            mean_of_block::<F, FMA>(step, transition, first, mean, scratch);
-            let [b0, b1, _] = scratch.buffers();
-            let next = next_of_block::<F, FMA>(step, transition, first, mean, b0, b1);
+            mean_of_block::<F, FMA>(step, row, part, mean, scratch);
+
+            let [b0, b1, _] = &mut *scratch;
+            let next = if let Some(out) = &step.stored {
+                let (next, given) = (b0.first(len), F::elements(step.next, part, b1));
+                if step.draws {
+                    for at in 0..len {
+                        next[at] = F::from_f64(std).mul_add::<FMA>(given[at], mean[at]);
+                    }
+                } else {
+                    next.copy_from_slice(given);
+                }
+                // SAFETY: stretches do not overlap, and every task runs once.
+                unsafe { store_and_round(next, out, first) };
+                next
+            } else {
+                F::elements(step.next, part, b0)
+            };
+
             let sums = squares::<F, FMA>(mean, next);
             for lane in 0..LANES {
                 total[lane] += sums[lane].to_f64();
             }
+
             if let Some(out) = &step.residual {
-                let innovation = &mut b1[..len];
+                let innovation = b1.first(len);
                 // 0 times an overflow of the stored latent would be NaN.
-                let per_std = if transition.is_deterministic() { 0.0 } else { 1.0 / transition.std };
+                let per_std = if transition.is_deterministic() { 0.0 } else { 1.0 / std };
                 for at in 0..len {
                     innovation[at] = if per_std == 0.0 { F::default() } else { next[at] - mean[at] };
                 }
@@ -167,72 +167,28 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
     }
 }
 
-/// `mu = a x + b v`, by the functions that form the means of `step_loss`: a mean that is recorded here and given back as
+/// `mu = a x + b v`, by the function that forms the means of `step_loss`: a mean that is recorded here and given back as
 /// the old policy's gives a drift of exactly 0.
 #[inline(always)]
 fn mean_of_block<F: Real, const FMA: bool>(
     step: &Step<'_>,
-    transition: Transition,
-    first: usize,
+    row: StepRow<F>,
+    part: Stretch,
     out: &mut [F],
-    scratch: &mut Scratch<F>,
+    [b0, b1, b2]: &mut Scratch<F>,
 ) {
-    let (len, [b0, b1, b2]) = (out.len(), scratch.buffers());
-    let [a, b, guidance] = [F::from_f64(transition.a), F::from_f64(transition.b), F::from_f64(transition.guidance)];
-    let output = widen(step.model_output, first, len, b0);
-    let sample = widen(step.sample, first, len, b1);
-    let uncond = match step.uncond_output {
-        Some(uncond) => Some(widen(uncond, first, len, b2)),
-        None => None,
-    };
-    let full = len / LANES * LANES;
+    let output = F::elements(step.model_output, part, b0);
+    let uncond = elements_if(step.uncond_output, part, b1);
+    let sample = F::elements(step.sample, part, b2);
+    let full = part.len / LANES * LANES;
     for at in (0..full).step_by(LANES) {
-        let mut velocity = lanes::<F, F, FMA>(output, at);
-        if let Some(uncond) = uncond {
-            velocity = guided::<F, FMA>(velocity, lanes::<F, F, FMA>(uncond, at), guidance);
-        }
-        out[at..at + LANES].copy_from_slice(&mean::<F, FMA>(a, b, velocity, lanes::<F, F, FMA>(sample, at)));
+        let (_, mean) = velocity_and_mean::<F, F, F, FMA, false>(output, uncond, sample, row, at);
+        out[at..at + LANES].copy_from_slice(&mean);
     }
-    if full < len {
-        let mut velocity = padded(output, full);
-        if let Some(uncond) = uncond {
-            velocity = guided::<F, FMA>(velocity, padded(uncond, full), guidance);
-        }
-        out[full..].copy_from_slice(&mean::<F, FMA>(a, b, velocity, padded(sample, full))[..len - full]);
+    if full < part.len {
+        let (_, mean) = velocity_and_mean::<F, F, F, FMA, true>(output, uncond, sample, row, full);
+        out[full..].copy_from_slice(&mean[..part.len - full]);
     }
-}
-
-/// The next latent, as it is stored. `noise` is a buffer.
-#[inline(always)]
-fn next_of_block<'a, F: Real, const FMA: bool>(
-    step: &'a Step<'_>,
-    transition: Transition,
-    first: usize,
-    mean: &[F],
-    next: &'a mut [F; BLOCK],
-    noise: &mut [F; BLOCK],
-) -> &'a [F] {
-    let len = mean.len();
-    let Some(out) = &step.stored else { return widen(step.next, first, len, next) };
-    if !step.draws {
-        let next = &mut next[..len];
-        next.copy_from_slice(widen(step.next, first, len, noise));
-        // SAFETY: stretches do not overlap, and every task runs once.
-        unsafe { store_and_round(next, out, first) };
-        return next;
-    }
-    let (std, noise) = (F::from_f64(transition.std), widen(step.next, first, len, noise));
-    let direct = out.dtype() == F::DTYPE;
-    // SAFETY: stretches do not overlap, and every task runs once.
-    let next = if direct { unsafe { out.part_mut::<F>(first, len) } } else { &mut next[..len] };
-    for at in 0..len {
-        next[at] = std.mul_add::<FMA>(noise[at], mean[at]);
-    }
-    if !direct {
-        // SAFETY: stretches do not overlap, and every task runs once.
-        unsafe { store_and_round(next, out, first) };
-    }
-    next
 }
 
 /// Sums of `(x' - mu)^2`, one per lane.
@@ -253,81 +209,39 @@ fn squares<F: Real, const FMA: bool>(mean: &[F], next: &[F]) -> [F; LANES] {
     sums
 }
 
+/// The gradients of the model outputs, from those of the forward's log-prob and mean together.
 pub fn backward(call: Host<'_, SdeStepBackward>, threads: usize) {
-    let gradient = &Gradient::new(call);
     match call.dtype {
-        Dtype::F64 => backward_in::<f64>(gradient, threads),
-        _ => backward_in::<f32>(gradient, threads),
+        Dtype::F64 => backward_in::<f64>(call, threads),
+        _ => backward_in::<f32>(call, threads),
     }
 }
 
-/// What the backward reads and writes; the gradients are those of the forward's log-prob and mean together.
-struct Gradient<'a> {
-    rows: usize,
-    numel: usize,
-    /// `[rows]`
-    grad_log_prob: Option<View<'a>>,
-    /// `[rows, numel]`
-    grad_mean: Option<View<'a>>,
-    next: View<'a>,
-    mean: View<'a>,
-    numbers: View<'a>,
-    output: Option<ViewMut<'a>>,
-    uncond_output: Option<ViewMut<'a>>,
-}
-
-impl<'a> Gradient<'a> {
-    fn new(call: Host<'a, SdeStepBackward>) -> Self {
-        let (rows, numel, dtype) = (call.rows as usize, call.numel as usize, call.dtype);
-        let saved = |address: fn(&SdeStepBackward) -> u64, len| call.view_at(address, dtype, len);
-        const THERE: &str = "checked: what the forward left is there";
-        Gradient {
-            rows,
-            numel,
-            grad_log_prob: saved(|call| call.grad_log_prob, rows),
-            grad_mean: saved(|call| call.grad_prev_sample_mean, rows * numel),
-            next: call.view(|call| &call.prev_sample, rows * numel).expect(THERE),
-            mean: saved(|call| call.prev_sample_mean, rows * numel).expect(THERE),
-            numbers: saved(|call| call.numbers, SDE_STEP_NUMBERS * rows).expect(THERE),
-            output: call.output(|call| call.grad_model_output, rows * numel),
-            uncond_output: call.output(|call| call.grad_uncond_output, rows * numel),
-        }
-    }
-
-    fn factors<F: Real>(&self, row: usize) -> Factors {
-        let number = |of: SdeStepNumber| self.numbers.slice::<F>(of as usize * self.rows + row, 1)[0].to_f64();
-        let (b, guidance) = (number(SdeStepNumber::Velocity), number(SdeStepNumber::Guidance));
-        // Looked at first: a coefficient of 0 stays 0, whatever it is multiplied with.
-        let log_prob = match (self.grad_log_prob, number(SdeStepNumber::LogProb)) {
-            (Some(gradient), coefficient) if coefficient != 0.0 => gradient.get(row) * coefficient,
-            _ => 0.0,
-        };
-        Factors { log_prob, output: b * guidance, uncond_output: b * (1.0 - guidance) }
-    }
-}
-
-/// What the backward of one row multiplies with: `grad = factor (grad_mean + log_prob (x' - mu))`.
-#[derive(Clone, Copy, Debug)]
-struct Factors {
-    log_prob: f64,
-    /// Of the gradient of the model output, and of the unconditional output.
-    output: f64,
-    uncond_output: f64,
-}
-
-fn backward_in<F: Real>(gradient: &Gradient<'_>, threads: usize) {
-    let plan = Plan::new(gradient.rows, gradient.numel);
+fn backward_in<F: Real>(call: Host<'_, SdeStepBackward>, threads: usize) {
+    let (rows, plan) = (call.rows as usize, Plan::new(call.rows as usize, call.numel as usize));
+    let numbers = call.view(|call| Latent::new(call.numbers, F::DTYPE), SDE_STEP_NUMBERS * rows).expect(THERE);
+    let grad_log_prob = call.view(|call| Latent::new(call.grad_log_prob, F::DTYPE), rows);
     for_each(plan.tasks(), threads, Scratch::<F>::default, |scratch, task| {
         for stretch in plan.stretches(task) {
-            let factors = gradient.factors::<F>(stretch.row);
-            dispatch(GradientKernel { call: gradient, factors, stretch, scratch });
+            let number = |of: SdeStepNumber| numbers.get(of as usize * rows + stretch.row);
+            // Looked at first: a coefficient of 0 stays 0, whatever it is multiplied with.
+            let log_prob = match (grad_log_prob, number(SdeStepNumber::LogProb)) {
+                (Some(gradient), coefficient) if coefficient != 0.0 => gradient.get(stretch.row) * coefficient,
+                _ => 0.0,
+            };
+            let (b, guidance) = (number(SdeStepNumber::Velocity), number(SdeStepNumber::Guidance));
+            dispatch(GradientKernel { call, log_prob, b, guidance, stretch, scratch });
         }
     });
 }
 
+/// `grad_v = b (grad_mean + log_prob (x' - mu))`, of which the model output gets `guidance` times, and the unconditional
+/// output `1 - guidance` times.
 struct GradientKernel<'a, F: Real> {
-    call: &'a Gradient<'a>,
-    factors: Factors,
+    call: Host<'a, SdeStepBackward>,
+    log_prob: f64,
+    b: f64,
+    guidance: f64,
     stretch: Stretch,
     scratch: &'a mut Scratch<F>,
 }
@@ -337,53 +251,48 @@ impl<F: Real> Kernel for GradientKernel<'_, F> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let GradientKernel { call, factors, stretch, scratch } = self;
-        let [result, buffer, _] = scratch.buffers();
-        for offset in (0..stretch.len).step_by(BLOCK) {
-            let (first, len) = (stretch.first + offset, BLOCK.min(stretch.len - offset));
-            let gradient = gradient_of_mean::<F, FMA>(call, factors, first, &mut result[..len], buffer);
-            // SAFETY: stretches do not overlap, and every task runs once.
-            unsafe {
-                if let Some(out) = &call.output {
-                    store_scaled(gradient, F::from_f64(factors.output), out, first);
+        let GradientKernel { call, log_prob, b, guidance, stretch, scratch } = self;
+        let latents = call.rows as usize * call.numel as usize;
+        let next = call.view(|call| call.prev_sample, latents).expect(THERE);
+        let mean = call.view(|call| Latent::new(call.prev_sample_mean, F::DTYPE), latents).expect(THERE);
+        let grad_mean = call.view(|call| Latent::new(call.grad_prev_sample_mean, F::DTYPE), latents);
+        let outputs = [
+            (call.output(|call| call.grad_model_output, latents), F::from_f64(b * guidance)),
+            (call.output(|call| call.grad_uncond_output, latents), F::from_f64(b * (1.0 - guidance))),
+        ];
+        let coefficient = F::from_f64(log_prob);
+        let [b0, b1, _] = scratch;
+        for part in stretch.parts(BLOCK) {
+            let Stretch { first, len, .. } = part;
+            let (result, grad_mean) = (b0.first(len), grad_mean.map(|view| view.slice::<F>(first, len)));
+            let gradient = if log_prob == 0.0 {
+                // Neither latent is read.
+                result.fill(F::default());
+                grad_mean.unwrap_or(result)
+            } else {
+                let (mean, next) = (mean.slice::<F>(first, len), F::elements(next, part, b1));
+                match grad_mean {
+                    None => {
+                        for at in 0..len {
+                            result[at] = coefficient * (next[at] - mean[at]);
+                        }
+                    }
+                    Some(grad_mean) => {
+                        for at in 0..len {
+                            result[at] = coefficient.mul_add::<FMA>(next[at] - mean[at], grad_mean[at]);
+                        }
+                    }
                 }
-                if let Some(out) = &call.uncond_output {
-                    store_scaled(gradient, F::from_f64(factors.uncond_output), out, first);
+                result
+            };
+            for (out, factor) in &outputs {
+                if let Some(out) = out {
+                    // SAFETY: stretches do not overlap, and every task runs once.
+                    unsafe { store_scaled(gradient, *factor, out, first) };
                 }
             }
         }
     }
-}
-
-/// `grad_mean + log_prob (x' - mu)`; without a coefficient, neither latent is read.
-#[inline(always)]
-fn gradient_of_mean<'a, F: Real, const FMA: bool>(
-    call: &'a Gradient<'_>,
-    factors: Factors,
-    first: usize,
-    result: &'a mut [F],
-    buffer: &mut [F; BLOCK],
-) -> &'a [F] {
-    let (len, log_prob) = (result.len(), F::from_f64(factors.log_prob));
-    let grad_mean = call.grad_mean.map(|view| view.slice::<F>(first, len));
-    if factors.log_prob == 0.0 {
-        result.fill(F::default());
-        return grad_mean.unwrap_or(result);
-    }
-    let (mean, next) = (call.mean.slice::<F>(first, len), widen(call.next, first, len, buffer));
-    match grad_mean {
-        None => {
-            for at in 0..len {
-                result[at] = log_prob * (next[at] - mean[at]);
-            }
-        }
-        Some(grad_mean) => {
-            for at in 0..len {
-                result[at] = log_prob.mul_add::<FMA>(next[at] - mean[at], grad_mean[at]);
-            }
-        }
-    }
-    result
 }
 
 // ---- into memory -----------------------------------------------------------------------------------------------------
@@ -395,7 +304,7 @@ fn gradient_of_mean<'a, F: Real, const FMA: bool>(
 #[inline(always)]
 unsafe fn store_and_round<F: Real>(values: &mut [F], out: &ViewMut<'_>, first: usize) {
     // SAFETY: no other thread writes these elements, by the contract of this function.
-    unsafe { with_part!(out, first, values.len(), part => rounded(values, part)) }
+    unsafe { with_type!(out.dtype(), T => rounded(values, out.part_mut::<T>(first, values.len()))) }
 }
 
 #[inline(always)]

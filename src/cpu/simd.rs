@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use half::{bf16, f16};
 
 use super::memory::{Element, View, ViewMut};
-use crate::call::Dtype;
+use crate::plan::Stretch;
 
 /// Elements that a body handles at a time: two AVX-512 registers of float32, so that four running sums make the eight
 /// independent chains which two fused multiply-adds of latency four keep busy.
@@ -30,7 +30,7 @@ pub trait Real: Storage + Sub<Output = Self> + Mul<Output = Self> {
 }
 
 macro_rules! real {
-    ($type:ty) => {
+    ($type:ty, $from:ident, $to:ident) => {
         impl Real for $type {
             #[inline(always)]
             fn from_f32(value: f32) -> Self {
@@ -53,10 +53,25 @@ macro_rules! real {
                 if FMA { <$type>::mul_add(self, b, c) } else { self * b + c }
             }
         }
+
+        impl Storage for $type {
+            #[inline(always)]
+            fn load<F: Real>(self) -> F {
+                F::$from(self)
+            }
+            #[inline(always)]
+            fn store<F: Real>(value: F) -> Self {
+                value.$to()
+            }
+            #[inline(always)]
+            fn elements<'a>(view: View<'a>, part: Stretch, buffer: &'a mut Buffer<Self>) -> &'a [Self] {
+                widen(view, part, buffer)
+            }
+        }
     };
 }
-real!(f32);
-real!(f64);
+real!(f32, from_f32, to_f32);
+real!(f64, from_f64, to_f64);
 
 /// A computation to be compiled for every instruction set. `run` must be `#[inline(always)]`, as must be all it calls:
 /// a closure handed to std (`map_or`, `array::from_fn`) is compiled apart and without the features. One such closure in
@@ -161,6 +176,20 @@ pub fn f32_to_f16(value: f32) -> u16 {
     (sign | if magnitude >= 0x477f_f000 { special } else { finite }) as u16
 }
 
+/// `BLOCK` elements, made when the first is used: most latents are read and written where they lie.
+#[derive(Default)]
+pub struct Buffer<T>(Vec<T>);
+
+impl<T: Element> Buffer<T> {
+    #[inline(always)]
+    pub fn first(&mut self, len: usize) -> &mut [T] {
+        if self.0.is_empty() {
+            self.0.resize(BLOCK, T::default());
+        }
+        &mut self.0[..len]
+    }
+}
+
 /// An element of an array, on its way into and out of the arithmetic type.
 pub trait Storage: Element {
     fn load<F: Real>(self) -> F;
@@ -169,33 +198,14 @@ pub trait Storage: Element {
     /// `FMA`: as in `Kernel::run`.
     #[inline(always)]
     fn load_lanes<F: Real, const FMA: bool>(values: &[Self; LANES]) -> [F; LANES] {
-        let mut out = [F::default(); LANES];
-        for lane in 0..LANES {
-            out[lane] = values[lane].load();
-        }
-        out
+        each_loaded(values)
     }
-}
 
-impl Storage for f32 {
+    /// A part of `view`, no longer than `BLOCK`: the memory itself, where it holds `Self`. float32 and float64 also take a
+    /// view of another dtype, and convert it into `buffer`.
     #[inline(always)]
-    fn load<F: Real>(self) -> F {
-        F::from_f32(self)
-    }
-    #[inline(always)]
-    fn store<F: Real>(value: F) -> Self {
-        value.to_f32()
-    }
-}
-
-impl Storage for f64 {
-    #[inline(always)]
-    fn load<F: Real>(self) -> F {
-        F::from_f64(self)
-    }
-    #[inline(always)]
-    fn store<F: Real>(value: F) -> Self {
-        value.to_f64()
+    fn elements<'a>(view: View<'a>, part: Stretch, _: &'a mut Buffer<Self>) -> &'a [Self] {
+        view.slice(part.first, part.len)
     }
 }
 
@@ -224,22 +234,28 @@ impl Storage for f16 {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn load_lanes<F: Real, const FMA: bool>(values: &[Self; LANES]) -> [F; LANES] {
+        if !FMA {
+            return each_loaded(values);
+        }
         let mut out = [F::default(); LANES];
-        if FMA {
-            for (out, values) in out.chunks_exact_mut(8).zip(values.chunks_exact(8)) {
-                // SAFETY: `dispatch` runs the bodies with FMA where it saw F16C alone; the chunks have 8 elements.
-                let floats = unsafe { eight_halves(values.as_ptr()) };
-                for lane in 0..8 {
-                    out[lane] = F::from_f32(floats[lane]);
-                }
-            }
-        } else {
-            for lane in 0..LANES {
-                out[lane] = values[lane].load();
+        for (out, values) in out.chunks_exact_mut(8).zip(values.chunks_exact(8)) {
+            // SAFETY: `dispatch` runs the bodies with FMA where it saw F16C alone; the chunks have 8 elements.
+            let floats = unsafe { eight_halves(values.as_ptr()) };
+            for lane in 0..8 {
+                out[lane] = F::from_f32(floats[lane]);
             }
         }
         out
     }
+}
+
+#[inline(always)]
+fn each_loaded<T: Storage, F: Real>(values: &[T; LANES]) -> [F; LANES] {
+    let mut out = [F::default(); LANES];
+    for lane in 0..LANES {
+        out[lane] = values[lane].load();
+    }
+    out
 }
 
 /// Exact, as `f16_to_f32`, and whatever the flush-to-zero mode: the instruction does not look at it.
@@ -257,54 +273,40 @@ unsafe fn eight_halves(halves: *const f16) -> [f32; 8] {
     out
 }
 
-/// Elements `first .. first + len` of `view` as `F`: the memory itself where it already is, else converted to `buffer`.
+/// Runs `$body` with `$type` as what arrays of `$dtype` hold.
+macro_rules! with_type {
+    (@ $of:ty, $type:ident => $body:expr) => {{
+        type $type = $of;
+        $body
+    }};
+    ($dtype:expr, $type:ident => $body:expr) => {
+        match $dtype {
+            $crate::call::Dtype::F32 => with_type!(@ f32, $type => $body),
+            $crate::call::Dtype::Bf16 => with_type!(@ half::bf16, $type => $body),
+            $crate::call::Dtype::F16 => with_type!(@ half::f16, $type => $body),
+            $crate::call::Dtype::F64 => with_type!(@ f64, $type => $body),
+        }
+    };
+}
+pub(crate) use with_type;
+
+/// A part of `view` as `F`: the memory itself where it already is, else converted to `buffer`.
 #[inline(always)]
-pub fn widen<'a, F: Real>(view: View<'a>, first: usize, len: usize, buffer: &'a mut [F; BLOCK]) -> &'a [F] {
-    let dtype = view.dtype();
-    if dtype == F::DTYPE {
+fn widen<'a, F: Real>(view: View<'a>, Stretch { first, len, .. }: Stretch, buffer: &'a mut Buffer<F>) -> &'a [F] {
+    if view.dtype() == F::DTYPE {
         return view.slice(first, len);
     }
-    let buffer = &mut buffer[..len];
-    match dtype {
-        Dtype::Bf16 => load_all(view.slice::<bf16>(first, len), buffer),
-        Dtype::F16 => load_all(view.slice::<f16>(first, len), buffer),
-        Dtype::F32 => load_all(view.slice::<f32>(first, len), buffer),
-        Dtype::F64 => load_all(view.slice::<f64>(first, len), buffer),
-    }
+    let buffer = buffer.first(len);
+    with_type!(view.dtype(), T => convert(view.slice::<T>(first, len), buffer));
     buffer
 }
 
 #[inline(always)]
-fn load_all<T: Storage, F: Real>(from: &[T], to: &mut [F]) {
+fn convert<S: Storage, T: Storage>(from: &[S], to: &mut [T]) {
     for (to, from) in to.iter_mut().zip(from) {
-        *to = from.load();
+        *to = T::store(from.load::<f64>());
     }
 }
-
-/// Runs `$body` with `$part` bound to elements `$first .. $first + $len` of a view, in its dtype.
-macro_rules! with_part {
-    ($out:expr, $first:expr, $len:expr, $part:ident => $body:expr) => {
-        match $out.dtype() {
-            $crate::call::Dtype::F32 => {
-                let $part = $out.part_mut::<f32>($first, $len);
-                $body
-            }
-            $crate::call::Dtype::Bf16 => {
-                let $part = $out.part_mut::<half::bf16>($first, $len);
-                $body
-            }
-            $crate::call::Dtype::F16 => {
-                let $part = $out.part_mut::<half::f16>($first, $len);
-                $body
-            }
-            $crate::call::Dtype::F64 => {
-                let $part = $out.part_mut::<f64>($first, $len);
-                $body
-            }
-        }
-    };
-}
-pub(crate) use with_part;
 
 /// Writes `scale` times `values` to `out[first..]`.
 ///
@@ -313,7 +315,7 @@ pub(crate) use with_part;
 #[inline(always)]
 pub unsafe fn store_scaled<F: Real>(values: &[F], scale: F, out: &ViewMut<'_>, first: usize) {
     // SAFETY: no other thread writes these elements, by the contract of this function.
-    unsafe { with_part!(out, first, values.len(), part => scaled(values, scale, part)) }
+    unsafe { with_type!(out.dtype(), T => scaled(values, scale, out.part_mut::<T>(first, values.len()))) }
 }
 
 #[inline(always)]
@@ -330,14 +332,7 @@ fn scaled<F: Real, T: Storage>(from: &[F], scale: F, to: &mut [T]) {
 #[inline(always)]
 pub unsafe fn narrow<S: Storage>(values: &[S], out: &ViewMut<'_>, first: usize) {
     // SAFETY: no other thread writes these elements, by the contract of this function.
-    unsafe { with_part!(out, first, values.len(), part => store_all(values, part)) }
-}
-
-#[inline(always)]
-fn store_all<S: Storage, T: Storage>(from: &[S], to: &mut [T]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = T::store(from.load::<f64>());
-    }
+    unsafe { with_type!(out.dtype(), T => convert(values, out.part_mut::<T>(first, values.len()))) }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ fn host(latent: &Latent) -> Host<'_, Latent> {
 fn a_range_past_the_end_is_refused() {
     let data = [1.0f32; 4];
     let latent = Latent::new(data.as_ptr() as u64, Dtype::F32);
-    host(&latent).view(|latent| latent, 4).unwrap().slice::<f32>(2, 3);
+    host(&latent).view(|latent| *latent, 4).unwrap().slice::<f32>(2, 3);
 }
 
 #[test]
