@@ -340,7 +340,7 @@ def _metrics(
     ref_kl: Tensor | None,
 ) -> dict[str, Tensor]:
     """Every name of `METRICS`, as the trainers define them."""
-    absent = ratio.new_zeros(())
+    absent = torch.zeros((), dtype=ratio.dtype, device=ratio.device)
 
     def share(rows: Tensor) -> Tensor:
         return rows.to(ratio.dtype).mean()

@@ -58,6 +58,11 @@ pub trait Library: Sync {
     /// An uninitialised array on the device of `like`.
     fn empty<'py>(&self, like: &Bound<'py, PyAny>, shape: &[usize], dtype: Dtype) -> PyResult<Bound<'py, PyAny>>;
 
+    /// What `empty_like` makes an array of `len` elements from, without memory for them where that can be.
+    fn pattern<'py>(&self, like: &Bound<'py, PyAny>, len: usize, dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
+        self.empty(like, &[len], dtype)
+    }
+
     /// An uninitialised array like this one, whose strides are those of a contiguous array or 0.
     fn empty_like<'py>(&self, like: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>>;
 
@@ -219,6 +224,10 @@ impl Library for Torch {
         let options = PyDict::new(py);
         options.set_item(intern!(py, "dtype"), &self.dtypes[dtype as usize])?;
         like.call_method(intern!(py, "new_empty"), shape, Some(&options))
+    }
+
+    fn pattern<'py>(&self, like: &Bound<'py, PyAny>, len: usize, dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
+        self.empty(like, &[1], dtype)?.call_method1(intern!(like.py(), "expand"), (len,))
     }
 
     fn empty_like<'py>(&self, like: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {

@@ -94,7 +94,7 @@ impl Common {
         let len = numbers_len(rows, call.has_schedule()).ok_or(too_large)?;
         let shape = if call.settings.reduction == Reduction::None { &bound.shapes.rows[..] } else { &[] };
         let loss = library.empty(advantages, shape, call.dtype())?;
-        let numbers = library.empty(advantages, &[len], call.dtype())?;
+        let numbers = library.pattern(advantages, len, call.dtype())?;
         let latents = call.latents.named().enumerate();
         let read = latents.filter(|(_, (name, latent))| latent.is_present() && is_read_by_backward(call, name));
         let (saved, names): (Vec<_>, Vec<_>) = read.map(|(slot, (name, _))| (slot, name)).unzip();
