@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::memory::{Element, Host, ViewMut};
 use super::objective::{Problem, Row, Sums};
-use super::simd::{BLOCK, Buffer, Kernel, LANES, Real, Storage, dispatch, narrow};
+use super::simd::{BLOCK, Buffer, Kernel, LANES, Real, Storage, dispatch, narrow, one_by_one};
 use super::source::step::StepRow;
 use super::source::{Moments, Source, with_source};
 use super::threads::{for_each, for_each_row, map};
@@ -222,46 +222,54 @@ impl<F: Real, S: Source<F>, const REF: bool> Kernel for SumKernel<'_, F, S, REF>
     fn run<const FMA: bool>(self) -> Sums {
         let SumKernel { source, stretch, scratch } = self;
         // Lane by lane to the end: adding up 32 lanes in every block would cost a fifth of the time.
-        let mut total = [[0.0; LANES]; SUMS];
+        let mut total = LaneSums::<f64>::default();
         for part in stretch.parts(BLOCK) {
             let block = source.block(part, scratch);
-            let mut sums = [[F::default(); LANES]; SUMS];
+            let mut sums = LaneSums::<F>::default();
             // The tail stands apart: a call inside the loop would push the sums out of their registers, every time.
             let full = part.len / LANES * LANES;
             for at in (0..full).step_by(LANES) {
-                sums = plus::<F, FMA, REF>(sums, S::moments::<FMA, false>(&block, at));
+                sums = sums.plus::<FMA, REF>(S::moments::<FMA, false>(&block, at));
             }
             if full < part.len {
-                sums = plus::<F, FMA, REF>(sums, S::moments::<FMA, true>(&block, full));
+                sums = sums.plus::<FMA, REF>(S::moments::<FMA, true>(&block, full));
             }
-            for (total, sums) in total.iter_mut().zip(&sums) {
-                for lane in 0..LANES {
-                    total[lane] += sums[lane].to_f64();
-                }
+            for lane in 0..LANES {
+                total.q[lane] += sums.q[lane].to_f64();
+                total.d[lane] += sums.d[lane].to_f64();
+                total.cross[lane] += sums.cross[lane].to_f64();
+                total.f[lane] += sums.f[lane].to_f64();
             }
         }
-        let [q, d, cross, f] = &total;
+        let LaneSums { q, d, cross, f } = &total;
         Sums { q: q.iter().sum(), d: d.iter().sum(), cross: cross.iter().sum(), f: f.iter().sum() }
     }
 }
 
-/// Adds to running sums, one per lane and field of `Sums`. By value: through a reference every sum would be stored to
-/// memory in every round.
-#[inline(always)]
-fn plus<F: Real, const FMA: bool, const REF: bool>(
-    [mut q, mut d, mut cross, mut f]: [[F; LANES]; SUMS],
-    moments: Moments<F>,
-) -> [[F; LANES]; SUMS] {
-    let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
-    for lane in 0..LANES {
-        q[lane] = u[lane].mul_add::<FMA>(u[lane], q[lane]);
-        d[lane] = e[lane].mul_add::<FMA>(e[lane], d[lane]);
-        cross[lane] = e[lane].mul_add::<FMA>(u[lane], cross[lane]);
-        if REF {
-            f[lane] = r[lane].mul_add::<FMA>(r[lane], f[lane]);
+/// Running sums, one per lane. Four fields: gone through as an array they would be memory, not registers.
+#[derive(Clone, Copy, Default)]
+struct LaneSums<F> {
+    q: [F; LANES],
+    d: [F; LANES],
+    cross: [F; LANES],
+    f: [F; LANES],
+}
+
+impl<F: Real> LaneSums<F> {
+    /// By value: through a reference every sum would be stored to memory in every round.
+    #[inline(always)]
+    fn plus<const FMA: bool, const REF: bool>(mut self, moments: Moments<F>) -> Self {
+        let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
+        for lane in 0..LANES {
+            self.q[lane] = u[lane].mul_add::<FMA>(u[lane], self.q[lane]);
+            self.d[lane] = e[lane].mul_add::<FMA>(e[lane], self.d[lane]);
+            self.cross[lane] = e[lane].mul_add::<FMA>(u[lane], self.cross[lane]);
+            if REF {
+                self.f[lane] = r[lane].mul_add::<FMA>(r[lane], self.f[lane]);
+            }
         }
+        self
     }
-    [q, d, cross, f]
 }
 
 /// Every row's numbers into `rows`, laid out `[FIELDS, rows]`.
@@ -403,14 +411,13 @@ impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S,
                 let block = self.source.block(part, scratch);
                 let full = len / LANES * LANES;
                 for at in (0..full).step_by(LANES) {
-                    combine::<F, _, FMA, ALL>(
-                        factors,
-                        S::moments::<FMA, false>(&block, at),
-                        &mut target[at..at + LANES],
-                    );
+                    let at = one_by_one(at);
+                    let gradient = combine::<F, _, FMA, ALL>(factors, S::moments::<FMA, false>(&block, at));
+                    target[at..at + LANES].copy_from_slice(&gradient);
                 }
                 if full < len {
-                    combine::<F, _, FMA, ALL>(factors, S::moments::<FMA, true>(&block, full), &mut target[full..]);
+                    let gradient = combine::<F, _, FMA, ALL>(factors, S::moments::<FMA, true>(&block, full));
+                    target[full..].copy_from_slice(&gradient[..len - full]);
                 }
             }
             if !direct {
@@ -425,14 +432,15 @@ impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S,
 fn combine<F: Real, T: Storage, const FMA: bool, const ALL: bool>(
     [a, b, c]: [F; 3],
     moments: Moments<F>,
-    target: &mut [T],
-) {
+) -> [T; LANES] {
     let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
-    for (lane, target) in target.iter_mut().enumerate() {
+    let mut out = [T::default(); LANES];
+    for lane in 0..LANES {
         let gradient =
             if ALL { a.mul_add::<FMA>(u[lane], b.mul_add::<FMA>(e[lane], c * r[lane])) } else { a * u[lane] };
-        *target = T::store(gradient);
+        out[lane] = T::store(gradient);
     }
+    out
 }
 
 /// Reads one number of the `[FIELDS, rows]` block.

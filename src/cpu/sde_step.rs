@@ -8,7 +8,7 @@ use std::f64::consts::TAU;
 
 use super::memory::{Host, View, ViewMut};
 use super::schedule::Transition;
-use super::simd::{BLOCK, Buffer, Kernel, LANES, Real, Storage, dispatch, store_scaled, with_type};
+use super::simd::{BLOCK, Buffer, Kernel, LANES, Real, Storage, dispatch, one_by_one, store_scaled, with_type};
 use super::source::elements_if;
 use super::source::step::{StepRow, velocity_and_mean};
 use super::threads::{for_each, for_each_row, map};
@@ -182,6 +182,7 @@ fn mean_of_block<F: Real, const FMA: bool>(
     let sample = F::elements(step.sample, part, b2);
     let full = part.len / LANES * LANES;
     for at in (0..full).step_by(LANES) {
+        let at = one_by_one(at);
         let (_, mean) = velocity_and_mean::<F, F, F, FMA, false>(output, uncond, sample, row, at);
         out[at..at + LANES].copy_from_slice(&mean);
     }
