@@ -17,7 +17,7 @@ from ._torch import FAMILY
 class PublicFunction:
     """Of one public function: its arguments' names, its checks, and the calls that have passed them.
 
-    `check`: metadata. `memo`: of the native module. `run`: a checked call, with the memo and the arguments.
+    `check`: metadata. `memo`: of names, the native one. `run`: a checked call, with the memo and the arguments.
     `check_values`: for `FLOWDPPO_OPS_CHECK=1`.
     """
 

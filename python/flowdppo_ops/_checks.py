@@ -177,6 +177,18 @@ class Checks(NamedTuple):
             raise TypeError(f"{self.where}: objective is a {type(objective).__name__}, wanted {wanted}")
         return objective
 
+    def settings(self, sampler: str, density: str) -> Arguments:
+        """Of a loss, beside its objective's."""
+        self.option("latent_reduction", LATENT_REDUCTIONS)
+        self.option("reduction", REDUCTIONS)
+        return {
+            "sampler": sampler,
+            "density": density,
+            "latent_reduction": self.given["latent_reduction"],
+            "reduction": self.given["reduction"],
+            "ref_kl_weight": self.number("ref_kl_weight"),
+        }
+
 
 def check_process_group(where: str, name: str, value: Any) -> None:
     """None, or a `torch.distributed.ProcessGroup`; whoever has one has imported torch.distributed."""
@@ -199,9 +211,8 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
     check_process_group(where, "process_group", given["process_group"])
     objective = checks.objective()
     checks.option("density", DENSITIES)
-    checks.option("latent_reduction", LATENT_REDUCTIONS)
-    checks.option("reduction", REDUCTIONS)
-    ref_kl_weight = checks.number("ref_kl_weight")
+    settings = checks.settings("none", given["density"])
+    ref_kl_weight = settings["ref_kl_weight"]
     if getattr(objective, "kl_space", "latent") != "latent":
         raise ValueError(
             f"{where}: kl_space is {objective.kl_space!r}, wanted 'latent': only step_loss sees velocities"
@@ -244,13 +255,6 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
         checks.array_like(name, "advantages")
     like = ("advantages", row_shape, getattr(mean, "ndim", None))
     fields = {**fields, **of_rows, **checks.row_vectors(("weights", "std", "sqrt_dt", "ref_std"), *like)}
-    settings = {
-        "sampler": "none",
-        "density": given["density"],
-        "latent_reduction": given["latent_reduction"],
-        "reduction": given["reduction"],
-        "ref_kl_weight": ref_kl_weight,
-    }
     return Call(where, row_shape, fields, {**objective._settings, **settings}, objective, given["process_group"])
 
 
@@ -260,9 +264,8 @@ def check_step_loss(where: str, family: Family, given: Arguments) -> Call:
     check_process_group(where, "process_group", given["process_group"])
     objective = checks.objective()
     checks.option("sampler", SAMPLERS)
-    checks.option("latent_reduction", LATENT_REDUCTIONS)
-    checks.option("reduction", REDUCTIONS)
-    ref_kl_weight = checks.number("ref_kl_weight")
+    settings = checks.settings(sampler, "cps" if sampler == "cps" else "gaussian")
+    ref_kl_weight = settings["ref_kl_weight"]
     olds = ("old_prev_sample_mean", "old_model_output", "old_residual")
     refs = ("ref_prev_sample_mean", "ref_model_output")
     checks.only("old", olds, needed=objective._needs_kl or given["old_log_prob"] is None)
@@ -279,13 +282,6 @@ def check_step_loss(where: str, family: Family, given: Arguments) -> Call:
     like = ("advantages", row_shape, given["model_output"].ndim)
     vectors = checks.row_vectors(("weights", "ref_std"), *like)
     fields = {**fields, **of_rows, **vectors, **checks.schedule(*like)}
-    settings = {
-        "sampler": sampler,
-        "density": "cps" if sampler == "cps" else "gaussian",
-        "latent_reduction": given["latent_reduction"],
-        "reduction": given["reduction"],
-        "ref_kl_weight": ref_kl_weight,
-    }
     return Call(where, row_shape, fields, {**objective._settings, **settings}, objective, given["process_group"])
 
 

@@ -9,7 +9,6 @@ from torch.compiler import is_dynamo_compiling
 
 from ._calls import PublicFunction
 from ._checks import check_loss, check_step_loss
-from ._native import PolicyLossMemo
 from ._operators import policy_loss as operator
 from ._values import check_values
 from .objectives import FlowDPPO, Objective
@@ -112,8 +111,8 @@ def loss(
         reduction,
         process_group,
     )
-    forward = None if is_dynamo_compiling() else _loss.forward(arguments)
-    return _loss.checked(arguments) if forward is None else operator.result(*forward)
+    result = None if is_dynamo_compiling() else _loss.forward(arguments)
+    return _loss.checked(arguments) if result is None else result
 
 
 def step_loss(
@@ -215,9 +214,9 @@ def step_loss(
         reduction,
         process_group,
     )
-    forward = None if is_dynamo_compiling() else _step_loss.forward(arguments)
-    return _step_loss.checked(arguments) if forward is None else operator.result(*forward)
+    result = None if is_dynamo_compiling() else _step_loss.forward(arguments)
+    return _step_loss.checked(arguments) if result is None else result
 
 
-_loss = PublicFunction(loss, check_loss, PolicyLossMemo, operator.run_checked, check_values)
-_step_loss = PublicFunction(step_loss, check_step_loss, PolicyLossMemo, operator.run_checked, check_values)
+_loss = PublicFunction(loss, check_loss, operator.memo, operator.run_checked, check_values)
+_step_loss = PublicFunction(step_loss, check_step_loss, operator.memo, operator.run_checked, check_values)

@@ -2,7 +2,7 @@
 //!
 //! The checks of `flowdppo_ops._checks` look at types, dtypes, shapes, devices and options, and at numbers only for
 //! being 0. A key of exactly these stands for one outcome: which of the arguments are read, and the call but for its
-//! addresses and numbers. After a model's forward that is most of why a small call takes half of what it took.
+//! addresses and numbers.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -41,8 +41,9 @@ impl<C: Fields, Common: Clone> Memo<C, Common> {
 
     /// The call of these arguments, if one like it has been checked before.
     pub fn find(&self, arguments: &mut Arguments<'_>) -> Option<(BoundCall<C>, Common)> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = known.iter().rev().find(|known| known.key == arguments.key)?.clone();
+        let calls = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = calls.iter().rev().find(|known| known.key == arguments.key)?.clone();
+        drop(calls);
         let slot = |at| known.read.iter().find(|(_, argument)| *argument == at).map(|(slot, _)| *slot);
         let values = arguments.values.drain(..).filter_map(|(at, value)| Some((slot(at)?, value))).collect();
         Some((BoundCall::like(known.call, known.shapes.clone(), values), known.common.clone()))
@@ -91,7 +92,7 @@ impl<'py> Arguments<'py> {
     /// None where an argument is of a kind that has no key (a process group, a generator, a tensor of a subclass), where
     /// somebody watches the dispatcher, or where an environment variable asks for more: Python looks at those calls.
     pub fn read(torch: &'static Torch, arguments: &Bound<'py, PyTuple>) -> Option<Arguments<'py>> {
-        if super::environment::asks_for_more() || torch.is_watched(arguments.py()) {
+        if super::environment::asks_for_more(arguments.py()) || torch.is_watched(arguments.py()) {
             return None;
         }
         let mut read = Arguments { values: Vec::with_capacity(8), objective: None, key: Vec::with_capacity(64) };

@@ -1,7 +1,7 @@
 //! The boundary to Python: named values in, checked calls out, errors as exceptions.
 //!
-//! `array` describes tensors and NumPy arrays (`dlpack`: where it can be done in one step), `bind` checks them against one another, `memo` remembers calls that Python
-//! has checked, and one file per operator has its functions.
+//! `array` describes tensors and NumPy arrays (`dlpack`: where it can be done in one step), `bind` checks them against one
+//! another, `memo` remembers calls that Python has checked, and one file per operator has its functions.
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;

@@ -32,18 +32,12 @@ type Optional<'py> = Option<Bound<'py, PyAny>>;
 type Leaves<'py> = [Optional<'py>; 3];
 /// Gradients of the first two, formed by the forward for a `grad_loss` of 1.
 type Formed<'py> = [Optional<'py>; 2];
-/// Loss, numbers and layout. Where there is something to differentiate: in what; `log_prob`, the numbers and the latents of
-/// `Layout::saved`, which autograd saves; by name the latents that were made under `inference_mode`, as rollouts are,
-/// which it refuses to save; and the gradients that were formed.
-type Forward<'py> = (
-    Bound<'py, PyAny>,
-    Bound<'py, PyAny>,
-    Py<Layout>,
-    Option<Leaves<'py>>,
-    Option<Bound<'py, PyTuple>>,
-    Option<Bound<'py, PyDict>>,
-    Option<Formed<'py>>,
-);
+
+struct Forward<'py> {
+    loss: Bound<'py, PyAny>,
+    numbers: Bound<'py, PyAny>,
+    formed: Option<Formed<'py>>,
+}
 
 /// What a result needs to know of its call.
 #[pyclass(frozen, get_all)]
@@ -147,7 +141,10 @@ impl PolicyLossCall {
         }
         // SAFETY: inputs are memory of arrays that `self` holds, of the lengths that `bind` checked; outputs were just
         // allocated by the caller, who holds them, and nobody else knows them yet.
-        py.detach(|| guarded(|| unsafe { ops::forward(place, plan, &forward, gradients) })).map_err(Into::into)
+        let run = || guarded(|| unsafe { ops::forward(place, plan, &forward, gradients) });
+        // A task is done before another thread could have taken the GIL.
+        let done = if is_one_task && plan.is_none() { run() } else { py.detach(run) };
+        done.map_err(Into::into)
     }
 
     /// `row_sums`: see `read_sums`. `leaves`: the loss will be differentiated in these; then the gradients for a
@@ -157,14 +154,14 @@ impl PolicyLossCall {
         py: Python<'py>,
         library: &dyn Library,
         row_sums: Option<&Bound<'py, PyAny>>,
-        leaves: Option<Leaves<'py>>,
+        leaves: Option<&Leaves<'py>>,
         may_keep: bool,
     ) -> PyResult<Forward<'py>> {
         let sums = row_sums.map(|sums| self.read_sums(library, sums)).transpose()?;
         let loss = library.empty_like(self.common.loss_like.bind(py))?;
         let numbers = library.empty_like(self.common.numbers_like.bind(py))?;
         let (mut formed, mut targets) = ([None, None], Gradients::default());
-        if let Some([output, uncond, _]) = &leaves
+        if let Some([output, uncond, _]) = leaves
             && sums.is_none()
             && self.forms_gradients()
         {
@@ -188,28 +185,29 @@ impl PolicyLossCall {
         };
         let gradients = formed.iter().any(Option::is_some).then_some(&targets);
         self.run(py, library, forward, gradients, may_keep)?;
-        let has_formed = gradients.is_some();
-        let (mut saved, mut kept) = (None, None);
-        if let Some([_, _, log_prob]) = &leaves {
-            let mut tensors = vec![log_prob.clone(), Some(numbers.clone())];
-            for &slot in self.common.saved.iter() {
-                let Some(tensor) = self.bound.object(py, slot) else { continue };
-                if tensor.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
-                    kept.get_or_insert_with(|| PyDict::new(py)).set_item(PolicyLoss::NAMES[slot], tensor)?;
-                    tensors.push(None);
-                } else {
-                    tensors.push(Some(tensor));
-                }
-            }
-            saved = Some(PyTuple::new(py, tensors)?);
-        }
-        Ok((loss, numbers, self.common.layout.clone_ref(py), leaves, saved, kept, has_formed.then_some(formed)))
+        let formed = gradients.is_some().then_some(formed);
+        Ok(Forward { loss, numbers, formed })
     }
 
-    /// A call of PyTorch tensors that nobody watches.
-    fn forward_eager<'py>(&self, py: Python<'py>, row_sums: Option<&Bound<'py, PyAny>>) -> PyResult<Forward<'py>> {
-        let torch = Torch::get(py)?;
-        self.forward_with(py, torch, row_sums, self.bound.leaves(torch, py, self.leaf_slots())?, true)
+    /// `log_prob`, the numbers and the latents of `Layout::saved`, which autograd saves; by name those of them that were
+    /// made under `inference_mode`, as rollouts are, which it refuses to save.
+    fn saved<'py>(
+        &self,
+        numbers: &Bound<'py, PyAny>,
+        log_prob: &Optional<'py>,
+    ) -> PyResult<(Bound<'py, PyTuple>, Option<Bound<'py, PyDict>>)> {
+        let (py, mut kept) = (numbers.py(), None);
+        let mut tensors = vec![log_prob.clone(), Some(numbers.clone())];
+        for &slot in self.common.saved.iter() {
+            let Some(tensor) = self.bound.object(py, slot) else { continue };
+            if tensor.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
+                kept.get_or_insert_with(|| PyDict::new(py)).set_item(PolicyLoss::NAMES[slot], tensor)?;
+                tensors.push(None);
+            } else {
+                tensors.push(Some(tensor));
+            }
+        }
+        Ok((PyTuple::new(py, tensors)?, kept))
     }
 
     /// Whether a forward on the CPU does well to form the gradients of the latents too, see `plan::gradient_ahead`. The
@@ -257,22 +255,16 @@ impl PolicyLossCall {
         Self::new(Torch::get(py)?, fields, settings)
     }
 
-    /// `row_sums`: what `shard_sums` gave, summed over all shards. `eager`: not called by PyTorch's dispatcher, which has
-    /// an autograd of its own, and where no tensor may outlive the call (see `workspace`).
-    #[pyo3(signature = (row_sums = None, eager = true))]
-    fn forward<'py>(
-        &self,
-        py: Python<'py>,
-        row_sums: Option<&Bound<'py, PyAny>>,
-        eager: bool,
-    ) -> PyResult<Forward<'py>> {
-        if eager {
-            return self.forward_eager(py, row_sums);
-        }
-        self.forward_with(py, Torch::get(py)?, row_sums, None, false)
+    /// Loss and numbers, for PyTorch's dispatcher, which has an autograd of its own. `row_sums`: what `shard_sums` gave,
+    /// summed over all shards.
+    #[pyo3(signature = (row_sums = None))]
+    fn forward<'py>(&self, py: Python<'py>, row_sums: Option<&Bound<'py, PyAny>>) -> PyResult<[Bound<'py, PyAny>; 2]> {
+        let forward = self.forward_with(py, Torch::get(py)?, row_sums, None, false)?;
+        Ok([forward.loss, forward.numbers])
     }
 
-    /// Of this shard: `[rows, 4]` sums and then the elements of a row, float64, to be added up over the shards.
+    /// Of this shard: `[rows, 4]` sums and then the elements of a row, float64, to be added up over the shards. `eager`: not
+    /// called by PyTorch's dispatcher, where no tensor may outlive the call (see `workspace`).
     #[pyo3(signature = (eager = true))]
     fn shard_sums<'py>(&self, py: Python<'py>, eager: bool) -> PyResult<Bound<'py, PyAny>> {
         let (torch, rows) = (Torch::get(py)?, self.bound.shapes.row_count());
@@ -415,7 +407,7 @@ pub fn policy_loss_numpy<'py>(
 ) -> PyResult<Leaves<'py>> {
     let library = Numpy { threads };
     let call = PolicyLossCall::new(&library, fields, settings)?;
-    let (loss, numbers, ..) = call.forward_with(py, &library, None, None, false)?;
+    let Forward { loss, numbers, .. } = call.forward_with(py, &library, None, None, false)?;
     let latents = PyDict::new(py);
     for &slot in call.common.saved.iter() {
         latents.set_item(PolicyLoss::NAMES[slot], call.bound.object(py, slot))?;
@@ -434,29 +426,32 @@ pub fn policy_loss_numpy<'py>(
 pub struct PolicyLossMemo {
     memo: Memo<PolicyLoss, Common>,
     ref_kl_weight: Option<usize>,
+    /// Python's: the loss of its leaves and of a forward, for autograd; and what users are given.
+    tie: Py<PyAny>,
+    result: Py<PyAny>,
 }
 
 #[pymethods]
 impl PolicyLossMemo {
     /// `names`: of the arguments, in the order in which they come.
     #[new]
-    fn new(names: Vec<String>) -> Self {
+    fn new(names: Vec<String>, tie: Py<PyAny>, result: Py<PyAny>) -> Self {
         let ref_kl_weight = names.iter().position(|name| name == "ref_kl_weight");
-        PolicyLossMemo { memo: Memo::new(names), ref_kl_weight }
+        PolicyLossMemo { memo: Memo::new(names), ref_kl_weight, tie, result }
     }
 
-    /// The forward of a call like one that has been checked before; None of any other.
-    fn forward<'py>(&self, py: Python<'py>, arguments: &Bound<'py, PyTuple>) -> PyResult<Option<Forward<'py>>> {
+    /// The result of a call like one that has been checked before; None of any other.
+    fn forward<'py>(&self, py: Python<'py>, arguments: &Bound<'py, PyTuple>) -> PyResult<Optional<'py>> {
         let Some(mut read) = Arguments::read(Torch::get(py)?, arguments) else { return Ok(None) };
         // The key knows of these two whether a number is 0 and which options an objective has.
         let (weight, objective) = (self.ref_kl_weight.and_then(|at| read.number(at)), read.objective);
         let Some((mut bound, common)) = self.memo.find(&mut read) else { return Ok(None) };
         bound.call.settings.ref_kl_weight = weight.unwrap_or(bound.call.settings.ref_kl_weight);
         bound.call.objective = objective.unwrap_or(bound.call.objective);
-        PolicyLossCall { bound, common }.forward_eager(py, None).map(Some)
+        self.run(py, &PolicyLossCall { bound, common }, None).map(Some)
     }
 
-    /// The forward of a call that Python has checked, and which is remembered: `fields` and `settings` as in
+    /// The result of a call that Python has checked, and which is remembered: `fields` and `settings` as in
     /// `PolicyLossCall`.
     fn learn<'py>(
         &self,
@@ -464,9 +459,31 @@ impl PolicyLossMemo {
         arguments: &Bound<'py, PyTuple>,
         fields: &Bound<'py, PyDict>,
         settings: &Bound<'py, PyAny>,
-    ) -> PyResult<Forward<'py>> {
+    ) -> PyResult<Bound<'py, PyAny>> {
         let call = PolicyLossCall::checked(py, fields, settings)?;
         self.memo.learn(arguments, fields, &call.bound, call.common.clone())?;
-        call.forward_eager(py, None)
+        self.run(py, &call, None)
+    }
+
+    /// The result of a call of PyTorch tensors that nobody watches. `row_sums` as in `PolicyLossCall::forward`.
+    #[pyo3(signature = (call, row_sums = None))]
+    fn run<'py>(
+        &self,
+        py: Python<'py>,
+        call: &PolicyLossCall,
+        row_sums: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let torch = Torch::get(py)?;
+        let leaves = call.bound.leaves(torch, py, call.leaf_slots())?;
+        let Forward { loss, numbers, formed } = call.forward_with(py, torch, row_sums, leaves.as_ref(), true)?;
+        let layout = call.common.layout.bind(py);
+        let loss = match leaves {
+            None => loss,
+            Some([output, uncond, log_prob]) => {
+                let (saved, kept) = call.saved(&numbers, &log_prob)?;
+                self.tie.bind(py).call1((output, uncond, log_prob, (loss, saved, (layout, kept, formed))))?
+            }
+        };
+        self.result.bind(py).call1((loss, numbers, layout))
     }
 }

@@ -16,6 +16,7 @@ from launch_arguments import Structure
 from torch import Tensor
 
 from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, _native
+from flowdppo_ops.policy_loss import _loss
 from standin.gpu import memory, on_gpu, without_memory
 from standin.harness import Driver
 
@@ -63,7 +64,7 @@ FIELDS: dict[str, Any] = {}  # of the latest call
 
 def forward(*given: Any, **options: Any) -> _native.PolicyLossCall:
     made = call(*given, **options)
-    made.forward()
+    _loss.memo.run(made)
     return made
 
 
@@ -237,7 +238,7 @@ def shards() -> None:
         made.clear()
         sums = shard.shard_sums()
         assert [tensor.numel() for tensor in made] == [13, 3 * 3 * 4]
-        shard.forward(row_sums=sums)
+        _loss.memo.run(shard, sums)
         first, second = driver.launches()
         assert first.name == second.name == f"policy_loss_forward_{suffix}"
         mine = first.parameters
@@ -251,7 +252,7 @@ def shards() -> None:
     shard = call((3,), 10_000, objective=GRPOGuard())
     sums = shard.shard_sums()
     made.clear()
-    shard.forward(row_sums=sums)
+    _loss.memo.run(shard, sums)
     assert made[2].numel() == 12
 
 

@@ -43,25 +43,15 @@ def run_checked(call: Call, memo: _native.PolicyLossMemo, arguments: tuple) -> P
         native = _native.PolicyLossCall(fields, call.settings)
         sums = native.shard_sums()
         torch.distributed.all_reduce(sums, group=group)
-        return result(*native.forward(sums))
+        return memo.run(native, sums)
     if call.objective._native is None:
         object.__setattr__(call.objective, "_native", _native.Objective(call.settings))
-    return result(*memo.learn(arguments, fields, call.settings))
+    return memo.learn(arguments, fields, call.settings)
 
 
-def result(
-    loss: Tensor,
-    numbers: Tensor,
-    layout: _native.Layout,
-    leaves: tuple | None,
-    saved: tuple | None,
-    kept: dict | None,
-    formed: list | None,
-) -> PolicyLoss:
-    """Of a forward of the native module; ties the loss to what it is differentiated in."""
-    if leaves is not None:
-        loss = _apply(*leaves, (loss, layout, saved, kept, formed))
-    return PolicyLoss(loss, numbers, layout)
+def memo(names: list[str]) -> _native.PolicyLossMemo:
+    """Of a public function with these arguments."""
+    return _native.PolicyLossMemo(names, _apply, PolicyLoss)
 
 
 class _Loss(torch.autograd.Function):
@@ -70,7 +60,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, output, uncond_output, log_prob, forward):
-        loss, ctx.layout, saved, ctx.kept, ctx.formed = forward
+        loss, saved, ctx.state = forward
         ctx.save_for_backward(*saved)
         return loss
 
@@ -91,10 +81,10 @@ _apply = super(torch.autograd.Function, _Loss).apply
 
 def _gradients(ctx, grad_loss: Tensor) -> tuple:
     _, numbers, *tensors = ctx.saved_tensors
-    layout, formed = ctx.layout, ctx.formed
-    ctx.formed = None  # handed out once: whoever gets them may write to them
+    layout, kept, formed = ctx.state
+    ctx.state = layout, kept, None  # gradients are handed out once: whoever gets them may write to them
     wants = list(ctx.needs_input_grad[:3])
-    latents = dict(zip(layout.saved, tensors, strict=True)) | (ctx.kept or {})
+    latents = dict(zip(layout.saved, tensors, strict=True)) | (kept or {})
     wants[0] = wants[0] and bool(latents)
     numbers = restored(numbers, layout.dtype)
     grad_output, grad_uncond, grad_log_prob = _native.policy_loss_backward(grad_loss, numbers, latents, wants, formed)
@@ -177,7 +167,7 @@ torch.library.register_autograd(
 
 @torch.library.impl("flowdppo_ops::policy_loss", ("cpu", "cuda"))
 def _policy_loss(*args):
-    return _native_call(args[:-1]).forward(args[-1], eager=False)[:2]
+    return tuple(_native_call(args[:-1]).forward(args[-1]))
 
 
 @torch.library.register_fake("flowdppo_ops::policy_loss")
