@@ -8,11 +8,10 @@
 //! Environment:
 //!   FLOWDPPO_KERNELS=none                         embed nothing: lint and documentation builds, CPU-only packages
 //!   FLOWDPPO_ARCHS=sm_90,compute_90               other architectures; sm_ gives an image, compute_ gives PTX
-//!   FLOWDPPO_NVRTC=/path/libnvrtc.so.12           NVRTC from elsewhere
-//!   FLOWDPPO_NVCC=/path/nvcc                      nvcc instead of NVRTC
+//!   FLOWDPPO_NVRTC=/path/libnvrtc.so.12           NVRTC from elsewhere, a toolkit's for example
 
 use std::error::Error;
-use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -24,7 +23,7 @@ use libloading::{Library, Symbol};
 /// PTX of the lowest is what a driver compiles for generations that do not exist yet.
 const ARCHS: &str = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,compute_80";
 
-/// Of NVRTC and nvcc. No product is fused with a sum but where the kernels say `fmaf`: their twins on the CPU round
+/// Of NVRTC. No product is fused with a sum but where the kernels say `fmaf`: their twins on the CPU round
 /// both, and of a residual that is given back, `u / std - residual` would be the product's rounding, not 0.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-Ikernels"];
 
@@ -54,13 +53,13 @@ fn build() -> Outcome<()> {
     // every time and is gone afterwards, while the images in OUT_DIR stay valid.
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    for name in ["KERNELS", "ARCHS", "NVRTC", "NVCC"] {
+    for name in ["KERNELS", "ARCHS", "NVRTC"] {
         println!("cargo:rerun-if-env-changed=FLOWDPPO_{name}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run by Cargo only")?);
     let mut jobs = jobs()?;
     if !jobs.is_empty() {
-        match Compiler::find() {
+        match Nvrtc::find() {
             Ok(compiler) => compile_all(&jobs, &compiler, &out)?,
             // A package without its kernels would be found out on a GPU only. Plain `cargo build` and `cargo test`
             // make no package, and work from a fresh clone.
@@ -135,7 +134,7 @@ fn jobs() -> Outcome<Vec<Job>> {
 }
 
 /// The compiler takes 0.2 to 2 s an image, so images are compiled side by side.
-fn compile_all(jobs: &[Job], compiler: &Compiler, out: &Path) -> Outcome<()> {
+fn compile_all(jobs: &[Job], compiler: &Nvrtc, out: &Path) -> Outcome<()> {
     let threads = env::var("NUM_JOBS").ok().and_then(|count| count.parse().ok()).unwrap_or(1).clamp(1, jobs.len());
     let compile = |job: &Job| match compiler.compile(job).and_then(|image| write(&out.join(job.file_name()), &image)) {
         Ok(()) => None,
@@ -166,31 +165,6 @@ fn write(path: &Path, bytes: &[u8]) -> Outcome<()> {
     fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
-enum Compiler {
-    Nvcc(OsString),
-    Nvrtc(Nvrtc),
-}
-
-impl Compiler {
-    fn find() -> Outcome<Compiler> {
-        if let Some(nvcc) = env::var_os("FLOWDPPO_NVCC").filter(|path| !path.is_empty()) {
-            return Ok(Compiler::Nvcc(nvcc));
-        }
-        let library = match env::var_os("FLOWDPPO_NVRTC").filter(|path| !path.is_empty()) {
-            Some(library) => library.into(),
-            None => wheel()?,
-        };
-        Ok(Compiler::Nvrtc(Nvrtc::open(&library)?))
-    }
-
-    fn compile(&self, job: &Job) -> Outcome<Vec<u8>> {
-        match self {
-            Compiler::Nvcc(nvcc) => run_nvcc(nvcc, job),
-            Compiler::Nvrtc(nvrtc) => nvrtc.compile(job),
-        }
-    }
-}
-
 /// NVRTC of the wheel, asked of the Python that builds. pip and uv reach their isolated environment through
 /// variables that a child process inherits, so the interpreter must be run without -I, -E and -S.
 fn wheel() -> Outcome<PathBuf> {
@@ -213,26 +187,9 @@ fn wheel() -> Outcome<PathBuf> {
     }
     Err(format!(
         "no CUDA compiler found in any of these:\n{tried}To build the GPU kernels: pip install {REQUIREMENT}\n\
-         (or set FLOWDPPO_NVCC=/path/nvcc); to build without them: FLOWDPPO_KERNELS=none"
+         (or set FLOWDPPO_NVRTC=/path/libnvrtc.so.12); to build without them: FLOWDPPO_KERNELS=none"
     )
     .into())
-}
-
-fn run_nvcc(nvcc: &OsString, job: &Job) -> Outcome<Vec<u8>> {
-    let kind = if job.is_ptx { "--ptx" } else { "--cubin" };
-    let target = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join(job.file_name());
-    let command = &mut Command::new(nvcc);
-    let command = command.args(OPTIONS).args([kind, "-arch", &job.arch, "-o"]).args([&target, &job.source]);
-    let output = command.output().map_err(|error| format!("{}: {error}", nvcc.to_string_lossy()))?;
-    if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).into());
-    }
-    let mut image = fs::read(target)?;
-    if job.is_ptx {
-        // The driver takes PTX as a C string. NVRTC ends it with a NUL, nvcc does not.
-        image.push(0);
-    }
-    Ok(image)
 }
 
 // ---- NVRTC, https://docs.nvidia.com/cuda/archive/12.9.1/nvrtc/index.html -------------------------------------------
@@ -244,10 +201,12 @@ type Strings = *const *const c_char;
 struct Nvrtc(Library);
 
 impl Nvrtc {
-    fn open(path: &Path) -> Outcome<Nvrtc> {
+    fn find() -> Outcome<Nvrtc> {
+        let named = env::var_os("FLOWDPPO_NVRTC").filter(|path| !path.is_empty());
+        let path = named.map_or_else(wheel, |path| Ok(path.into()))?;
         // SAFETY: loading runs the initialisers of NVIDIA's library, which ask nothing of this process. By absolute
         // path, so that its run path finds libnvrtc-builtins beside it.
-        unsafe { Library::new(path) }.map(Nvrtc).map_err(|error| format!("{}: {error}", path.display()).into())
+        unsafe { Library::new(&path) }.map(Nvrtc).map_err(|error| format!("{}: {error}", path.display()).into())
     }
 
     /// # Safety

@@ -156,11 +156,7 @@ impl RowVector {
 
     /// Of `rows` rows. Refuses what would read past the array's `modulo` elements or divide by 0.
     pub fn array(
-        name: &'static str,
-        data: u64,
-        dtype: Dtype,
-        (divide, modulo): (usize, usize),
-        rows: usize,
+        name: &'static str, data: u64, dtype: Dtype, (divide, modulo): (usize, usize), rows: usize,
     ) -> Result<RowVector, Error> {
         let wrong = Error::Broadcast { name, divide, modulo, rows };
         let fits = (1..=rows).contains(&divide) && (1..=rows).contains(&modulo);

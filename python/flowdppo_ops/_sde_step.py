@@ -94,22 +94,9 @@ def sde_step(
     `sde_step_with_logprob`. `flowdppo_ops.reference` states every formula.
     """
     arguments = (
-        model_output,
-        sample,
-        sigma,
-        sigma_next,
-        noise_level,
-        sampler,
-        sigma_max,
-        uncond_output,
-        guidance_scale,
-        prev_sample,
-        noise,
-        generator,
-        log_prob_normalizer,
-        residual_dtype,
-        row_dims,
-    )
+        model_output, sample, sigma, sigma_next, noise_level, sampler, sigma_max, uncond_output, guidance_scale,
+        prev_sample, noise, generator, log_prob_normalizer, residual_dtype, row_dims,
+    )  # fmt: skip
     forward = None if is_dynamo_compiling() else _sde_step.forward(arguments, draw_noise)
     return SdeStep(*(_sde_step.checked(arguments) if forward is None else operator.results(*forward)))
 

@@ -93,24 +93,10 @@ def loss(
     `_flowdppo_kl_adv_loss`. `flowdppo_ops.reference` states every formula.
     """
     arguments = (
-        prev_sample_mean,
-        old_prev_sample_mean,
-        advantages,
-        std,
-        sqrt_dt,
-        prev_sample,
-        log_prob,
-        old_log_prob,
-        weights,
-        ref_prev_sample_mean,
-        ref_kl_weight,
-        ref_std,
-        objective,
-        density,
-        latent_reduction,
-        reduction,
+        prev_sample_mean, old_prev_sample_mean, advantages, std, sqrt_dt, prev_sample, log_prob, old_log_prob,
+        weights, ref_prev_sample_mean, ref_kl_weight, ref_std, objective, density, latent_reduction, reduction,
         process_group,
-    )
+    )  # fmt: skip
     result = None if is_dynamo_compiling() else _loss.forward(arguments)
     return _loss.checked(arguments) if result is None else result
 
@@ -189,31 +175,11 @@ def step_loss(
     `FlowMatchSDEDiscreteScheduler`. `flowdppo_ops.reference.transition` states the coefficients.
     """
     arguments = (
-        model_output,
-        sample,
-        prev_sample,
-        advantages,
-        sigma,
-        sigma_next,
-        noise_level,
-        sampler,
-        sigma_max,
-        uncond_output,
-        guidance_scale,
-        old_prev_sample_mean,
-        old_model_output,
-        old_residual,
-        old_log_prob,
-        weights,
-        ref_prev_sample_mean,
-        ref_model_output,
-        ref_kl_weight,
-        ref_std,
-        objective,
-        latent_reduction,
-        reduction,
+        model_output, sample, prev_sample, advantages, sigma, sigma_next, noise_level, sampler, sigma_max,
+        uncond_output, guidance_scale, old_prev_sample_mean, old_model_output, old_residual, old_log_prob, weights,
+        ref_prev_sample_mean, ref_model_output, ref_kl_weight, ref_std, objective, latent_reduction, reduction,
         process_group,
-    )
+    )  # fmt: skip
     result = None if is_dynamo_compiling() else _step_loss.forward(arguments)
     return _step_loss.checked(arguments) if result is None else result
 

@@ -20,9 +20,7 @@ pub type Values<'py> = Vec<(usize, Value<'py>)>;
 
 /// The named values that a dictionary has.
 pub fn values<'py>(
-    library: &dyn Library,
-    names: &[&'static str],
-    fields: &Bound<'py, PyDict>,
+    library: &dyn Library, names: &[&'static str], fields: &Bound<'py, PyDict>,
 ) -> PyResult<Values<'py>> {
     let mut found = Vec::new();
     for (slot, name) in names.iter().enumerate() {
@@ -128,10 +126,7 @@ impl<C: Fields> BoundCall<C> {
 
     /// The arrays of `slots`, if autograd is to know of a function of them.
     pub fn leaves<'py, const N: usize>(
-        &self,
-        torch: &Torch,
-        py: Python<'py>,
-        slots: [usize; N],
+        &self, torch: &Torch, py: Python<'py>, slots: [usize; N],
     ) -> PyResult<Option<[Option<Bound<'py, PyAny>>; N]>> {
         let leaves = slots.map(|slot| self.object(py, slot));
         let wanted = leaves.iter().flatten().any(requires_grad) && torch.is_grad_enabled(py)?;

@@ -52,11 +52,7 @@ impl<C: Fields, Common: Clone> Memo<C, Common> {
     /// Remembers a call that Python has checked, unless one of its `fields` is not simply one of the arguments (a row
     /// vector that was expanded, say).
     pub fn learn(
-        &self,
-        arguments: &Bound<'_, PyTuple>,
-        fields: &Bound<'_, PyDict>,
-        bound: &BoundCall<C>,
-        common: Common,
+        &self, arguments: &Bound<'_, PyTuple>, fields: &Bound<'_, PyDict>, bound: &BoundCall<C>, common: Common,
     ) -> PyResult<()> {
         let Some(key) = Arguments::read(Torch::get(arguments.py())?, arguments).map(|read| read.key) else {
             return Ok(());

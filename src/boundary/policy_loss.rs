@@ -120,11 +120,7 @@ impl PolicyLossCall {
 
     /// Runs one stage of a forward.
     fn run(
-        &self,
-        py: Python<'_>,
-        library: &dyn Library,
-        mut forward: PolicyLossForward,
-        gradients: Option<&Gradients>,
+        &self, py: Python<'_>, library: &dyn Library, mut forward: PolicyLossForward, gradients: Option<&Gradients>,
         may_keep: bool,
     ) -> PyResult<()> {
         let (shapes, call, stage) = (&self.bound.shapes, self.bound.call, forward.stage);
@@ -150,12 +146,8 @@ impl PolicyLossCall {
     /// `row_sums`: see `read_sums`. `leaves`: the loss will be differentiated in these; then the gradients for a
     /// `grad_loss` of 1 are formed where it is well to form them already.
     fn forward_with<'py>(
-        &self,
-        py: Python<'py>,
-        library: &dyn Library,
-        row_sums: Option<&Bound<'py, PyAny>>,
-        leaves: Option<&Leaves<'py>>,
-        may_keep: bool,
+        &self, py: Python<'py>, library: &dyn Library, row_sums: Option<&Bound<'py, PyAny>>,
+        leaves: Option<&Leaves<'py>>, may_keep: bool,
     ) -> PyResult<Forward<'py>> {
         let sums = row_sums.map(|sums| self.read_sums(library, sums)).transpose()?;
         let loss = library.empty_like(self.common.loss_like.bind(py))?;
@@ -192,9 +184,7 @@ impl PolicyLossCall {
     /// `log_prob`, the numbers and the latents of `Layout::saved`, which autograd saves; by name those of them that were
     /// made under `inference_mode`, as rollouts are, which it refuses to save.
     fn saved<'py>(
-        &self,
-        numbers: &Bound<'py, PyAny>,
-        log_prob: &Optional<'py>,
+        &self, numbers: &Bound<'py, PyAny>, log_prob: &Optional<'py>,
     ) -> PyResult<(Bound<'py, PyTuple>, Option<Bound<'py, PyDict>>)> {
         let (py, mut kept) = (numbers.py(), None);
         let mut tensors = vec![log_prob.clone(), Some(numbers.clone())];
@@ -285,12 +275,8 @@ impl PolicyLossCall {
 #[pyfunction]
 #[pyo3(signature = (grad_loss, numbers, latents, wants, formed = None))]
 pub fn policy_loss_backward<'py>(
-    py: Python<'py>,
-    grad_loss: &Bound<'py, PyAny>,
-    numbers: &Bound<'py, PyAny>,
-    latents: &Bound<'py, PyDict>,
-    wants: [bool; 3],
-    formed: Option<Formed<'py>>,
+    py: Python<'py>, grad_loss: &Bound<'py, PyAny>, numbers: &Bound<'py, PyAny>, latents: &Bound<'py, PyDict>,
+    wants: [bool; 3], formed: Option<Formed<'py>>,
 ) -> PyResult<Leaves<'py>> {
     let (torch, formed) = (Torch::get(py)?, formed.unwrap_or_default());
     if formed.iter().any(Option::is_some) && scaled(torch, grad_loss, &formed)? {
@@ -322,12 +308,8 @@ fn scaled(torch: &'static Torch, grad_loss: &Bound<'_, PyAny>, formed: &Formed<'
 
 /// `formed`: memory for the first two gradients, where there is some already.
 fn backward<'py>(
-    library: &dyn Library,
-    grad_loss: &Bound<'py, PyAny>,
-    numbers: &Bound<'py, PyAny>,
-    latents: &Bound<'py, PyDict>,
-    wants: [bool; 3],
-    formed: Formed<'py>,
+    library: &dyn Library, grad_loss: &Bound<'py, PyAny>, numbers: &Bound<'py, PyAny>, latents: &Bound<'py, PyDict>,
+    wants: [bool; 3], formed: Formed<'py>,
 ) -> PyResult<Leaves<'py>> {
     let (py, names) = (grad_loss.py(), Latents::NAMES);
     let values = values(library, &names, latents)?;
@@ -400,10 +382,7 @@ fn flattened(name: &'static str, shape: &[usize], rows: usize) -> Result<[usize;
 /// `settings` as in `PolicyLossCall`.
 #[pyfunction]
 pub fn policy_loss_numpy<'py>(
-    py: Python<'py>,
-    fields: &Bound<'py, PyDict>,
-    settings: &Bound<'py, PyAny>,
-    threads: usize,
+    py: Python<'py>, fields: &Bound<'py, PyDict>, settings: &Bound<'py, PyAny>, threads: usize,
 ) -> PyResult<Leaves<'py>> {
     let library = Numpy { threads };
     let call = PolicyLossCall::new(&library, fields, settings)?;
@@ -454,10 +433,7 @@ impl PolicyLossMemo {
     /// The result of a call that Python has checked, and which is remembered: `fields` and `settings` as in
     /// `PolicyLossCall`.
     fn learn<'py>(
-        &self,
-        py: Python<'py>,
-        arguments: &Bound<'py, PyTuple>,
-        fields: &Bound<'py, PyDict>,
+        &self, py: Python<'py>, arguments: &Bound<'py, PyTuple>, fields: &Bound<'py, PyDict>,
         settings: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let call = PolicyLossCall::checked(py, fields, settings)?;
@@ -468,10 +444,7 @@ impl PolicyLossMemo {
     /// The result of a call of PyTorch tensors that nobody watches. `row_sums` as in `PolicyLossCall::forward`.
     #[pyo3(signature = (call, row_sums = None))]
     fn run<'py>(
-        &self,
-        py: Python<'py>,
-        call: &PolicyLossCall,
-        row_sums: Option<&Bound<'py, PyAny>>,
+        &self, py: Python<'py>, call: &PolicyLossCall, row_sums: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let torch = Torch::get(py)?;
         let leaves = call.bound.leaves(torch, py, call.leaf_slots())?;

@@ -145,12 +145,8 @@ impl SdeStepCall {
 /// left, and the gradients of `log_prob` and `prev_sample_mean`.
 #[pyfunction]
 pub fn sde_step_backward<'py>(
-    py: Python<'py>,
-    grads: Leaves<'py>,
-    prev_sample: &Bound<'py, PyAny>,
-    prev_sample_mean: &Bound<'py, PyAny>,
-    numbers: &Bound<'py, PyAny>,
-    dtypes: Leaves<'py>,
+    py: Python<'py>, grads: Leaves<'py>, prev_sample: &Bound<'py, PyAny>, prev_sample_mean: &Bound<'py, PyAny>,
+    numbers: &Bound<'py, PyAny>, dtypes: Leaves<'py>,
 ) -> PyResult<Leaves<'py>> {
     let torch = Torch::get(py)?;
     // Of a tensor that is not contiguous this is a copy, which lives until the kernel has been launched.
@@ -225,10 +221,7 @@ impl SdeStepMemo {
 
     /// The forward of a call like one that has been checked before; None of any other. `draw`: see `forward_eager`.
     fn forward<'py>(
-        &self,
-        py: Python<'py>,
-        arguments: &Bound<'py, PyTuple>,
-        draw: &Bound<'py, PyAny>,
+        &self, py: Python<'py>, arguments: &Bound<'py, PyTuple>, draw: &Bound<'py, PyAny>,
     ) -> PyResult<Option<Forward<'py>>> {
         let Some(mut read) = Arguments::read(Torch::get(py)?, arguments) else { return Ok(None) };
         let Some((bound, residual_dtype)) = self.0.find(&mut read) else { return Ok(None) };
@@ -238,12 +231,8 @@ impl SdeStepMemo {
     /// The forward of a call that Python has checked, and which is remembered: `fields` and `settings` as in
     /// `SdeStepCall`.
     fn learn<'py>(
-        &self,
-        py: Python<'py>,
-        arguments: &Bound<'py, PyTuple>,
-        fields: &Bound<'py, PyDict>,
-        settings: &Bound<'py, PyAny>,
-        draw: &Bound<'py, PyAny>,
+        &self, py: Python<'py>, arguments: &Bound<'py, PyTuple>, fields: &Bound<'py, PyDict>,
+        settings: &Bound<'py, PyAny>, draw: &Bound<'py, PyAny>,
     ) -> PyResult<Forward<'py>> {
         let mut call = SdeStepCall::checked(py, fields, settings)?;
         self.0.learn(arguments, fields, &call.bound, call.residual_dtype)?;

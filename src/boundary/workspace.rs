@@ -32,10 +32,7 @@ pub struct Workspace<'py> {
 /// stream that is not PyTorch's: when it is destroyed the driver may give its handle to another one, which would run
 /// beside the last kernels of the first.
 pub fn workspace<'py>(
-    torch: &'static Torch,
-    like: &Bound<'py, PyAny>,
-    target: Target,
-    (partials, tickets): (usize, usize),
+    torch: &'static Torch, like: &Bound<'py, PyAny>, target: Target, (partials, tickets): (usize, usize),
     may_keep: bool,
 ) -> PyResult<Workspace<'py>> {
     let keep = may_keep && !target.is_capturing()? && torch.owns_stream(like.py(), target)?;
@@ -50,10 +47,7 @@ pub fn workspace<'py>(
 }
 
 fn kept<'py>(
-    torch: &'static Torch,
-    like: &Bound<'py, PyAny>,
-    target: Target,
-    len: usize,
+    torch: &'static Torch, like: &Bound<'py, PyAny>, target: Target, len: usize,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = like.py();
     let find = || {

@@ -293,12 +293,7 @@ unsafe fn write_row<F: Real>(problem: &Problem<'_>, numbers: Row, row: usize, ou
 /// `row_sums`, `row_objective` and `gradient` (for a `grad_loss` of 1) row by row, and with the same bits: a row's mean
 /// and sample come from the cache when the gradient reads them. `divisor` is that of the batch, known beforehand.
 fn rows_with_gradient<F: Real, S: Source<F>>(
-    problem: &Problem<'_>,
-    source: &S,
-    plan: Plan,
-    divisor: f64,
-    numbers: &ViewMut<'_>,
-    targets: &Targets<'_>,
+    problem: &Problem<'_>, source: &S, plan: Plan, divisor: f64, numbers: &ViewMut<'_>, targets: &Targets<'_>,
     threads: usize,
 ) {
     let guard = problem.guard_scale();
@@ -340,10 +335,7 @@ type Buffers<F, S> = (<S as Source<F>>::Scratch, Buffer<<S as Source<F>>::Gradie
 /// A row whose coefficients are all 0 is written without being read, and a term whose coefficient is 0 is dropped from
 /// the source, so that an infinity there cannot become 0 * inf.
 fn gradient<F: Real, S: Source<F>>(
-    source: &S,
-    coefficients: &(impl Fn(usize) -> Coefficients + Sync),
-    plan: Plan,
-    targets: &Targets<'_>,
+    source: &S, coefficients: &(impl Fn(usize) -> Coefficients + Sync), plan: Plan, targets: &Targets<'_>,
     threads: usize,
 ) {
     for_each(plan.tasks(), threads, Buffers::<F, S>::default, |buffers, task| {
@@ -355,10 +347,7 @@ fn gradient<F: Real, S: Source<F>>(
 
 /// Of stretches of one row.
 fn row_gradient<F: Real, S: Source<F>>(
-    source: &S,
-    stretches: impl IntoIterator<Item = Stretch>,
-    coefficients: Coefficients,
-    buffers: &mut Buffers<F, S>,
+    source: &S, stretches: impl IntoIterator<Item = Stretch>, coefficients: Coefficients, buffers: &mut Buffers<F, S>,
     targets: &Targets<'_>,
 ) {
     let Coefficients { terms: [innovation, drift, reference], guidance } = coefficients;
@@ -430,8 +419,7 @@ impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S,
 
 #[inline(always)]
 fn combine<F: Real, T: Storage, const FMA: bool, const ALL: bool>(
-    [a, b, c]: [F; 3],
-    moments: Moments<F>,
+    [a, b, c]: [F; 3], moments: Moments<F>,
 ) -> [T; LANES] {
     let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
     let mut out = [T::default(); LANES];

@@ -171,11 +171,7 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
 /// the old policy's gives a drift of exactly 0.
 #[inline(always)]
 fn mean_of_block<F: Real, const FMA: bool>(
-    step: &Step<'_>,
-    row: StepRow<F>,
-    part: Stretch,
-    out: &mut [F],
-    [b0, b1, b2]: &mut Scratch<F>,
+    step: &Step<'_>, row: StepRow<F>, part: Stretch, out: &mut [F], [b0, b1, b2]: &mut Scratch<F>,
 ) {
     let output = F::elements(step.model_output, part, b0);
     let uncond = elements_if(step.uncond_output, part, b1);

@@ -42,10 +42,7 @@ pub fn for_each<S>(tasks: usize, threads: usize, state: impl Fn() -> S + Sync, t
 
 /// As `for_each`; what the tasks return, in their order.
 pub fn map<S, R: Send + Sync>(
-    tasks: usize,
-    threads: usize,
-    state: impl Fn() -> S + Sync,
-    task: impl Fn(&mut S, usize) -> R + Sync,
+    tasks: usize, threads: usize, state: impl Fn() -> S + Sync, task: impl Fn(&mut S, usize) -> R + Sync,
 ) -> Vec<R> {
     let results: Vec<OnceLock<R>> = (0..tasks).map(|_| OnceLock::new()).collect();
     for_each(tasks, threads, state, |state, index| drop(results[index].set(task(state, index))));

@@ -111,11 +111,7 @@ impl Unit {
     ///   where the kernel writes, touches), until the kernel has run.
     /// - `plan` and the sizes in `parameters` belong together, so that the kernel stays inside that memory.
     pub unsafe fn launch<Parameters: NoUninit>(
-        &self,
-        target: Target,
-        direction: Direction,
-        (is_step, groups): (bool, [&[Latent]; 3]),
-        plan: GridPlan,
+        &self, target: Target, direction: Direction, (is_step, groups): (bool, [&[Latent]; 3]), plan: GridPlan,
         parameters: &Parameters,
     ) -> Result<(), Error> {
         let (device, Loaded(functions)) = self.load(target.device)?;

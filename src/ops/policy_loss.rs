@@ -32,10 +32,7 @@ pub fn workspace(target: Target, call: &PolicyLoss, stage: Stage) -> Result<(Gri
 /// the fields' comments say, alive until the work is done. Nobody writes to the inputs meanwhile, and nobody else touches
 /// the outputs.
 pub unsafe fn forward(
-    place: Place,
-    plan: Option<GridPlan>,
-    call: &PolicyLossForward,
-    gradients_ahead: Option<&Gradients>,
+    place: Place, plan: Option<GridPlan>, call: &PolicyLossForward, gradients_ahead: Option<&Gradients>,
 ) -> Result<(), Error> {
     check(&call.call)?;
     let sums_alone = call.stage == Stage::SumsAlone;

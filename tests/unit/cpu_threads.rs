@@ -4,10 +4,7 @@ use super::*;
 
 /// A team of three, as libgomp would run it.
 unsafe extern "C" fn three(
-    function: unsafe extern "C" fn(*mut c_void),
-    data: *mut c_void,
-    _threads: c_uint,
-    _: c_uint,
+    function: unsafe extern "C" fn(*mut c_void), data: *mut c_void, _threads: c_uint, _: c_uint,
 ) {
     let data = &AtomicUsize::new(data.expose_provenance());
     // SAFETY: `data` is what the caller gave for `function`, and the threads end before this function returns.

@@ -86,9 +86,7 @@ pub fn dtypes(latents: &Latents) -> Option<[Dtype; 3]> {
 /// As `Storage::elements`. No `Option::map`: see `Kernel`.
 #[inline(always)]
 pub fn elements_if<'a, T: Storage>(
-    view: Option<View<'a>>,
-    part: Stretch,
-    buffer: &'a mut Buffer<T>,
+    view: Option<View<'a>>, part: Stretch, buffer: &'a mut Buffer<T>,
 ) -> Option<&'a [T]> {
     match view {
         Some(view) => Some(T::elements(view, part, buffer)),

@@ -148,9 +148,7 @@ impl<F: Real, V: Storage, X: Storage, O: Storage> Source<F> for Outputs<'_, F, V
 
 #[inline(always)]
 fn policy_elements<'a, T: Storage>(
-    policy: Option<(Form, View<'a>)>,
-    part: Stretch,
-    buffer: &'a mut Buffer<T>,
+    policy: Option<(Form, View<'a>)>, part: Stretch, buffer: &'a mut Buffer<T>,
 ) -> Option<(Form, &'a [T])> {
     match policy {
         Some((form, view)) => Some((form, T::elements(view, part, buffer))),
@@ -162,11 +160,7 @@ fn policy_elements<'a, T: Storage>(
 /// that drifts from them are exactly 0 on policy.
 #[inline(always)]
 pub fn velocity_and_mean<F: Real, V: Storage, X: Storage, const FMA: bool, const TAIL: bool>(
-    output: &[V],
-    uncond: Option<&[V]>,
-    sample: &[X],
-    row: StepRow<F>,
-    at: usize,
+    output: &[V], uncond: Option<&[V]>, sample: &[X], row: StepRow<F>, at: usize,
 ) -> ([F; LANES], [F; LANES]) {
     let mut velocity = read::<V, F, FMA, TAIL>(output, at);
     if let Some(uncond) = uncond {
