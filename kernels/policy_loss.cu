@@ -5,43 +5,65 @@
 // f = sum (mu - mu_ref)^2, in one pass: float32 per thread, a fixed tree over the block, float64 over the splits of a
 // row. The block that finishes a row last turns the sums into the row's numbers; the one that finishes the last row
 // forms the loss and the metrics. Hence one launch, no float atomics, and the same bits in whatever order blocks run.
-//   warp w of a block: vectors 64 w .. 64 w + 63 of the block's part, a lane two of them, 32 apart; then 2 kThreads
-//   further on; at last the tail, a thread an element. (Where dtypes differ: 32 vectors, a lane one.)
 // Latents that are sharded over several GPUs take two launches (`Stage`): the sums of a shard, and, when those have
 // been added up over the shards, the objective.
 //
-// Backward. G = innovation (x' - mu) + drift (mu - mu_old) + reference (mu - mu_ref), streaming; same mapping.
+// Backward. G = innovation (x' - mu) + drift (mu - mu_old) + reference (mu - mu_ref), streaming.
 // Reads what has a coefficient: mu and x' alone for FlowDPPO and FlowGRPO; of a blocked row nothing. The gradient is G,
 // with guidance its share of G for each of the two outputs.
-#include "gradient.cuh"
-#include "row_sums.cuh"
+#include "common/stream.cuh"
+#include "objective.cuh"
+#include "transition.cuh"
 
 // Rows of `numbers`.
 template <class Source>
 constexpr int kNumbers = Source::kIsStep ? kStepFields : kFields;
 
+// Vector steps whose loads are issued together. Two where all dtypes are one, 6 or 8 loads of 16 bytes; one for a mix,
+// 4 to 6 loads, and where a step has more than 32 elements: two of 48 spill. (The reference policy and the
+// unconditional output not counted.)
+template <class Source>
+constexpr int kUnroll = sizeof(typename Source::template Raw<Source::kVector>) > Source::kTensors * 16 ||
+                                Source::kTensors* Source::kVector > 32
+                            ? 1
+                            : 2;
+
 // ---- forward -------------------------------------------------------------------------------------------------------
+
+// The four sums of `RowSums` while elements are added up.
+enum Sum : int { kQ, kD, kCross, kF, kSums };
+
+__device__ __forceinline__ void add(float (&sums)[kSums], Moments moments) {
+  sums[kQ] = fmaf(moments.innovation, moments.innovation, sums[kQ]);
+  sums[kD] = fmaf(moments.drift, moments.drift, sums[kD]);
+  sums[kCross] = fmaf(moments.drift, moments.innovation, sums[kCross]);
+  sums[kF] = fmaf(moments.ref_drift, moments.ref_drift, sums[kF]);
+}
 
 // This thread's share of a row's sums.
 template <class Source>
 struct Sums {
-  using Raw = typename Source::Raw;
+  template <int kCount>
+  using Raw = typename Source::template Raw<kCount>;
   static constexpr int kVector = Source::kVector, kSteps = kUnroll<Source>;
   static constexpr bool kAhead = Source::kDtype != kAny;
   Source source;
   float total[kSums] = {};
   float run[kSteps][kSums] = {};  // of this run: chains that do not wait for each other
 
-  __device__ __forceinline__ bool aligned() const { return source.aligned(); }
-  __device__ __forceinline__ void load(Raw& raw, int vector) const { source.load(raw, vector); }
-  __device__ __forceinline__ void vector(int, int step, const Raw& raw) {
-    Moments moments[kVector];
+  __device__ __forceinline__ bool aligned(long long first) const { return source.aligned(first); }
+  template <int kCount>
+  __device__ __forceinline__ void load(Raw<kCount>& raw, long long at) const {
+    source.load(raw, at);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void use(long long, int step, const Raw<kCount>& raw) {
+    Moments moments[kCount];
     source.moments(raw, moments);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) add(run[step], moments[j]);
+    for (int j = 0; j < kCount; ++j) add(run[step], moments[j]);
   }
-  __device__ __forceinline__ void element(int at) { add(run[0], source.element(at)); }
-  __device__ __forceinline__ void advance(long long elements) {
+  __device__ __forceinline__ void end_run() {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -50,13 +72,19 @@ struct Sums {
         run[step][i] = 0.f;
       }
     }
-    source.advance(elements);
   }
 };
 
 // The sums of a row that waits for the batch's means: in the first partial of the row, which nobody needs any more.
 __device__ __forceinline__ float4* waiting_sums(const PolicyLossForward& p, long long row) {
   return reinterpret_cast<float4*>(p.partials) + row * (p.splits > 1 ? p.splits : 1);
+}
+
+__device__ __forceinline__ void write_row(const PolicyLossForward& p, long long row, RowSums sums, GuardScale guard) {
+  const PolicyLoss& call = p.call;
+  const double numel = p.stage == kObjectiveAlone ? p.row_sums[4 * call.rows] : static_cast<double>(call.numel);
+  row_numbers(call, row, sums, numel, guard, p.numbers);
+  if (call.settings.reduction == kReduceNone) p.loss[row] = row_loss(call, p.numbers, row);
 }
 
 // By the one thread that has a row's sums.
@@ -98,33 +126,18 @@ __device__ __forceinline__ void forward(const PolicyLossForward& p) {
 
   float sums[kSums] = {};
   if (Source::output_of(call.latents).data && p.stage != kObjectiveAlone) {
-    StepRow step = {};
-    if constexpr (Source::kIsStep) step = shared_step(call.schedule, call.settings.sampler, call.rows, part);
-    const Demand wanted = {true, true, true};
-    const long long first = part.row * call.numel + part.first;
-    Sums<Source> work = {Source(call.latents, first, step, wanted)};
-    stream(work, part, [] {});
+    Sums<Source> work = {Source(call.latents, {true, true, true})};
+    stream(work, part, [&] {
+      if constexpr (Source::kIsStep)
+        work.source.set(shared_step(call.schedule, call.settings.sampler, call.rows, part));
+    });
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = work.total[i];
   }
-
-  bool owner;  // of the row: the one thread that finishes it
-  if (p.splits == 0) {
-    warp_reduce(sums);
-    owner = part.thread == 0 && part.row < call.rows;
-  } else {
-    block_reduce(sums, reinterpret_cast<float*>(s_numbers));
-    owner = threadIdx.x == 0;
-  }
-  RowSums row_sums = {sums[kQ], sums[kD], sums[kCross], sums[kF]};
-
-  if (p.splits > 1) {
-    float4* partials = reinterpret_cast<float4*>(p.partials) + part.row * p.splits;
-    if (threadIdx.x == 0) partials[part.split] = make_float4(sums[kQ], sums[kD], sums[kCross], sums[kF]);
-    if (!comes_last(p.tickets + part.row, p.splits)) return;
-    row_sums = sum_of_splits(partials, p.splits);
-  }
-  if (owner) {
+  double total[kSums];
+  if (!sum_row(part, p.splits, sums, reinterpret_cast<float*>(s_numbers), p.partials, p.tickets, total)) return;
+  if (part.thread == 0 && part.row < call.rows) {
+    RowSums row_sums = {total[kQ], total[kD], total[kCross], total[kF]};
     if (p.stage == kObjectiveAlone) {
       const double* of_row = p.row_sums + 4 * part.row;
       row_sums = {of_row[0], of_row[1], of_row[2], of_row[3]};
@@ -140,78 +153,120 @@ __device__ __forceinline__ void forward(const PolicyLossForward& p) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void write_grad_log_prob(const PolicyLossBackward& p, long long row, float divisor) {
-  const float stored = p.numbers[kCoefLogProb * p.rows + row];
-  p.grad_log_prob[row] = scaled(read_row(p.grad_loss, row), stored, divisor);
+// What the differences of one row are multiplied with; the terms whose coefficient is 0 are not read.
+struct Coefficients {
+  float innovation, drift, reference;
+};
+
+// A coefficient of 0 stays 0, whatever it is multiplied with.
+__device__ __forceinline__ float scaled(float grad_loss, float stored, float divisor) {
+  return stored == 0.f ? 0.f : static_cast<float>(static_cast<double>(grad_loss) * stored / divisor);
 }
 
-__device__ __forceinline__ Coefficients coefficients(const PolicyLossBackward& p, long long row, float divisor) {
-  // All loads first: waiting for one after the other would cost a block 1 us before it streams.
-  const float innovation = p.numbers[kCoefInnovation * p.rows + row];
-  const float drift = p.numbers[kCoefDrift * p.rows + row];
-  const float reference = p.numbers[kCoefRef * p.rows + row];
-  const double grad_loss = read_row(p.grad_loss, row);
-  return {scaled(grad_loss, innovation, divisor), scaled(grad_loss, drift, divisor), scaled(grad_loss, reference, 1.0)};
+__device__ __forceinline__ float gradient(Coefficients c, Moments moments) {
+  return fmaf(c.innovation, moments.innovation, fmaf(c.drift, moments.drift, c.reference * moments.ref_drift));
+}
+
+// With guidance the output has that share of G, the unconditional one the rest.
+template <class Source>
+struct Gradients {
+  Target<Source::kDtype> output, uncond;
+  float guidance;
+
+  __device__ __forceinline__ Gradients(const PolicyLossBackward& p, const StepRow& step)
+      : output(p.grad_output, Source::output_of(p.latents).dtype),
+        uncond(Source::kIsStep ? p.grad_uncond_output : nullptr, p.latents.uncond_output.dtype),
+        guidance(Source::kIsStep ? step.guidance : 1.f) {}
+  __device__ __forceinline__ bool aligned(long long first) const {
+    return output.aligned(first) && uncond.aligned(first);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void store(long long at, const float (&gradient)[kCount]) const {
+    output.store(at, gradient, guidance);
+    if (Source::kIsStep) uncond.store(at, gradient, 1.f - guidance);
+  }
+};
+
+// A thread each forms a coefficient of a row, and the gradient of its log-prob, for all that share the row. By all
+// threads of the block that have a row.
+template <class Source>
+__device__ __forceinline__ Coefficients shared_coefficients(const PolicyLossBackward& p, const Part& part,
+                                                            float grad_loss) {
+  SHARED(float, s_coefficients, kWarps * 4);
+  float* s_row = s_coefficients + row_in_block(part) * 4;
+  if (part.thread < 4) {
+    const int field = kCoefInnovation + part.thread;
+    const float divisor = field == kCoefRef ? 1.f : p.numbers[kNumbers<Source> * p.rows + kPolicyDivisor];
+    const float mine = scaled(grad_loss, p.numbers[field * p.rows + part.row], divisor);
+    s_row[part.thread] = mine;
+    if (field == kCoefLogProb && p.grad_log_prob && part.split == 0) p.grad_log_prob[part.row] = mine;
+  }
+  __syncthreads();
+  return {s_row[0], s_row[1], s_row[2]};
 }
 
 // The gradient of one row.
 template <class Source>
 struct Gradient {
-  using Raw = typename Source::Raw;
+  template <int kCount>
+  using Raw = typename Source::template Raw<kCount>;
   static constexpr int kVector = Source::kVector, kSteps = kUnroll<Source>;
   static constexpr bool kAhead = Source::kDtype != kAny;
   Source source;
   Gradients<Source> out;
   Coefficients c;
 
-  __device__ __forceinline__ bool aligned() const { return source.aligned() && out.aligned(); }
-  __device__ __forceinline__ void load(Raw& raw, int vector) const { source.load(raw, vector); }
-  __device__ __forceinline__ void vector(int vector, int, const Raw& raw) const {
-    Moments moments[kVector];
+  __device__ __forceinline__ bool aligned(long long first) const { return source.aligned(first) && out.aligned(first); }
+  template <int kCount>
+  __device__ __forceinline__ void load(Raw<kCount>& raw, long long at) const {
+    source.load(raw, at);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void use(long long at, int, const Raw<kCount>& raw) const {
+    Moments moments[kCount];
     source.moments(raw, moments);
-    float values[kVector];
+    float values[kCount];
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) values[j] = gradient(c, moments[j]);
-    out.store(vector, values);
+    for (int j = 0; j < kCount; ++j) values[j] = gradient(c, moments[j]);
+    out.store(at, values);
   }
-  __device__ __forceinline__ void element(int at) const { out.store_one(at, gradient(c, source.element(at))); }
-  __device__ __forceinline__ void advance(long long elements) {
-    source.advance(elements);
-    out.advance(elements);
-  }
+  __device__ __forceinline__ void end_run() const {}
 };
 
 template <class Source>
 __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
-  const float divisor = p.numbers[kNumbers<Source> * p.rows + kPolicyDivisor];
   if (!p.grad_output && !p.grad_uncond_output) {
     const long long row = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
-    if (p.grad_log_prob && row < p.rows) write_grad_log_prob(p, row, divisor);
+    if (!p.grad_log_prob || row >= p.rows) return;
+    const float stored = p.numbers[kCoefLogProb * p.rows + row];
+    const float divisor = p.numbers[kNumbers<Source> * p.rows + kPolicyDivisor];
+    p.grad_log_prob[row] = scaled(read_row(p.grad_loss, row), stored, divisor);
     return;
   }
   const Part part = part_of_thread(p.rows, p.numel, p.splits);
   if (part.row >= p.rows) return;
-  if (p.grad_log_prob && part.split == 0 && part.thread == 0) write_grad_log_prob(p, part.row, divisor);
-  if (part.count == 0) return;
-
+  // All loads first: waiting for one after the other would cost a block 1 us before it streams.
+  const float* stored = p.numbers + kCoefInnovation * p.rows + part.row;
+  const float innovation = stored[0], drift = stored[p.rows], reference = stored[2 * p.rows];
   StepRow step = {};
   if (Source::kIsStep) {
     const float* fields = p.numbers + kStepA * p.rows + part.row;
     step = {fields[0], fields[p.rows], fields[2 * p.rows], fields[3 * p.rows]};
   }
-  const Coefficients c = coefficients(p, part.row, divisor);
+  const float grad_loss = read_row(p.grad_loss, part.row);
   // What has no coefficient is not read, and an infinity there is not multiplied with 0.
-  const Demand wanted = {c.innovation != 0.f, c.drift != 0.f, c.reference != 0.f};
-  const long long first = part.row * p.numel + part.first;
-  Gradient<Source> work = {Source(p.latents, first, step, wanted), Gradients<Source>(p, first, step), c};
-  stream(work, part, [] {});
+  const bool any = grad_loss != 0.f;
+  const Demand wanted = {any && innovation != 0.f, any && drift != 0.f, any && reference != 0.f};
+  Gradient<Source> work = {Source(p.latents, wanted), Gradients<Source>(p, step), {}};
+  work.source.set(step);
+  stream(work, part, [&] { work.c = shared_coefficients<Source>(p, part, grad_loss); });
 }
 
 // ---- entry points --------------------------------------------------------------------------------------------------
 
-// Two blocks on a multiprocessor at least, not more: asked for three, the compiler saves registers by sinking half of
-// an iteration's loads below the arithmetic. It takes 62 to 126; 2 or 3 blocks with 4 to 8 loads a thread are 33 to 74
-// KB in flight, where an H200 should need ~30 (4.8 TB/s, 132 multiprocessors, 0.8 us).
+// Two blocks on a multiprocessor at least, not more: asked for three, the compiler spills. It takes 62 to 128
+// registers; 2 or 3 blocks with 4 to 8 loads a thread are 33 to 74 KB in flight, where an H200 should need ~30 (4.8
+// TB/s, 132 multiprocessors, 0.8 us).
 #define POLICY_LOSS(variant, Source, ...)                                            \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
       policy_loss_forward_##variant(const __grid_constant__ PolicyLossForward p) {   \

@@ -12,11 +12,10 @@ struct Transition {
   double sqrt_dt;
 };
 
-// Of one row. Some 60 operations of float64: by one thread of a block, not by all.
-__device__ __noinline__ Transition transition_of(const Schedule& schedule, int sampler, long long row) {
-  const double sigma = read_row(schedule.sigma, row), next = read_row(schedule.sigma_next, row);
-  const double noise_level = read_row(schedule.noise_level, row);
-  const double dt = next - sigma, sqrt_dt = sqrt(-dt);
+// Some 40 operations of float64, of which a consumer GPU has 1/64 of the rate: by one warp of a block, not by all.
+__device__ __forceinline__ Transition transition(int sampler, double sigma, double next, double noise_level,
+                                                 double sigma_max) {
+  const double dt = next - sigma;
   double a, b, std;
   if (sampler == kCpsSampler) {
     std = next * sinpi(0.5 * noise_level);  // not sin(): its reduction of large angles takes a stack
@@ -24,17 +23,22 @@ __device__ __noinline__ Transition transition_of(const Schedule& schedule, int s
     a = (1.0 - next) + r;
     b = -sigma * (1.0 - next) + (1.0 - sigma) * r;
   } else {
-    double q = noise_level;
-    if (sampler == kFlowSde) {
-      const double below_one = sigma == 1.0 ? read_row(schedule.sigma_max, row) : sigma;
-      q *= sqrt(sigma / (1.0 - below_one));
-    }
-    const double half_rate = q * q / (2.0 * sigma);
+    // q^2 = noise_level^2 sigma / divisor, with the same divisor in the std: one division and one root.
+    const bool flow = sampler == kFlowSde;
+    const double inverse = 1.0 / (flow ? 1.0 - (sigma == 1.0 ? sigma_max : sigma) : sigma);
+    const double half_rate = 0.5 * (noise_level * noise_level) * inverse;
     a = 1.0 + half_rate * dt;
     b = (1.0 + half_rate * (1.0 - sigma)) * dt;
-    std = q * sqrt_dt;
+    std = noise_level * sqrt(flow ? -dt * sigma * inverse : -dt);
   }
-  return {rounded(a), rounded(b), rounded(std), rounded(sqrt_dt)};
+  return {a, b, std, sqrt(-dt)};
+}
+
+// Of one row.
+__device__ __noinline__ Transition transition_of(const Schedule& schedule, int sampler, long long row) {
+  const Transition t = transition(sampler, read_row(schedule.sigma, row), read_row(schedule.sigma_next, row),
+                                  read_row(schedule.noise_level, row), read_row(schedule.sigma_max, row));
+  return {rounded(t.a), rounded(t.b), rounded(t.std), rounded(t.sqrt_dt)};
 }
 
 // What is needed of a row's step element by element.
@@ -56,15 +60,24 @@ __device__ __forceinline__ StepRow step_row(const Schedule& schedule, const Tran
   return {static_cast<float>(t.a), static_cast<float>(t.b), static_cast<float>(t.std), static_cast<float>(guidance)};
 }
 
-// The same, formed by one thread for all that share the row. By all threads of the block.
+// The same, formed by the first warp of those that share the row. By all threads of the block.
 __device__ __forceinline__ StepRow shared_step(const Schedule& schedule, int sampler, long long rows,
                                                const Part& part) {
-  SHARED(StepRow, s_steps, kWarps);
-  StepRow& s_step = s_steps[part.threads == kWarpSize ? threadIdx.x / kWarpSize : 0];
-  if (part.thread == 0 && part.row < rows)
-    s_step = step_row(schedule, transition_of(schedule, sampler, part.row), part.row);
+  SHARED(float, s_steps, kWarps * 4);
+  float* s_step = s_steps + row_in_block(part) * 4;
+  if (part.thread < kWarpSize) {
+    // A lane reads one of the schedule's five row vectors and rounds one result: in one lane all of that would take as
+    // long for each of them.
+    const int lane = part.thread;
+    const bool reads = lane < 5 && part.row < rows;
+    const double mine = reads ? row_element((&schedule.sigma)[lane], part.row) : 0.f;
+    const auto of_lane = [&](int lane) { return __shfl_sync(0xffffffffu, mine, lane); };
+    const Transition t = transition(sampler, of_lane(0), of_lane(1), of_lane(2), of_lane(3));
+    const double guidance = of_lane(4);
+    if (lane < 4) s_step[lane] = static_cast<float>(lane == 0 ? t.a : lane == 1 ? t.b : lane == 2 ? t.std : guidance);
+  }
   __syncthreads();
-  return s_step;
+  return {s_step[0], s_step[1], s_step[2], schedule.guidance_scale.present ? s_step[3] : 1.f};
 }
 
 // Nothing is random in such a row: noise level 0, or the last step of CPS.

@@ -16,7 +16,7 @@ namespace sde_step {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// One row's step, from some element on. `next` is of any dtype in every variant: a latent that was drawn with float32
+// One row's step. `next` is of any dtype in every variant: a latent that was drawn with float32
 // noise is summed in the same order when it is scored again.
 template <int kOutput, int kSample>
 struct Step {
@@ -26,97 +26,87 @@ struct Step {
   Target<kSample> stored;
   Target<kFloat32> mean;
   Target<kAny> residual;
-  float a, b, std, guidance, per_std;
+  StepRow row;
+  float per_std;
   bool draws;
   float sum, run;  // of (x' - mu)^2: of all runs but this one, and of this one
 
   static constexpr bool kAhead = true;
   static constexpr int kVector = 8, kSteps = 1;  // one word of 16 bytes of a half, two of float32
+  template <int kCount>
   struct Raw {
-    Pack<kOutput, kVector> output, uncond;
-    Pack<kSample, kVector> sample;
-    Pack<kAny, kVector> next;
+    Pack<kOutput, kCount> output, uncond;
+    Pack<kSample, kCount> sample;
+    Pack<kAny, kCount> next;
   };
 
-  __device__ __forceinline__ Step(const SdeStepForward& p, long long first, const StepRow& row)
-      : output(p.call.latents.model_output, first),
-        uncond(p.call.latents.uncond_output, first),
-        sample(p.call.latents.sample, first),
-        next(next_of(p.call.latents), first),
-        stored(p.stored, p.call.latents.sample.dtype, first),
-        mean(p.prev_sample_mean, kFloat32, first),
-        residual(p.residual, first),
-        a(row.a),
-        b(row.b),
-        std(row.std),
-        guidance(row.guidance),
-        per_std(row.std == 0.f ? 0.f : 1.f / row.std),
+  __device__ __forceinline__ Step(const SdeStepForward& p)
+      : output(p.call.latents.model_output),
+        uncond(p.call.latents.uncond_output),
+        sample(p.call.latents.sample),
+        next(next_of(p.call.latents)),
+        stored(p.stored, p.call.latents.sample.dtype),
+        mean(p.prev_sample_mean, kFloat32),
+        residual(p.residual),
+        row(),
+        per_std(0.f),
         draws(p.call.latents.noise.data),
         sum(0.f),
         run(0.f) {}
 
-  __device__ __forceinline__ bool aligned() const {
-    return output.aligned() && uncond.aligned() && sample.aligned() && next.aligned() && stored.aligned() &&
-           mean.aligned() && residual.aligned();
+  __device__ __forceinline__ void set(const StepRow& step) {
+    row = step;
+    per_std = step.std == 0.f ? 0.f : 1.f / step.std;
+  }
+
+  __device__ __forceinline__ bool aligned(long long first) const {
+    return output.aligned(first) && uncond.aligned(first) && sample.aligned(first) && next.aligned(first) &&
+           stored.aligned(first) && mean.aligned(first) && residual.aligned(first);
   }
 
   // The backward reads a given x' again, and none of the others.
-  __device__ __forceinline__ void load(Raw& raw, int vector) const {
-    output.template load<Cache::kStream>(raw.output, vector);
-    uncond.template load<Cache::kStream>(raw.uncond, vector);
-    sample.template load<Cache::kStream>(raw.sample, vector);
-    next.template load<Cache::kKeep>(raw.next, vector);
+  template <int kCount>
+  __device__ __forceinline__ void load(Raw<kCount>& raw, long long at) const {
+    output.template load<Cache::kStream>(raw.output, at);
+    uncond.template load<Cache::kStream>(raw.uncond, at);
+    sample.template load<Cache::kStream>(raw.sample, at);
+    next.template load<Cache::kKeep>(raw.next, at);
   }
 
-  __device__ __forceinline__ void vector(int vector, int, const Raw& raw) {
-    float v[kVector], w[kVector], x[kVector], mu[kVector], x_next[kVector];
+  template <int kCount>
+  __device__ __forceinline__ void use(long long at, int, const Raw<kCount>& raw) {
+    float v[kCount], w[kCount], x[kCount], mu[kCount], x_next[kCount];
     raw.output.get(v, output.dtype());
     raw.sample.get(x, sample.dtype());
-    if (uncond.present()) {
+    if (uncond.present) {
       raw.uncond.get(w, uncond.dtype());
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) v[j] = guided(guidance, v[j], w[j]);
+      for (int j = 0; j < kCount; ++j) v[j] = guided(row.guidance, v[j], w[j]);
     }
     raw.next.get(x_next, next.dtype());
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      mu[j] = mean_of(a, b, v[j], x[j]);
-      if (draws) x_next[j] = fmaf(std, x_next[j], mu[j]);
+    for (int j = 0; j < kCount; ++j) {
+      mu[j] = mean_of(row.a, row.b, v[j], x[j]);
+      if (draws) x_next[j] = fmaf(row.std, x_next[j], mu[j]);
     }
-    mean.store(vector, mu, 1.f);
+    mean.store(at, mu);
     if (stored.data) {
-      Pack<kSample, kVector> pack;
+      Pack<kSample, kCount> pack;
       pack.set(x_next, stored.dtype());
-      pack.store(stored.data + static_cast<long long>(vector) * (kVector * dtype_size(stored.dtype())), stored.dtype());
+      pack.store(stored.address(at), stored.dtype());
       pack.get(x_next, stored.dtype());  // scored as stored
     }
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) x_next[j] = innovation(x_next[j], mu[j]);
-    if (residual.data) residual.store(vector, x_next, per_std);
-  }
-
-  __device__ __forceinline__ void element(int at) {
-    float v = output.element(at, 0.f);
-    if (uncond.present()) v = guided(guidance, v, uncond.element(at, 0.f));
-    const float mu = mean_of(a, b, v, sample.element(at, 0.f));
-    float x_next = next.element(at, 0.f);
-    if (draws) x_next = fmaf(std, x_next, mu);
-    mean.store_one(at, mu, 1.f);
-    if (stored.data) {
-      stored.store_one(at, x_next, 1.f);
-      x_next = as_stored(stored.dtype(), x_next);
+    for (int j = 0; j < kCount; ++j) {
+      const float u = x_next[j] - mu[j];
+      run = fmaf(u, u, run);
+      // The latent of a deterministic row may have overflowed as it was stored: its residual is 0 all the same.
+      x_next[j] = per_std == 0.f ? 0.f : u;
     }
-    residual.store_one(at, innovation(x_next, mu), per_std);
+    residual.store(at, x_next, per_std);
   }
 
-  __device__ __forceinline__ void advance(long long elements) {
-    output.advance(elements);
-    uncond.advance(elements);
-    sample.advance(elements);
-    next.advance(elements);
-    stored.advance(elements);
-    mean.advance(elements);
-    residual.advance(elements);
+  __device__ __forceinline__ void end_run() {
     sum += run;
     run = 0.f;
   }
@@ -126,25 +116,7 @@ struct Step {
   static __device__ __forceinline__ const Latent& next_of(const SdeStepLatents& latents) {
     return latents.noise.data ? latents.noise : latents.prev_sample;
   }
-
-  // Counted in. 0 for a residual of a deterministic row, whose latent may have overflowed as it was stored.
-  __device__ __forceinline__ float innovation(float x_next, float mu) {
-    const float u = x_next - mu;
-    run = fmaf(u, u, run);
-    return per_std == 0.f ? 0.f : u;
-  }
 };
-
-// Over the splits of a row, in float64: a thread of the first warp takes every 32nd, then a tree. Valid in that warp.
-__device__ __forceinline__ double sum_of_splits(const float* partials, unsigned splits) {
-  double sum[1] = {};
-  if (threadIdx.x < kWarpSize) {
-#pragma unroll 1
-    for (unsigned split = threadIdx.x; split < splits; split += kWarpSize) sum[0] += __ldcg(partials + split);
-    warp_reduce(sum);
-  }
-  return sum[0];
-}
 
 // By the one thread that has a row's sum of squares.
 __device__ __noinline__ void write_row(const SdeStepForward& p, long long row, double q, StepRow step) {
@@ -171,33 +143,17 @@ __device__ __forceinline__ void forward(const SdeStepForward& p) {
   SHARED(float, s_sums, kWarps);
   const SdeStep& call = p.call;
   const Part part = part_of_thread(call.rows, call.numel, p.splits);
-  const StepRow step = shared_step(call.schedule, call.sampler, call.rows, part);
-  float sum[1] = {};
-  if (part.count > 0) {
-    Step<kOutput, kSample> work(p, part.row * call.numel + part.first, step);
-    stream(work, part, [] {});
-    sum[0] = work.sum;
-  }
-
-  if (p.splits == 0) {
-    warp_reduce(sum);
-    if (part.thread == 0 && part.row < call.rows) write_row(p, part.row, sum[0], step);
-    return;
-  }
-  block_reduce(sum, s_sums);
-  double q = sum[0];
-  if (p.splits > 1) {
-    float* partials = p.partials + part.row * p.splits;
-    if (threadIdx.x == 0) partials[part.split] = sum[0];
-    if (!comes_last(p.tickets + part.row, p.splits)) return;
-    q = sum_of_splits(partials, p.splits);
-  }
-  if (threadIdx.x == 0) write_row(p, part.row, q, step);
+  Step<kOutput, kSample> work(p);
+  stream(work, part, [&] { work.set(shared_step(call.schedule, call.sampler, call.rows, part)); });
+  float sum[1] = {work.sum};
+  double q[1];
+  if (!sum_row(part, p.splits, sum, s_sums, p.partials, p.tickets, q)) return;
+  if (part.thread == 0 && part.row < call.rows) write_row(p, part.row, q[0], work.row);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// The gradient of one row's mean, from some element on, and its shares.
+// The gradient of one row's mean, and its shares.
 template <int kOutput, int kNext>
 struct Gradient {
   Tensor<kFloat32> grad_mean, mean;
@@ -207,56 +163,46 @@ struct Gradient {
 
   static constexpr bool kAhead = true;
   static constexpr int kVector = 8, kSteps = 1;
+  template <int kCount>
   struct Raw {
-    Pack<kFloat32, kVector> grad_mean, mean;
-    Pack<kNext, kVector> next;
+    Pack<kFloat32, kCount> grad_mean, mean;
+    Pack<kNext, kCount> next;
   };
 
-  __device__ __forceinline__ Gradient(const SdeStepBackward& p, long long first, float log_prob, double b,
-                                      double guidance)
-      : grad_mean({p.grad_prev_sample_mean, kFloat32, 0}, first),
-        mean({p.prev_sample_mean, kFloat32, 0}, first, log_prob != 0.f),
-        next(p.prev_sample, first, log_prob != 0.f),
-        output(p.grad_model_output, first),
-        uncond(p.grad_uncond_output, first),
+  __device__ __forceinline__ Gradient(const SdeStepBackward& p, float log_prob, float b, float guidance)
+      : grad_mean({p.grad_prev_sample_mean, kFloat32, 0}),
+        mean({p.prev_sample_mean, kFloat32, 0}, log_prob != 0.f),
+        next(p.prev_sample, log_prob != 0.f),
+        output(p.grad_model_output),
+        uncond(p.grad_uncond_output),
         log_prob(log_prob),
-        output_share(static_cast<float>(b * guidance)),
-        uncond_share(static_cast<float>(b * (1.0 - guidance))) {}
+        output_share(b * guidance),
+        uncond_share(fmaf(-b, guidance, b)) {}
 
-  __device__ __forceinline__ bool aligned() const {
-    return grad_mean.aligned() && mean.aligned() && next.aligned() && output.aligned() && uncond.aligned();
+  __device__ __forceinline__ bool aligned(long long first) const {
+    return grad_mean.aligned(first) && mean.aligned(first) && next.aligned(first) && output.aligned(first) &&
+           uncond.aligned(first);
   }
 
-  __device__ __forceinline__ void load(Raw& raw, int vector) const {
-    grad_mean.template load<Cache::kStream>(raw.grad_mean, vector);
-    mean.template load<Cache::kStream>(raw.mean, vector);
-    next.template load<Cache::kStream>(raw.next, vector);
+  template <int kCount>
+  __device__ __forceinline__ void load(Raw<kCount>& raw, long long at) const {
+    grad_mean.template load<Cache::kStream>(raw.grad_mean, at);
+    mean.template load<Cache::kStream>(raw.mean, at);
+    next.template load<Cache::kStream>(raw.next, at);
   }
 
-  __device__ __forceinline__ void vector(int vector, int, const Raw& raw) const {
-    float gradient[kVector], mu[kVector], x_next[kVector];
+  template <int kCount>
+  __device__ __forceinline__ void use(long long at, int, const Raw<kCount>& raw) const {
+    float gradient[kCount], mu[kCount], x_next[kCount];
     raw.grad_mean.get(gradient, kFloat32);
     raw.mean.get(mu, kFloat32);
     raw.next.get(x_next, next.dtype());
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) gradient[j] = fmaf(log_prob, x_next[j] - mu[j], gradient[j]);
-    if (output.data) output.store(vector, gradient, output_share);
-    if (uncond.data) uncond.store(vector, gradient, uncond_share);
+    for (int j = 0; j < kCount; ++j) gradient[j] = fmaf(log_prob, x_next[j] - mu[j], gradient[j]);
+    output.store(at, gradient, output_share);
+    uncond.store(at, gradient, uncond_share);
   }
-
-  __device__ __forceinline__ void element(int at) const {
-    const float gradient = fmaf(log_prob, next.element(at, 0.f) - mean.element(at, 0.f), grad_mean.element(at, 0.f));
-    output.store_one(at, gradient, output_share);
-    uncond.store_one(at, gradient, uncond_share);
-  }
-
-  __device__ __forceinline__ void advance(long long elements) {
-    grad_mean.advance(elements);
-    mean.advance(elements);
-    next.advance(elements);
-    output.advance(elements);
-    uncond.advance(elements);
-  }
+  __device__ __forceinline__ void end_run() const {}
 };
 
 template <int kOutput, int kNext>
@@ -269,8 +215,8 @@ __device__ __forceinline__ void backward(const SdeStepBackward& p) {
   const float guidance = p.numbers[kNumberGuidance * p.rows + part.row];
   const float upstream = p.grad_log_prob ? p.grad_log_prob[part.row] : 0.f;
   // A coefficient of 0 stays 0, whatever it is multiplied with.
-  const double log_prob = coefficient == 0.f ? 0.0 : static_cast<double>(upstream) * coefficient;
-  Gradient<kOutput, kNext> work(p, part.row * p.numel + part.first, static_cast<float>(log_prob), b, guidance);
+  const float log_prob = coefficient == 0.f ? 0.f : upstream * coefficient;
+  Gradient<kOutput, kNext> work(p, log_prob, b, guidance);
   stream(work, part, [] {});
 }
 

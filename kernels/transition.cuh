@@ -1,16 +1,15 @@
 // Transition: how a row's x', mu, mu_old and mu_ref come out of memory. Twin of src/cpu/source/.
 //
 // A *source* is the only thing in which the operators over row statistics differ; everything behind it sees `Moments`.
-// It is a value type bound to one stretch of one row:
+// It is a value type:
 //   kIsStep          whether the output is a model's: a row has a step, `StepRow`, which stands in its `numbers` too
 //   output_of(l)     what the gradient goes to: the mean, or the model output
 //   kDtype           of the output
 //   kVector          elements of one vector step; every load of it is whole 16-byte words
-//   Raw              one vector step of all kTensors tensors, unconverted
-//   load(i)          the Raw of vector i of the stretch; needs aligned()
-//   moments(raw, m)  the kVector Moments of a Raw
-//   element(i)       those of element i of the stretch, for tails and odd addresses
-//   advance(n)       moves it n elements on
+//   Raw<n>           n elements of all kTensors tensors, unconverted: a vector, or 1 for tails and odd addresses
+//   set(row)         gives it the row's step
+//   load(raw, at)    issues the loads from element `at` on; of a vector only where aligned(first of the part)
+//   moments(raw, m)  the Moments of a Raw
 // `loss` reads given means (`Means`), `step_loss` model outputs (`Step`): a x + b v comes before the differences there.
 #pragma once
 
@@ -31,8 +30,8 @@ struct Demand {
   __device__ __forceinline__ bool any() const { return innovation || drift || ref_drift; }
 };
 
-// How another policy is given: as its mean, as its v, or, the old policy alone, as (x' - mu_old) / std.
-enum Form : int { kMeanForm, kOutputForm, kResidualForm, kNoForm };
+// How another policy is given: as its mean, as its v, or, the old policy alone, as (x' - mu_old) / std or as x' itself.
+enum Form : int { kMeanForm, kOutputForm, kResidualForm, kNextForm, kNoForm };
 
 // The latent by reference, so that its dtype stays among the arguments: a copy would cost each thread registers.
 struct Policy {
@@ -63,59 +62,46 @@ struct Means {
   Tensor<kMean> mean;
   Tensor<kAnchor> next, old, ref;
 
+  template <int kCount>
   struct Raw {
-    Pack<kMean, kVector> mean;
-    Pack<kAnchor, kVector> next, old, ref;
+    Pack<kMean, kCount> mean;
+    Pack<kAnchor, kCount> next, old, ref;
   };
 
-  __device__ __forceinline__ Means(const Latents& latents, long long first, const StepRow&, Demand wanted)
-      : mean(output_of(latents), first, wanted.any()),
-        next(latents.prev_sample, first, wanted.innovation),
-        old(latents.old_prev_sample_mean, first, wanted.drift),
-        ref(latents.ref_prev_sample_mean, first, wanted.ref_drift) {}
+  __device__ __forceinline__ Means(const Latents& latents, Demand wanted)
+      : mean(output_of(latents), wanted.any()),
+        next(latents.prev_sample, wanted.innovation),
+        old(latents.old_prev_sample_mean, wanted.drift),
+        ref(latents.ref_prev_sample_mean, wanted.ref_drift) {}
 
   static __device__ __forceinline__ const Latent& output_of(const Latents& latents) { return latents.prev_sample_mean; }
 
+  __device__ __forceinline__ void set(const StepRow&) {}
+
   // mu and x' stay in the L2 for the backward as far as it reaches; nobody reads the anchors again.
-  __device__ __forceinline__ void load(Raw& raw, int vector) const {
-    mean.template load<kReread>(raw.mean, vector);
-    next.template load<kReread>(raw.next, vector);
-    old.template load<Cache::kStream>(raw.old, vector);
-    ref.template load<Cache::kStream>(raw.ref, vector);
+  template <int kCount>
+  __device__ __forceinline__ void load(Raw<kCount>& raw, long long at) const {
+    mean.template load<kReread>(raw.mean, at);
+    next.template load<kReread>(raw.next, at);
+    old.template load<Cache::kStream>(raw.old, at);
+    ref.template load<Cache::kStream>(raw.ref, at);
   }
 
-  __device__ __forceinline__ void moments(const Raw& raw, Moments (&out)[kVector]) const {
-    float mu[kVector], x[kVector], mu_old[kVector], mu_ref[kVector];
+  template <int kCount>
+  __device__ __forceinline__ void moments(const Raw<kCount>& raw, Moments (&out)[kCount]) const {
+    float mu[kCount], x[kCount], mu_old[kCount], mu_ref[kCount];
     raw.mean.get(mu, mean.dtype());
     raw.next.get(x, next.dtype());
     raw.old.get(mu_old, old.dtype());
     raw.ref.get(mu_ref, ref.dtype());
 #pragma unroll
-    for (int j = 0; j < kVector; ++j)
-      out[j] = differences(mu[j], next.present() ? x[j] : mu[j], old.present() ? mu_old[j] : mu[j],
-                           ref.present() ? mu_ref[j] : mu[j]);
+    for (int j = 0; j < kCount; ++j)
+      out[j] = {(next.present ? x[j] : mu[j]) - mu[j], mu[j] - (old.present ? mu_old[j] : mu[j]),
+                mu[j] - (ref.present ? mu_ref[j] : mu[j])};
   }
 
-  __device__ __forceinline__ Moments element(int at) const {
-    const float mu = mean.element(at, 0.f);
-    return differences(mu, next.element(at, mu), old.element(at, mu), ref.element(at, mu));
-  }
-
-  // Absent tensors have the address 0, which is aligned.
-  __device__ __forceinline__ bool aligned() const {
-    return mean.aligned() && next.aligned() && old.aligned() && ref.aligned();
-  }
-
-  __device__ __forceinline__ void advance(long long elements) {
-    mean.advance(elements);
-    next.advance(elements);
-    old.advance(elements);
-    ref.advance(elements);
-  }
-
- private:
-  static __device__ __forceinline__ Moments differences(float mu, float next, float old, float ref) {
-    return {next - mu, mu - old, mu - ref};
+  __device__ __forceinline__ bool aligned(long long first) const {
+    return mean.aligned(first) && next.aligned(first) && old.aligned(first) && ref.aligned(first);
   }
 };
 
@@ -137,103 +123,88 @@ struct Step {
   Tensor<kSample> sample, next;
   Tensor<kPolicy> old, ref;
 
+  template <int kCount>
   struct Raw {
-    Pack<kOutput, kVector> output, uncond;
-    Pack<kSample, kVector> sample, next;
-    Pack<kPolicy, kVector> old, ref;
+    Pack<kOutput, kCount> output, uncond;
+    Pack<kSample, kCount> sample, next;
+    Pack<kPolicy, kCount> old, ref;
   };
 
-  __device__ __forceinline__ Step(const Latents& latents, long long first, const StepRow& row, Demand wanted)
-      : Step(latents, old_policy(latents), ref_policy(latents), first, row, wanted) {}
+  __device__ __forceinline__ Step(const Latents& latents, Demand wanted)
+      : Step(latents, old_policy(latents), ref_policy(latents), wanted) {}
 
   static __device__ __forceinline__ const Latent& output_of(const Latents& latents) { return latents.model_output; }
 
+  // Before the first moments; the first loads may be under way by then.
+  __device__ __forceinline__ void set(const StepRow& row) {
+    a = row.a;
+    b = row.b;
+    guidance = row.guidance;
+    unit = row.std;
+    inverse_unit = 1.f / unit;
+    // In a deterministic row a residual stands for mu_old = x', whatever it holds.
+    if (row.std == 0.f && old_form == kResidualForm) old_form = kNextForm;
+  }
+
   // What the backward reads again stays in the L2 as far as that reaches.
-  __device__ __forceinline__ void load(Raw& raw, int vector) const {
-    output.template load<kReread>(raw.output, vector);
-    uncond.template load<kReread>(raw.uncond, vector);
-    sample.template load<kReread>(raw.sample, vector);
-    next.template load<kReread>(raw.next, vector);
-    old.template load<Cache::kStream>(raw.old, vector);
-    ref.template load<Cache::kStream>(raw.ref, vector);
+  template <int kCount>
+  __device__ __forceinline__ void load(Raw<kCount>& raw, long long at) const {
+    output.template load<kReread>(raw.output, at);
+    uncond.template load<kReread>(raw.uncond, at);
+    sample.template load<kReread>(raw.sample, at);
+    next.template load<kReread>(raw.next, at);
+    old.template load<Cache::kStream>(raw.old, at);
+    ref.template load<Cache::kStream>(raw.ref, at);
   }
 
-  __device__ __forceinline__ void moments(const Raw& raw, Moments (&out)[kVector]) const {
-    Values<kVector> values;
-    raw.output.get(values.output, output.dtype());
-    raw.uncond.get(values.uncond, uncond.dtype());
-    raw.sample.get(values.sample, sample.dtype());
-    raw.next.get(values.next, next.dtype());
-    raw.old.get(values.old, old.dtype());
-    raw.ref.get(values.ref, ref.dtype());
-    moments_of(values, out);
+  template <int kCount>
+  __device__ __forceinline__ void moments(const Raw<kCount>& raw, Moments (&out)[kCount]) const {
+    float v[kCount], w[kCount], x[kCount], x_next[kCount], policy_old[kCount], policy_ref[kCount];
+    raw.output.get(v, output.dtype());
+    raw.uncond.get(w, uncond.dtype());
+    raw.sample.get(x, sample.dtype());
+    raw.next.get(x_next, next.dtype());
+    raw.old.get(policy_old, old.dtype());
+    raw.ref.get(policy_ref, ref.dtype());
+    if (uncond.present) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) v[j] = guided(guidance, v[j], w[j]);
+    }
+    float mu[kCount], u[kCount], drift[kCount], ref_drift[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      mu[j] = mean_of(a, b, v[j], x[j]);
+      u[j] = next.present ? x_next[j] - mu[j] : 0.f;
+    }
+    differences(old_form, v, mu, u, policy_old, drift);
+    differences(ref_form, v, mu, u, policy_ref, ref_drift);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) out[j] = {u[j], drift[j], ref_drift[j]};
   }
 
-  __device__ __forceinline__ Moments element(int at) const {
-    const Values<1> values = {{output.element(at, 0.f)}, {uncond.element(at, 0.f)}, {sample.element(at, 0.f)},
-                              {next.element(at, 0.f)},   {old.element(at, 0.f)},    {ref.element(at, 0.f)}};
-    Moments out[1];
-    moments_of(values, out);
-    return out[0];
-  }
-
-  __device__ __forceinline__ bool aligned() const {
-    return output.aligned() && uncond.aligned() && sample.aligned() && next.aligned() && old.aligned() && ref.aligned();
-  }
-
-  __device__ __forceinline__ void advance(long long elements) {
-    output.advance(elements);
-    uncond.advance(elements);
-    sample.advance(elements);
-    next.advance(elements);
-    old.advance(elements);
-    ref.advance(elements);
+  __device__ __forceinline__ bool aligned(long long first) const {
+    return output.aligned(first) && uncond.aligned(first) && sample.aligned(first) && next.aligned(first) &&
+           old.aligned(first) && ref.aligned(first);
   }
 
  private:
   __device__ __forceinline__ Step(const Latents& latents, const Policy& old_policy, const Policy& ref_policy,
-                                  long long first, const StepRow& row, Demand wanted)
-      : a(row.a),
-        b(row.b),
-        guidance(row.guidance),
-        // In a deterministic row a residual stands for mu_old = x', whatever it holds: it is not read, and counts as 0.
-        unit(row.std == 0.f ? 1.f : row.std),
-        inverse_unit(1.f / unit),
+                                  Demand wanted)
+      : a(0.f),
+        b(0.f),
+        guidance(1.f),
+        unit(1.f),
+        inverse_unit(1.f),
         old_form(wanted.drift ? old_policy.form : kNoForm),
         ref_form(wanted.ref_drift ? ref_policy.form : kNoForm),
-        output(output_of(latents), first, wanted.any()),
-        uncond(latents.uncond_output, first, wanted.any()),
-        sample(latents.sample, first, wanted.innovation || needs_mean(old_form) || needs_mean(ref_form)),
-        next(latents.prev_sample, first, wanted.innovation || old_form == kResidualForm),
-        old(old_policy.latent, first, old_form != kNoForm && !(old_form == kResidualForm && row.std == 0.f)),
-        ref(ref_policy.latent, first, ref_form != kNoForm) {}
-
-  template <int kCount>
-  struct Values {
-    float output[kCount], uncond[kCount], sample[kCount], next[kCount], old[kCount], ref[kCount];
-  };
+        output(output_of(latents), wanted.any()),
+        uncond(latents.uncond_output, wanted.any()),
+        sample(latents.sample, wanted.innovation || needs_mean(old_form) || needs_mean(ref_form)),
+        next(latents.prev_sample, wanted.innovation || old_form == kResidualForm),
+        old(old_policy.latent, old_form != kNoForm),
+        ref(ref_policy.latent, ref_form != kNoForm) {}
 
   static __device__ __forceinline__ bool needs_mean(int form) { return form == kMeanForm || form == kResidualForm; }
-
-  template <int kCount>
-  __device__ __forceinline__ void moments_of(const Values<kCount>& in, Moments (&out)[kCount]) const {
-    float v[kCount], mu[kCount], u[kCount], drift[kCount], ref_drift[kCount];
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) v[j] = in.output[j];
-    if (uncond.present()) {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) v[j] = guided(guidance, v[j], in.uncond[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      mu[j] = mean_of(a, b, v[j], in.sample[j]);
-      u[j] = next.present() ? in.next[j] - mu[j] : 0.f;
-    }
-    differences(old_form, v, mu, u, in.old, drift);
-    differences(ref_form, v, mu, u, in.ref, ref_drift);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) out[j] = {u[j], drift[j], ref_drift[j]};
-  }
 
   // mu minus the mean of another policy. The form is the same for all threads: one branch for all elements.
   template <int kCount>
@@ -249,6 +220,9 @@ struct Step {
     } else if (form == kResidualForm) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) out[j] = -unit * (u[j] * inverse_unit - policy[j]);
+    } else if (form == kNextForm) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) out[j] = -u[j];
     } else {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) out[j] = 0.f;

@@ -32,8 +32,9 @@ class Memory(NamedTuple):
     loads_in_flight: int  # most 16-byte global loads that an iteration of a loop issues before it uses one of them
     late_loads: int  # most that it issues afterwards: a second trip to memory
     wide_stores: int  # most 16-byte global stores of one loop
-    strong_stores: int  # that other blocks must see: they bypass the first-level cache one by one
+    strong_stores: int  # ordered for readers on other multiprocessors, where there are none
     longest_loop: int  # instructions of the longest innermost loop over vectors
+    loads_first: bool  # whether the first 16-byte load stands before the first barrier of the block
 
 
 def cubins() -> dict[str, bytes]:
@@ -155,7 +156,9 @@ def _memory(body: str) -> Memory:
         if any(operation.is_wide_load for operation in loop):
             loads, late_loads = _loads(operations, start, end)
             in_flight, late, longest = max(in_flight, loads), max(late, late_loads), max(longest, end - start)
-    return Memory(local, in_flight, late, stores, strong, longest)
+    kinds = ["load" if operation.is_wide_load else operation.name[:3] for operation in operations]
+    loads_first = "BAR" not in kinds or kinds.index("load") < kinds.index("BAR")
+    return Memory(local, in_flight, late, stores, strong, longest, loads_first)
 
 
 def _operations(body: str) -> list[Operation]:
@@ -165,13 +168,12 @@ def _operations(body: str) -> list[Operation]:
             labels[label[1]] = len(lines)
         elif operation := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+)?\s*(\S+)\s*([^;]*)(.*)", line):
             lines.append(operation.groups(""))
-    return [
-        Operation(predicate, name, arguments, tuple(labels[label] for label in re.findall(r"\.L_x_\d+", text)))
-        if name.startswith(("BRA", "BRX"))
-        else Operation(predicate, name, arguments, ())
-        for predicate, name, arguments, more in lines
-        for text in [" ".join(label for label in re.findall(r"\.L_x_\d+", arguments + more) if label in labels)]
-    ]
+    operations = []
+    for predicate, name, arguments, comment in lines:
+        # A jump through a table names its targets in a comment.
+        named = re.findall(r"\.L_x_\d+", arguments + comment) if name.startswith(("BRA", "BRX")) else []
+        operations.append(Operation(predicate, name, arguments, tuple(labels[label] for label in named)))
+    return operations
 
 
 def _innermost_loops(operations: list[Operation]) -> list[tuple[int, int]]:
@@ -216,7 +218,7 @@ def _loads(operations: list[Operation], start: int, end: int) -> tuple[int, int]
 
 
 if __name__ == "__main__":
-    titles = ("registers", "stack", "code", "local", "loads", "late", "stores", "strong", "loop")
+    titles = ("registers", "stack", "code", "local", "loads", "late", "stores", "strong", "loop", "first")
     print(f"{'image':20}{'kernel':42}" + "".join(f"{title:>10}" for title in titles))
     for image_name, content in cubins().items():
         instructions = memory(content) if disassembler() else {}

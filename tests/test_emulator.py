@@ -285,19 +285,19 @@ FAULTS = {
         "asan", check_values, OVERFLOW,
     ),
     "an element read past the end": (
-        Fault(STREAM, "at < count; at += part.threads", "at <= count; at += part.threads"),
+        Fault(STREAM, "tail < count; tail += part.threads", "tail <= count; tail += part.threads"),
         "asan", check_values, OVERFLOW,
     ),
     "a gradient written past the end": (
-        Fault(KERNEL, "out.store_one(at, gradient", "out.store_one(at + 1, gradient"),
+        Fault(KERNEL, "out.store(at, values)", "out.store(kCount == 1 ? at + 1 : at, values)"),
         "asan", check_values, OVERFLOW,
     ),
     "a dropped tail": (
-        Fault(STREAM, "at < count; at += part.threads", "at < 0; at += part.threads"),
+        Fault(STREAM, "tail < count; tail += part.threads", "tail < 0; tail += part.threads"),
         "asan", check_values, WRONG,
     ),
     "a tail of the gradient dropped": (
-        Fault(KERNEL, "out.store_one(at, gradient(c, source.element(at)));", ""),
+        Fault(KERNEL, "out.store(at, values)", "if (kCount > 1) out.store(at, values)"),
         "asan", check_values, "grad prev_sample_mean",
     ),
     "a stretch rounded down": (
@@ -305,7 +305,7 @@ FAULTS = {
         "asan", check_values, WRONG,
     ),
     "vectors at an odd address": (
-        Fault("transition.cuh", "return mean.aligned() && next.aligned() &&", "return mean.aligned() &&"),
+        Fault("transition.cuh", "return mean.aligned(first) && next.aligned(first)", "return mean.aligned(first)"),
         "asan", check_odd_address, "misaligned address",
     ),
     "tickets that are not reset": (

@@ -198,14 +198,15 @@ FAULTS = {
         Fault(STREAM, "      if (vector < whole) {", "      if (vector <= whole) {"), "asan", check_values, OVERFLOW
     ),
     "an element past the end": (
-        Fault(STREAM, "at < count; at += part.threads", "at <= count; at += part.threads"),
+        Fault(STREAM, "tail < count; tail += part.threads", "tail <= count; tail += part.threads"),
         "asan", check_values, OVERFLOW,
     ),
     "a dropped tail": (
-        Fault(STREAM, "at < count; at += part.threads", "at < 0; at += part.threads"), "asan", check_values, WRONG
+        Fault(STREAM, "tail < count; tail += part.threads", "tail < 0; tail += part.threads"),
+        "asan", check_values, WRONG,
     ),
     "vectors at an odd address": (
-        Fault(KERNEL, "mean.aligned() && residual.aligned()", "mean.aligned()"),
+        Fault(KERNEL, "mean.aligned(first) && residual.aligned(first)", "mean.aligned(first)"),
         "asan", check_odd_address, "misaligned address",
     ),
     "a run that is not added up": (Fault(KERNEL, "    sum += run;\n", ""), "asan", check_values, WRONG),
@@ -213,24 +214,25 @@ FAULTS = {
         Fault(KERNEL, "draws(p.call.latents.noise.data)", "draws(true)"), "asan", check_values, WRONG
     ),
     "no guidance in a tail": (
-        Fault(KERNEL, "if (uncond.present()) v = guided(guidance, v, uncond.element(at, 0.f));", ""),
+        Fault(KERNEL, "if (uncond.present) {", "if (uncond.present && kCount > 1) {"),
         "asan", check_values, WRONG,
     ),
     "guidance's other share": (
-        Fault(KERNEL, "b * (1.0 - guidance)", "b * guidance"), "asan", check_values, "grad uncond_output"
+        Fault(KERNEL, "fmaf(-b, guidance, b)", "b * guidance"), "asan", check_values, "grad uncond_output"
     ),
     "a normalizer that is not asked for": (
         Fault(KERNEL, "call.log_prob_normalizer ? log(std)", "true ? log(std)"), "asan", check_values, "log_prob"
     ),
     "a deterministic row divided by its std": (
-        Fault(KERNEL, "row.std == 0.f ? 0.f : 1.f / row.std", "1.f / row.std"),
+        Fault(KERNEL, "step.std == 0.f ? 0.f : 1.f / step.std", "1.f / step.std"),
         "asan", check_deterministic, "not finite",
     ),
     "one partial sum for all splits": (
-        Fault(KERNEL, "partials[part.split] = sum[0]", "partials[0] = sum[0]"), "asan", check_values, "not finite|error"
+        Fault(PARTS, "of_row[part.split * kCount + i] = sums[i]", "of_row[i] = sums[i]"),
+        "asan", check_values, "not finite|error",
     ),
     "no barrier before the step is read": (
-        Fault(SCHEDULE, "  __syncthreads();\n  return s_step;", "  return s_step;"), "tsan", check_races, RACE
+        Fault(SCHEDULE, "  __syncthreads();\n  return {s_step", "  return {s_step"), "tsan", check_races, RACE
     ),
     "no fence after the count": (
         Fault(PARTS, "    __threadfence();  // the count comes before what the last block reads\n", ""),

@@ -262,30 +262,38 @@ def check_shards(server):
             assert ((result.log_prob - wanted).abs() <= 1e-5 * wanted.abs()).all(), "log_prob of shards"
 
 
-KERNEL, GRADIENT, OBJECTIVE = "policy_loss.cu", "gradient.cuh", "objective.cuh"
-SOURCE, SCHEDULE = "transition.cuh", "schedule.cuh"
+KERNEL, OBJECTIVE = "policy_loss.cu", "objective.cuh"
+SOURCE, SCHEDULE, PARTS = "transition.cuh", "schedule.cuh", "common/parts.cuh"
 WRONG = "keep: |not finite|: error "
 # name: (the fault, sanitizer, check, what the check says)
 FAULTS = {
     "no barrier before the step is read": (
-        Fault(SCHEDULE, "  __syncthreads();\n  return s_step;", "  return s_step;"), "tsan", check_races, RACE
+        Fault(SCHEDULE, "  __syncthreads();\n  return {s_step", "  return {s_step"), "tsan", check_races, RACE
+    ),
+    "half a warp left out of a shuffle": (
+        Fault(SCHEDULE, "__shfl_sync(0xffffffffu", "__shfl_sync(0x0000ffffu"),
+        "asan", check_values, "is not in its own mask",
+    ),
+    "lanes that do not come to a shuffle": (
+        Fault(SCHEDULE, "if (part.thread < kWarpSize) {", "if (part.thread < 5) {"), "asan", check_values, "deadlock"
     ),
     "one step for all warps": (
-        Fault(SCHEDULE, "part.threads == kWarpSize ? threadIdx.x / kWarpSize : 0", "0"), "tsan", check_races, RACE
+        Fault(PARTS, "part.threads == kWarpSize ? static_cast<int>(threadIdx.x) / kWarpSize : 0", "0"),
+        "tsan", check_races, RACE,
     ),
     "the step of another row": (
-        Fault(SCHEDULE, "transition_of(schedule, sampler, part.row)", "transition_of(schedule, sampler, 0)"),
+        Fault(SCHEDULE, "[lane], part.row)", "[lane], 0)"),
         "asan", check_values, WRONG,
     ),
     "no guidance": (
-        Fault(SOURCE, "guided(guidance, v[j], in.uncond[j])", "v[j]"), "asan", check_values, WRONG
+        Fault(SOURCE, "guided(guidance, v[j], w[j])", "v[j]"), "asan", check_values, WRONG
     ),
     "shares of the gradient exchanged": (
-        Fault(GRADIENT, "uncond.store(vector, gradient, 1.f - guidance)", "uncond.store(vector, gradient, guidance)"),
+        Fault(KERNEL, "uncond.store(at, gradient, 1.f - guidance)", "uncond.store(at, gradient, guidance)"),
         "asan", check_values, "grad uncond_output",
     ),
     "shares of the gradient's tail exchanged": (
-        Fault(GRADIENT, "uncond.store_one(at, gradient, 1.f - guidance)", "uncond.store_one(at, gradient, guidance)"),
+        Fault(KERNEL, "uncond.store(at, gradient, 1.f - ", "uncond.store(at, gradient, kCount > 1 ? 1.f - guidance : "),
         "asan", check_values, "grad uncond_output",
     ),
     "a gradient with respect to the mean": (
@@ -306,10 +314,11 @@ FAULTS = {
         "asan", check_drift_alone, "grad",
     ),
     "vectors at an odd address": (
-        Fault(SOURCE, "sample.aligned() && next.aligned()", "sample.aligned()"), "asan", check_odd_address, "misaligned"
+        Fault(SOURCE, "sample.aligned(first) && next.aligned(first)", "sample.aligned(first)"),
+        "asan", check_odd_address, "misaligned",
     ),
     "gradient vectors at an odd address": (
-        Fault(GRADIENT, "return output.aligned() && uncond.aligned();", "return output.aligned();"),
+        Fault(KERNEL, "return output.aligned(first) && uncond.aligned(first);", "return output.aligned(first);"),
         "asan", check_odd_address, "misaligned",
     ),
     "a KL in the space of means": (
@@ -331,13 +340,13 @@ FAULTS = {
         "asan", check_deterministic, WRONG,
     ),
     "dt for sqrt(-dt)": (
-        Fault(SCHEDULE, "sqrt_dt = sqrt(-dt)", "sqrt_dt = -dt"), "asan", check_values, WRONG
+        Fault(SCHEDULE, "noise_level * sqrt(flow", "noise_level * (flow"), "asan", check_values, WRONG
     ),
     "cosine for sine": (
         Fault(SCHEDULE, "sinpi(0.5 * noise_level)", "sinpi(0.5 - 0.5 * noise_level)"), "asan", check_values, WRONG
     ),
     "the elements of a shard for those of all": (
-        Fault("row_sums.cuh", "p.stage == kObjectiveAlone ? p.row_sums[4 * call.rows]", "false ? 0.0"),
+        Fault(KERNEL, "p.stage == kObjectiveAlone ? p.row_sums[4 * call.rows]", "false ? 0.0"),
         "asan", check_shards, "log_prob of shards",
     ),
     "sums of another row": (

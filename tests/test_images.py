@@ -57,7 +57,10 @@ def test_memory_instructions(name):
         assert late <= allowed, f"{kernel} issues {late} loads after it has waited for the first, allowed {allowed}"
         writes_latents = "_forward_" not in kernel or "sde_step" in kernel
         assert not writes_latents or found.wide_stores >= 1, f"{kernel} has no stores of 16 bytes"
-        assert found.strong_stores == 0, f"{kernel} has {found.strong_stores} stores that other blocks must see"
+        assert found.strong_stores == 0, f"{kernel} has {found.strong_stores} stores of a stronger order than needed"
+        # What a block forms for all of its threads, in float64, it forms while its first loads are under way. Where
+        # every mix of dtypes is taken there are no registers for that.
+        assert found.loads_first or "mixed" in kernel, f"{kernel} issues its first load after a barrier"
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -18,12 +18,12 @@ __device__ __forceinline__ float load_element(const void* data, int dtype, long 
   return dtype == kBfloat16 ? low_bfloat_to_float(bits) : low_half_to_float(bits);
 }
 
-__device__ __forceinline__ void store_element(void* data, int dtype, long long at, float value) {
+__device__ __forceinline__ void store_element(void* data, int dtype, float value) {
   if (dtype == kFloat32) {
-    static_cast<float*>(data)[at] = value;
+    *static_cast<float*>(data) = value;
   } else {
     const unsigned bits = dtype == kBfloat16 ? floats_to_bfloats(value, 0.f) : floats_to_halves(value, 0.f);
-    static_cast<unsigned short*>(data)[at] = static_cast<unsigned short>(bits);
+    *static_cast<unsigned short*>(data) = static_cast<unsigned short>(bits);
   }
 }
 

@@ -5,13 +5,16 @@
 
 __device__ __forceinline__ double rounded(double value) { return static_cast<float>(value); }
 
-// In float64, rounded to float32. Not inlined, as all of the cold end of a launch that is called from several places:
-// inlined there, images were twice as large, and the registers of the epilogue spilled.
-__device__ __noinline__ double read_row(const RowVector& vector, long long row) {
+// Rounded to float32.
+__device__ __forceinline__ float row_element(const RowVector& vector, long long row) {
   if (!vector.present) return __uint_as_float(0x7fc00000u);
-  if (!vector.data) return rounded(vector.value);
+  if (!vector.data) return static_cast<float>(vector.value);
   // 32 bits: a grid has fewer rows than that, and a 64-bit division is 70 instructions.
   const unsigned at = static_cast<unsigned>(row) / vector.divide % vector.modulo;
-  if (vector.dtype == kFloat64) return rounded(static_cast<const double*>(vector.data)[at]);
+  if (vector.dtype == kFloat64) return static_cast<float>(static_cast<const double*>(vector.data)[at]);
   return load_element(vector.data, vector.dtype, at);
 }
+
+// Not inlined, as all of the cold end of a launch that is called from several places: inlined there, images were twice
+// as large, and the registers of the epilogue spilled.
+__device__ __noinline__ float read_row(const RowVector& vector, long long row) { return row_element(vector, row); }

@@ -7,14 +7,13 @@
 // float32 additions would lose digits.
 constexpr int kRun = 65536;
 
-// `Work` is bound to the first element of a part, and knows
-//   kVector, kSteps     elements of a vector, and how many vectors a thread loads together
-//   kAhead              whether the loads of an iteration are issued at the end of the one before
-//   aligned()           whether whole vectors can be loaded; else every element is one of the tail
-//   load(raw, i)        issues the loads of vector i; what is absent stays 0
-//   vector(i, step, r)  does what is to be done with vector i, loaded into r as the step-th of its iteration
-//   element(i)          the same for one element
-//   advance(n)          moves on by n elements; after every run
+// `Work` knows, with the numbers of elements in the whole tensors,
+//   kVector, kSteps      elements of a vector, and how many vectors a thread loads together
+//   kAhead               whether the loads of an iteration are issued at the end of the one before
+//   aligned(first)       whether whole vectors can be loaded from there; else every element is one of the tail
+//   load(raw, at)        issues the loads of a vector, or of a single element, into a Raw; what is absent stays 0
+//   use(at, step, raw)   does what is to be done with a vector that was loaded as the step-th of its iteration
+//   end_run()            every kRun elements
 // `prepare()` is called once by every thread that shares the part, empty or not. With kAhead the first loads are under
 // way by then: what it forms must not say what is loaded.
 //
@@ -28,40 +27,47 @@ template <class Work, class Prepare>
 __device__ __forceinline__ void stream(Work& work, const Part& part, Prepare prepare) {
   constexpr int kSteps = Work::kSteps;
   static_assert(Work::kAhead || kSteps == 1);
-  const bool vectorised = work.aligned();
-  typename Work::Raw raw[kSteps] = {};
-  long long first = 0;
+  constexpr int kVector = Work::kVector;
+  const bool vectorised = work.aligned(part.first);
+  const long long end = part.first + part.count;
+  long long first = part.first;
+  typename Work::template Raw<kVector> raw[kSteps] = {};
 #pragma unroll 1
   do {
-    const int count = static_cast<int>(part.count - first < kRun ? part.count - first : kRun);
-    const int vectors = vectorised ? count / Work::kVector : 0;
+    const int count = static_cast<int>(end - first < kRun ? end - first : kRun);
+    const int vectors = vectorised ? count / kVector : 0;
     const int whole = vectors - (kSteps - 1) * kWarpSize;  // below it the last step of an iteration is there too
     int vector = part.thread / kWarpSize * (kSteps * kWarpSize) + part.thread % kWarpSize;
+    const auto at = [&](int step) { return first + vector * kVector + step * (kWarpSize * kVector); };
     const auto load = [&] {
       if (vector < whole) {
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
           if (!Work::kAhead) raw[step] = {};  // a pack that is not loaded keeps no registers
-          work.load(raw[step], vector + step * kWarpSize);
+          work.load(raw[step], at(step));
         }
       } else if (kSteps > 1 && vector < vectors) {
-        work.load(raw[0], vector);
+        work.load(raw[0], at(0));
       }
     };
     if (Work::kAhead) load();
-    if (first == 0) prepare();
+    if (first == part.first) prepare();
 #pragma unroll 1
     while (vector < whole) {
       if (!Work::kAhead) load();
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) work.vector(vector + step * kWarpSize, step, raw[step]);
+      for (int step = 0; step < kSteps; ++step) work.use(at(step), step, raw[step]);
       vector += kSteps * part.threads;
       if (Work::kAhead) load();
     }
-    if (vector < vectors) work.vector(vector, 0, raw[0]);
+    if (vector < vectors) work.use(at(0), 0, raw[0]);
 #pragma unroll 1
-    for (int at = vectors * Work::kVector + part.thread; at < count; at += part.threads) work.element(at);
-    work.advance(kRun);
+    for (int tail = vectors * kVector + part.thread; tail < count; tail += part.threads) {
+      typename Work::template Raw<1> element = {};
+      work.load(element, first + tail);
+      work.use(first + tail, 0, element);
+    }
+    work.end_run();
     first += kRun;
-  } while (first < part.count);
+  } while (first < end);
 }

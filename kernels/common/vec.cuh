@@ -83,3 +83,16 @@ struct Pack {
   }
   __device__ __forceinline__ unsigned word(int i) const { return const_cast<Pack*>(this)->word(i); }
 };
+
+// A single element, for tails and odd addresses.
+template <int kDtype>
+struct Pack<kDtype, 1> {
+  float value;
+  template <Cache kCache>
+  __device__ __forceinline__ void load(const void* data, int dtype) {
+    value = load_element(data, dtype, 0);
+  }
+  __device__ __forceinline__ void store(void* data, int dtype) const { store_element(data, dtype, value); }
+  __device__ __forceinline__ void get(float (&values)[1], int) const { values[0] = value; }
+  __device__ __forceinline__ void set(const float (&values)[1], int dtype) { value = as_stored(dtype, values[0]); }
+};

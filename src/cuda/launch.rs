@@ -49,6 +49,16 @@ pub struct Variant {
     pub dtypes: Option<[Dtype; 3]>,
 }
 
+impl Variant {
+    pub const fn means(suffix: &'static str, mean: Dtype, others: Dtype) -> Variant {
+        Variant { suffix, is_step: false, dtypes: Some([mean, others, others]) }
+    }
+
+    pub const fn step(suffix: &'static str, outputs: Dtype, samples: Dtype, policies: Dtype) -> Variant {
+        Variant { suffix, is_step: true, dtypes: Some([outputs, samples, policies]) }
+    }
+}
+
 /// The kernels of one compiled unit: `<unit>_{forward, backward}_<variant>`, each with one argument by value.
 pub struct Unit {
     pub name: &'static str,

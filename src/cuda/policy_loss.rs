@@ -5,32 +5,25 @@
 
 use super::device::PerDevice;
 use super::launch::{Direction, Target, Unit, Variant};
-use crate::call::{Dtype, PolicyLoss, PolicyLossBackward, PolicyLossForward, Stage};
+use crate::call::Dtype::{Bf16, F16, F32};
+use crate::call::{PolicyLoss, PolicyLossBackward, PolicyLossForward, Stage};
 use crate::error::Error;
 use crate::plan::GridPlan;
-
-const fn means(suffix: &'static str, mean: Dtype, others: Dtype) -> Variant {
-    Variant { suffix, is_step: false, dtypes: Some([mean, others, others]) }
-}
-
-const fn step(suffix: &'static str, outputs: Dtype, samples: Dtype, policies: Dtype) -> Variant {
-    Variant { suffix, is_step: true, dtypes: Some([outputs, samples, policies]) }
-}
 
 pub static UNIT: Unit = Unit {
     name: "policy_loss",
     variants: &[
-        means("f32", Dtype::F32, Dtype::F32),
-        means("bf16", Dtype::Bf16, Dtype::Bf16),
-        means("f16", Dtype::F16, Dtype::F16),
-        means("f32_bf16", Dtype::F32, Dtype::Bf16),
-        means("f32_f16", Dtype::F32, Dtype::F16),
-        step("step_f32", Dtype::F32, Dtype::F32, Dtype::F32),
-        step("step_bf16", Dtype::Bf16, Dtype::Bf16, Dtype::Bf16),
-        step("step_f16", Dtype::F16, Dtype::F16, Dtype::F16),
-        step("step_bf16_f32", Dtype::Bf16, Dtype::F32, Dtype::F32),
-        step("step_bf16_f32_bf16", Dtype::Bf16, Dtype::F32, Dtype::Bf16),
-        step("step_bf16_f32_f16", Dtype::Bf16, Dtype::F32, Dtype::F16),
+        Variant::means("f32", F32, F32),
+        Variant::means("bf16", Bf16, Bf16),
+        Variant::means("f16", F16, F16),
+        Variant::means("f32_bf16", F32, Bf16),
+        Variant::means("f32_f16", F32, F16),
+        Variant::step("step_f32", F32, F32, F32),
+        Variant::step("step_bf16", Bf16, Bf16, Bf16),
+        Variant::step("step_f16", F16, F16, F16),
+        Variant::step("step_bf16_f32", Bf16, F32, F32),
+        Variant::step("step_bf16_f32_bf16", Bf16, F32, Bf16),
+        Variant::step("step_bf16_f32_f16", Bf16, F32, F16),
         Variant { suffix: "mixed", is_step: false, dtypes: None },
         Variant { suffix: "step_mixed", is_step: true, dtypes: None },
     ],

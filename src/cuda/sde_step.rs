@@ -2,22 +2,18 @@
 
 use super::device::PerDevice;
 use super::launch::{Direction, Target, Unit, Variant};
-use crate::call::{Dtype, SdeStep, SdeStepBackward, SdeStepForward};
+use crate::call::Dtype::{Bf16, F16, F32};
+use crate::call::{SdeStep, SdeStepBackward, SdeStepForward};
 use crate::error::Error;
 use crate::plan::GridPlan;
-
-/// Of the model outputs and of the sample.
-const fn typed(suffix: &'static str, outputs: Dtype, sample: Dtype) -> Variant {
-    Variant { suffix, is_step: true, dtypes: Some([outputs, sample, sample]) }
-}
 
 pub static UNIT: Unit = Unit {
     name: "sde_step",
     variants: &[
-        typed("f32", Dtype::F32, Dtype::F32),
-        typed("bf16_f32", Dtype::Bf16, Dtype::F32),
-        typed("bf16", Dtype::Bf16, Dtype::Bf16),
-        typed("f16", Dtype::F16, Dtype::F16),
+        Variant::step("f32", F32, F32, F32),
+        Variant::step("bf16_f32", Bf16, F32, F32),
+        Variant::step("bf16", Bf16, Bf16, Bf16),
+        Variant::step("f16", F16, F16, F16),
         Variant { suffix: "mixed", is_step: true, dtypes: None },
     ],
     bytes: [size_of::<SdeStepForward>(), size_of::<SdeStepBackward>()],

@@ -55,6 +55,7 @@ inline constexpr EmuGridSize gridDim{};
 // One buffer per block and place in the source: exactly this size, every byte 0xff (a NaN, a huge index).
 #define SHARED(type, name, count) type* name = static_cast<type*>(emu::shared(EMU_HERE, sizeof(type) * (count)))
 #define __syncthreads() emu::barrier(EMU_HERE)
+#define __shfl_sync(mask, value, source) emu_shuffle(mask, value, static_cast<unsigned>(source), EMU_HERE)
 #define __shfl_xor_sync(mask, value, distance) \
   emu_shuffle(mask, value, emu::lane() ^ static_cast<unsigned>(distance), EMU_HERE)
 
