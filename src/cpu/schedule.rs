@@ -35,25 +35,27 @@ impl Transition {
         let next = read(|schedule| &schedule.sigma_next);
         let noise_level = read(|schedule| &schedule.noise_level);
         let dt = next - sigma;
-        let sqrt_dt = (-dt).sqrt();
         let (a, b, std) = if sampler == Sampler::Cps {
             let std = next * (noise_level * FRAC_PI_2).sin();
             let r = (next * next - std * std).sqrt();
             ((1.0 - next) + r, -sigma * (1.0 - next) + (1.0 - sigma) * r, std)
         } else {
-            let mut q = noise_level;
-            if sampler == Sampler::FlowSde {
+            // q^2 = noise_level^2 sigma / divisor, with the same divisor in the std.
+            let (inverse, variance) = if sampler == Sampler::FlowSde {
                 let below_one = if sigma == 1.0 { read(|schedule| &schedule.sigma_max) } else { sigma };
-                q *= (sigma / (1.0 - below_one)).sqrt();
-            }
-            let half_rate = q * q / (2.0 * sigma);
-            (1.0 + half_rate * dt, (1.0 + half_rate * (1.0 - sigma)) * dt, q * sqrt_dt)
+                let inverse = 1.0 / (1.0 - below_one);
+                (inverse, -dt * sigma * inverse)
+            } else {
+                (1.0 / sigma, -dt)
+            };
+            let half_rate = 0.5 * (noise_level * noise_level) * inverse;
+            (1.0 + half_rate * dt, (1.0 + half_rate * (1.0 - sigma)) * dt, noise_level * variance.sqrt())
         };
         Transition {
             a: round(a),
             b: round(b),
             std: round(std),
-            sqrt_dt: round(sqrt_dt),
+            sqrt_dt: round((-dt).sqrt()),
             guidance: if schedule.guidance_scale.is_present() {
                 read(|schedule| &schedule.guidance_scale)
             } else {
