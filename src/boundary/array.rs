@@ -28,7 +28,7 @@ impl Array {
         self.shape.iter().product()
     }
 
-    /// The dtype, of what is written by the arithmetic.
+    /// The dtype of an array that the arithmetic wrote.
     pub fn arithmetic(&self, name: &'static str) -> Result<Dtype, Error> {
         match self.dtype {
             Dtype::F32 | Dtype::F64 => Ok(self.dtype),
@@ -52,13 +52,13 @@ impl Array {
 pub trait Library: Sync {
     fn is_array(&self, object: &Bound<'_, PyAny>) -> bool;
 
-    /// Describes an array, or a contiguous copy of it, which is returned too: the memory is that of the returned object.
+    /// Describes an array, or a contiguous copy of it: the returned object has the memory.
     fn read<'py>(&self, name: &'static str, array: &Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyAny>, Array)>;
 
     /// An uninitialised array on the device of `like`.
     fn empty<'py>(&self, like: &Bound<'py, PyAny>, shape: &[usize], dtype: Dtype) -> PyResult<Bound<'py, PyAny>>;
 
-    /// What `empty_like` makes an array of `len` elements from, without memory for them where that can be.
+    /// For `empty_like`, which makes an array of `len` elements from it. It has no memory for them where it need not.
     fn pattern<'py>(&self, like: &Bound<'py, PyAny>, len: usize, dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
         self.empty(like, &[len], dtype)
     }
@@ -66,7 +66,7 @@ pub trait Library: Sync {
     /// An uninitialised array like this one, whose strides are those of a contiguous array or 0.
     fn empty_like<'py>(&self, like: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>>;
 
-    /// Of an array of ours, which is contiguous.
+    /// Of an array that `empty` or `empty_like` made.
     fn address(&self, array: &Bound<'_, PyAny>) -> PyResult<u64>;
 
     /// Where a call runs; `is_one_task`: on a host, with one thread.
@@ -89,7 +89,7 @@ pub struct Torch {
     current_stream: Py<PyAny>,
     /// None before PyTorch 2.10.
     exchange: Option<Exchange>,
-    /// Private, so looked up with care: without it every call goes through the dispatcher.
+    /// Private to PyTorch. Without it every call goes through the dispatcher.
     dispatch_modes: Option<Py<PyAny>>,
     /// `torch.autograd.forward_ad`, whose `_current_level` is -1 where no forward-mode differentiation goes on.
     forward_ad: Py<PyAny>,
@@ -119,13 +119,13 @@ impl Torch {
         })
     }
 
-    /// Whether it is a tensor of PyTorch's own classes: of a subclass the dispatcher must see the call.
+    /// Whether it is of PyTorch's own classes: the dispatcher must see the calls of a subclass.
     pub fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
         let class = object.get_type();
         class.is(&self.tensor) || class.is(&self.parameter)
     }
 
-    /// Whether somebody watches the dispatcher: a fake tensor mode, say.
+    /// Whether a dispatch mode is active, such as fake tensors.
     pub fn is_watched(&self, py: Python<'_>) -> bool {
         let modes = |count: &Py<PyAny>| count.bind(py).call0()?.extract::<usize>();
         self.dispatch_modes.as_ref().is_none_or(|count| modes(count).unwrap_or(1) > 0)
@@ -162,7 +162,7 @@ impl Torch {
         Err(Error::NoBackend { name, came }.into())
     }
 
-    /// Whether a stream is one of PyTorch's own, which are never destroyed. The id of another is its handle.
+    /// Whether PyTorch made the stream; it destroys none of its own. The id of an external stream is its handle.
     pub fn owns_stream(&self, py: Python<'_>, target: Target) -> PyResult<bool> {
         let stream = self.current_stream.bind(py).call1((target.device,))?;
         let id: i64 = stream.getattr(intern!(py, "stream_id"))?.extract()?;
@@ -202,7 +202,7 @@ impl Library for Torch {
         let Some(dtype) = self.dtype(&came) else {
             return Err(Error::Dtype { name, came: came.str()?.to_string(), wanted }.into());
         };
-        // The memory of a lazily negated view (`z.conj().imag`) has the other sign.
+        // The memory of a lazily negated view (`z.conj().imag`) has the opposite sign.
         if tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
             tensor = tensor.call_method0(intern!(py, "resolve_neg"))?;
         }
@@ -219,7 +219,7 @@ impl Library for Torch {
 
     fn empty<'py>(&self, like: &Bound<'py, PyAny>, shape: &[usize], dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
         let py = like.py();
-        // One number for each dimension: a tuple takes PyTorch 25 us more to read after a model's forward.
+        // One argument per dimension: PyTorch takes 25 us more to read a tuple after a model's forward.
         let shape = if shape.is_empty() { PyTuple::new(py, [PyTuple::empty(py)])? } else { PyTuple::new(py, shape)? };
         let options = PyDict::new(py);
         options.set_item(intern!(py, "dtype"), &self.dtypes[dtype as usize])?;

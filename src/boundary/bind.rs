@@ -1,4 +1,4 @@
-//! From named Python values to a call: each array and number is checked against the others, and held with the call.
+//! From named Python values to a call, which holds the arrays. Each value is checked against the others.
 
 use std::sync::Arc;
 
@@ -15,10 +15,9 @@ pub enum Value<'py> {
     Array(Bound<'py, PyAny>, Array),
 }
 
-/// Values by their position in a table of names; what is absent is left out.
+/// The values that are present, by their position in a table of names.
 pub type Values<'py> = Vec<(usize, Value<'py>)>;
 
-/// The named values that a dictionary has.
 pub fn values<'py>(
     library: &dyn Library, names: &[&'static str], fields: &Bound<'py, PyDict>,
 ) -> PyResult<Values<'py>> {
@@ -46,7 +45,7 @@ pub fn array_at<'a, 'py>(values: &'a Values<'py>, wanted: usize) -> Option<(&'a 
     })
 }
 
-/// What has latents and row vectors, which are counted in this order.
+/// A call with latents and row vectors, counted in this order.
 pub trait Fields: Copy {
     const NAMES: &[&'static str];
     const LATENTS: usize;
@@ -83,7 +82,7 @@ impl Fields for SdeStep {
     }
 }
 
-/// A call, with the arrays that its addresses point into.
+/// A call with the arrays that its addresses point into.
 pub struct BoundCall<C> {
     pub call: C,
     pub shapes: Arc<Shapes>,
@@ -115,7 +114,7 @@ impl<C: Fields> BoundCall<C> {
         BoundCall { call, shapes, objects: objects(values) }
     }
 
-    /// Another array, whose address is in the call.
+    /// Holds another array whose address is in the call.
     pub fn hold(&mut self, slot: usize, value: Value<'_>) {
         self.objects.extend(objects(vec![(slot, value)]));
     }
@@ -124,7 +123,7 @@ impl<C: Fields> BoundCall<C> {
         self.objects.iter().find(|(slot, _)| *slot == wanted).map(|(_, object)| object.bind(py).clone())
     }
 
-    /// The arrays of `slots`, if autograd is to know of a function of them.
+    /// The arrays of `slots`, if autograd must see a function of them.
     pub fn leaves<'py, const N: usize>(
         &self, torch: &Torch, py: Python<'py>, slots: [usize; N],
     ) -> PyResult<Option<[Option<Bound<'py, PyAny>>; N]>> {
@@ -147,7 +146,6 @@ pub fn requires_grad(tensor: &Bound<'_, PyAny>) -> bool {
     found.unwrap_or(false)
 }
 
-/// The shapes that all arrays of a call must fit.
 pub struct Shapes {
     pub rows: Vec<usize>,
     /// Of the latents; None where there are none.
@@ -165,7 +163,7 @@ impl Shapes {
         self.latents.as_ref().map_or(0, |shape| shape[self.rows.len()..].iter().product())
     }
 
-    /// Of latents of this shape, whose first dimensions are the rows.
+    /// Refuses `latents` whose first dimensions are not `rows`.
     pub fn new(name: &'static str, rows: &[usize], latents: Option<&[usize]>, device: Device) -> Result<Self, Error> {
         if let Some(shape) = latents
             && (!shape.starts_with(rows) || shape.contains(&0))
@@ -187,7 +185,6 @@ impl Shapes {
         Err(Error::Device { name, came: array.device.to_string(), wanted: self.device.to_string() })
     }
 
-    /// An array of exactly this shape.
     pub fn exactly(&self, name: &'static str, array: &Array, wanted: &[usize]) -> Result<Latent, Error> {
         self.same_device(name, array)?;
         if array.shape != wanted {

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::Error;
 
-/// A panic is a bug of ours; as an `Exception` it reaches `except Exception`, which pyo3's own does not.
+/// A panic as an error that `except Exception` catches; pyo3's own `PanicException` is none.
 pub fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
     let text = |panic: Box<dyn Any + Send>| match panic.downcast_ref::<&str>() {
         Some(text) => (*text).to_owned(),

@@ -1,8 +1,7 @@
-//! Calls whose metadata has been seen: what Python's checks proved of them is not proved again.
+//! Calls whose metadata has been checked before are not checked again.
 //!
-//! The checks of `flowdppo_ops._checks` look at types, dtypes, shapes, devices and options, and at numbers only for
-//! being 0. A key of exactly these stands for one outcome: which of the arguments are read, and the call but for its
-//! addresses and numbers.
+//! `flowdppo_ops._checks` looks at types, dtypes, shapes, devices, options, and whether a number is 0. A key holds exactly
+//! these. It decides which arguments are read, and the whole call but its addresses and numbers.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,14 +13,14 @@ use super::bind::{BoundCall, Fields, Shapes, Value, Values};
 use super::objective::NativeObjective;
 use crate::call::Objective;
 
-/// A bound on what is kept; every shape of a batch has a key, and a run has a handful.
+/// Calls that are kept. Each shape of a batch has a key; a training run has a handful.
 const MOST: usize = 512;
 
 /// `Common`: what calls of one key have in common beside the description.
 pub struct Memo<C, Common> {
-    /// Of the arguments, in the order in which they come.
+    /// Of the arguments, in their order.
     names: Vec<String>,
-    /// By key, searched from the latest on: a loop makes a handful of calls in turn.
+    /// Searched from the latest on.
     known: Mutex<Vec<Arc<Known<C, Common>>>>,
 }
 
@@ -49,8 +48,8 @@ impl<C: Fields, Common: Clone> Memo<C, Common> {
         Some((BoundCall::like(known.call, known.shapes.clone(), values), known.common.clone()))
     }
 
-    /// Remembers a call that Python has checked, unless one of its `fields` is not simply one of the arguments (a row
-    /// vector that was expanded, say).
+    /// Remembers a call that Python has checked, unless a field is no argument as it came, such as a row vector that the
+    /// checks expanded.
     pub fn learn(
         &self, arguments: &Bound<'_, PyTuple>, fields: &Bound<'_, PyDict>, bound: &BoundCall<C>, common: Common,
     ) -> PyResult<()> {
@@ -76,7 +75,7 @@ impl<C: Fields, Common: Clone> Memo<C, Common> {
     }
 }
 
-/// Arguments of a public function, each read once.
+/// The arguments of a public function, each read once.
 pub struct Arguments<'py> {
     /// The numbers and arrays among them, by position.
     pub values: Values<'py>,
@@ -85,8 +84,8 @@ pub struct Arguments<'py> {
 }
 
 impl<'py> Arguments<'py> {
-    /// None where an argument is of a kind that has no key (a process group, a generator, a tensor of a subclass), where
-    /// somebody watches the dispatcher, or where an environment variable asks for more: Python looks at those calls.
+    /// None, so that Python checks the call, if an argument has no key (a process group, a generator, a subclass of
+    /// `Tensor`), a dispatch mode is active, or an environment variable is set.
     pub fn read(torch: &'static Torch, arguments: &Bound<'py, PyTuple>) -> Option<Arguments<'py>> {
         if super::environment::asks_for_more(arguments.py()) || torch.is_watched(arguments.py()) {
             return None;
@@ -100,13 +99,13 @@ impl<'py> Arguments<'py> {
         Some(read)
     }
 
-    /// Of the argument: its value, after its part of the key.
+    /// Adds the argument's part of the key; returns its value, if it is a number or an array.
     fn one(&mut self, torch: &'static Torch, argument: Bound<'py, PyAny>) -> Option<Option<Value<'py>>> {
         let key = &mut self.key;
         if argument.is_none() {
             key.push(0);
         } else if torch.is_plain(&argument) {
-            // Whatever fails here fails in the checks as well, with the argument's name.
+            // The checks raise the error, with the argument's name.
             let (tensor, array) = torch.read("an argument", &argument).ok()?;
             let device = match array.device {
                 Device::Cpu => 0,

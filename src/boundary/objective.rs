@@ -29,7 +29,7 @@ extract_by_name! {
     Reduction "reduction",
 }
 
-/// Of a dictionary with the names of the operator's schema.
+/// An entry of a dictionary with the names of the operator's schema.
 pub fn field<'py, T: FromPyObjectOwned<'py>>(settings: &Bound<'py, PyAny>, name: &str) -> PyResult<T> {
     settings.get_item(name)?.extract().map_err(Into::into)
 }
@@ -64,7 +64,7 @@ pub fn settings(settings: &Bound<'_, PyAny>) -> PyResult<Settings> {
 }
 
 impl Objective {
-    /// What a check of arguments may ask of an objective: everything but its limits.
+    /// All that the checks read of an objective: everything but its limits.
     pub fn kinds(&self) -> u64 {
         let Objective { kind, mask, kl_divisor, keep_nan_kl, per_row_scale, .. } = *self;
         let digits = [kind as u64, mask as u64, kl_divisor as u64, keep_nan_kl as u64, per_row_scale as u64];
@@ -72,7 +72,7 @@ impl Objective {
     }
 }
 
-/// What an objective keeps in `_native`, made when it is first used.
+/// `_native` of a Python objective, made when it is first used.
 #[pyclass(frozen, name = "Objective")]
 pub struct NativeObjective(Objective);
 
@@ -85,7 +85,7 @@ impl NativeObjective {
 }
 
 impl NativeObjective {
-    /// None of what is no objective, or of one that was never used.
+    /// None if it is no objective, or one that was never used.
     pub fn of(object: &Bound<'_, PyAny>) -> Option<Objective> {
         let native = object.getattr_opt(intern!(object.py(), "_native")).ok()??;
         native.cast::<NativeObjective>().ok().map(|native| native.get().0)

@@ -28,9 +28,9 @@ const ADVANTAGES: usize = PolicyLoss::LATENTS;
 const LOG_PROB: usize = ADVANTAGES + 1;
 
 type Optional<'py> = Option<Bound<'py, PyAny>>;
-/// Of the output (`prev_sample_mean` or `model_output`), of `uncond_output` and of `log_prob`.
+/// The output (`prev_sample_mean` or `model_output`), `uncond_output` and `log_prob`, or their gradients.
 type Leaves<'py> = [Optional<'py>; 3];
-/// Gradients of the first two, formed by the forward for a `grad_loss` of 1.
+/// Gradients of the first two for a `grad_loss` of 1, which the forward formed.
 type Formed<'py> = [Optional<'py>; 2];
 
 struct Forward<'py> {
@@ -39,7 +39,6 @@ struct Forward<'py> {
     formed: Option<Formed<'py>>,
 }
 
-/// What a result needs to know of its call.
 #[pyclass(frozen, get_all)]
 pub struct Layout {
     row_shape: Py<PyTuple>,
@@ -51,13 +50,13 @@ pub struct Layout {
     dtype: Py<PyAny>,
 }
 
-/// What calls with the same metadata have in common.
+/// What calls with the same metadata share.
 #[derive(Clone)]
 struct Common {
     layout: Arc<Py<Layout>>,
     /// Positions of the latents that the backward reads.
     saved: Arc<[usize]>,
-    /// A loss, and numbers: `empty_like` takes half the time of `empty`.
+    /// For `empty_like`, which takes half the time of `empty`.
     loss_like: Arc<Py<PyAny>>,
     numbers_like: Arc<Py<PyAny>>,
 }
@@ -69,7 +68,7 @@ pub struct PolicyLossCall {
     common: Common,
 }
 
-/// Whether the loss depends on the mean through more than a KL that is only compared.
+/// Whether the mean has a gradient: a KL that is only compared with a threshold gives it none.
 fn differentiates_mean(call: &PolicyLoss) -> bool {
     let is_guard = call.objective.kind == ObjectiveKind::GrpoGuard;
     call.latents.prev_sample.is_present() || call.latents.has_ref() || is_guard
@@ -118,13 +117,12 @@ impl PolicyLossCall {
         [if has_model_output { MODEL_OUTPUT } else { PREV_SAMPLE_MEAN }, UNCOND_OUTPUT, LOG_PROB]
     }
 
-    /// Runs one stage of a forward.
     fn run(
         &self, py: Python<'_>, library: &dyn Library, mut forward: PolicyLossForward, gradients: Option<&Gradients>,
         may_keep: bool,
     ) -> PyResult<()> {
         let (shapes, call, stage) = (&self.bound.shapes, self.bound.call, forward.stage);
-        // One task needs no second thread, and nobody has to be asked for their number.
+        // One task needs one thread: PyTorch is not asked for its number.
         let is_one_task = Plan::new(shapes.row_count(), shapes.numel()).tasks() <= 1;
         let place = library.place(py, shapes.device, is_one_task)?;
         let (mut plan, mut _workspace) = (None, None);
@@ -135,16 +133,15 @@ impl PolicyLossCall {
             (forward.partials, forward.tickets, forward.splits) = (shared.partials, shared.tickets, grid.splits);
             (plan, _workspace) = (Some(grid), Some(shared));
         }
-        // SAFETY: inputs are memory of arrays that `self` holds, of the lengths that `bind` checked; outputs were just
-        // allocated by the caller, who holds them, and nobody else knows them yet.
+        // SAFETY: inputs are memory of arrays that `self` holds, of lengths that `bind` checked; the caller has just
+        // allocated the outputs and holds them, and nobody else has them.
         let run = || guarded(|| unsafe { ops::forward(place, plan, &forward, gradients) });
-        // A task is done before another thread could have taken the GIL.
+        // One task takes less time than handing over the GIL.
         let done = if is_one_task && plan.is_none() { run() } else { py.detach(run) };
         done.map_err(Into::into)
     }
 
-    /// `row_sums`: see `read_sums`. `leaves`: the loss will be differentiated in these; then the gradients for a
-    /// `grad_loss` of 1 are formed where it is well to form them already.
+    /// `row_sums`: see `read_sums`. `leaves`: what the loss will be differentiated in; see `forms_gradients`.
     fn forward_with<'py>(
         &self, py: Python<'py>, library: &dyn Library, row_sums: Option<&Bound<'py, PyAny>>,
         leaves: Option<&Leaves<'py>>, may_keep: bool,
@@ -181,8 +178,8 @@ impl PolicyLossCall {
         Ok(Forward { loss, numbers, formed })
     }
 
-    /// `log_prob`, the numbers and the latents of `Layout::saved`, which autograd saves; by name those of them that were
-    /// made under `inference_mode`, as rollouts are, which it refuses to save.
+    /// For autograd: `log_prob`, the numbers and the latents of `Layout::saved`. Beside them, by name, those latents that
+    /// were made under `inference_mode`, as rollouts are: autograd refuses to save them.
     fn saved<'py>(
         &self, numbers: &Bound<'py, PyAny>, log_prob: &Optional<'py>,
     ) -> PyResult<(Bound<'py, PyTuple>, Option<Bound<'py, PyDict>>)> {
@@ -200,8 +197,8 @@ impl PolicyLossCall {
         Ok((PyTuple::new(py, tensors)?, kept))
     }
 
-    /// Whether a forward on the CPU does well to form the gradients of the latents too, see `plan::gradient_ahead`. The
-    /// batch's divisor must be known beforehand, and there must be one `grad_loss` for all rows.
+    /// Whether the forward also forms the gradients of the latents, see `plan::gradient_ahead`. That needs a divisor which
+    /// is known beforehand, and one `grad_loss` for all rows.
     fn forms_gradients(&self) -> bool {
         let PolicyLoss { latents, settings, rows, numel, .. } = &self.bound.call;
         let one_factor = matches!(settings.reduction, Reduction::Mean | Reduction::Sum);
@@ -212,7 +209,7 @@ impl PolicyLossCall {
         replays && one_factor && gradient_ahead(*rows as usize, row_bytes)
     }
 
-    /// What `shard_sums` gave, summed over all shards.
+    /// What `shard_sums` returned, summed over all shards.
     fn read_sums<'py>(&self, library: &dyn Library, sums: &Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyAny>, Array)> {
         let (object, array) = library.read("shard_sums", sums)?;
         let rows = self.bound.shapes.row_count();
@@ -245,16 +242,15 @@ impl PolicyLossCall {
         Self::new(Torch::get(py)?, fields, settings)
     }
 
-    /// Loss and numbers, for PyTorch's dispatcher, which has an autograd of its own. `row_sums`: what `shard_sums` gave,
-    /// summed over all shards.
+    /// Loss and numbers, for PyTorch's dispatcher, which has its own autograd. `row_sums`: see `read_sums`.
     #[pyo3(signature = (row_sums = None))]
     fn forward<'py>(&self, py: Python<'py>, row_sums: Option<&Bound<'py, PyAny>>) -> PyResult<[Bound<'py, PyAny>; 2]> {
         let forward = self.forward_with(py, Torch::get(py)?, row_sums, None, false)?;
         Ok([forward.loss, forward.numbers])
     }
 
-    /// Of this shard: `[rows, 4]` sums and then the elements of a row, float64, to be added up over the shards. `eager`: not
-    /// called by PyTorch's dispatcher, where no tensor may outlive the call (see `workspace`).
+    /// Of this shard, float64: `[rows, 4]` sums, then the elements of a row. `eager` is false for PyTorch's dispatcher,
+    /// where no tensor may outlive the call (see `workspace`).
     #[pyo3(signature = (eager = true))]
     fn shard_sums<'py>(&self, py: Python<'py>, eager: bool) -> PyResult<Bound<'py, PyAny>> {
         let (torch, rows) = (Torch::get(py)?, self.bound.shapes.row_count());
@@ -268,10 +264,8 @@ impl PolicyLossCall {
     }
 }
 
-/// The gradients of the output and the unconditional output, in their dtypes, and of `log_prob`, flat, in the dtype of
-/// `numbers`: those of the three that `wants` says.
-///
-/// `latents`: by name, those that the backward reads. `formed`: what the forward formed for a `grad_loss` of 1.
+/// The gradients that `wants` names: of the output and of `uncond_output` in their dtypes, of `log_prob` flat in the dtype
+/// of `numbers`. `latents`: by name, those that the backward reads.
 #[pyfunction]
 #[pyo3(signature = (grad_loss, numbers, latents, wants, formed = None))]
 pub fn policy_loss_backward<'py>(
@@ -286,8 +280,8 @@ pub fn policy_loss_backward<'py>(
     backward(torch, grad_loss, numbers, latents, wants, formed)
 }
 
-/// Multiplies gradients that the forward formed with `grad_loss`; false where they must be formed again. Half precision
-/// would be rounded twice; and what overflowed, or met an infinity, need not do so with another factor.
+/// Multiplies gradients that the forward formed with `grad_loss`. False if they must be formed again: half precision would
+/// be rounded twice, and a gradient that overflowed need not overflow with another factor.
 fn scaled(torch: &'static Torch, grad_loss: &Bound<'_, PyAny>, formed: &Formed<'_>) -> PyResult<bool> {
     let py = grad_loss.py();
     let factor: f64 = grad_loss.call_method0(intern!(py, "item"))?.extract()?;
@@ -321,7 +315,6 @@ fn backward<'py>(
         return Err(Error::Length { name: "numbers", came: len, wanted: count * rows.max(1) + BATCH_LEN }.into());
     }
     let dtype = of_numbers.arithmetic("numbers")?;
-    // The rows' own shape does not matter here: latents are `rows` times as many elements.
     let first = values.first().and_then(|(slot, _)| Some((names[*slot], &array_at(&values, *slot)?.1.shape)));
     let flat = first.map(|(name, shape)| flattened(name, shape, rows)).transpose()?;
     let shapes = Shapes::new("numbers", &[rows], flat.as_ref().map(|flat| &flat[..]), of_numbers.device)?;
@@ -343,7 +336,7 @@ fn backward<'py>(
     let like = |slot: usize, memory: Optional<'py>| {
         let (object, array) = array_at(&values, slot).ok_or(Error::Missing { name: names[slot] })?;
         if let Some(memory) = memory {
-            // A hook may have given the latent back in another dtype than that of the gradient which was formed.
+            // A saved-tensor hook may have changed the latent's dtype since the gradient was formed.
             let (memory, formed) = library.read("gradient", &memory)?;
             if formed.dtype == array.dtype && formed.shape == array.shape && formed.device == array.device {
                 return Ok(memory);
@@ -363,13 +356,13 @@ fn backward<'py>(
     call.grad_uncond_output = address(&grads[1])?;
     call.grad_log_prob = address(&grads[2])?;
     let place = library.place(py, shapes.device, false)?;
-    // SAFETY: inputs are memory of arrays that this function holds, of lengths that were checked against the rows;
-    // outputs were allocated here, or by the forward for this gradient alone, with the shape and dtype of the latent.
+    // SAFETY: inputs are memory of arrays that this function holds, of lengths checked above; outputs were allocated
+    // here, or by the forward for this gradient alone, with the shape and dtype of the latent.
     py.detach(|| guarded(|| unsafe { ops::backward(place, &mut call) }))?;
     Ok(grads)
 }
 
-/// `[rows, elements of a row]` of latents that have `rows` rows in their first dimensions.
+/// `[rows, elements of a row]`; the rows are the first dimensions of `shape`.
 fn flattened(name: &'static str, shape: &[usize], rows: usize) -> Result<[usize; 2], Error> {
     let len: usize = shape.iter().product();
     if len == 0 || !len.is_multiple_of(rows) {
@@ -378,8 +371,8 @@ fn flattened(name: &'static str, shape: &[usize], rows: usize) -> Result<[usize;
     Ok([rows, len / rows])
 }
 
-/// Of a NumPy call: the loss, then the gradients of the mean and of `log_prob` (flat), where there are such. `fields` and
-/// `settings` as in `PolicyLossCall`.
+/// For NumPy: the loss, and the gradients of the mean and of `log_prob` (flat). `fields`, `settings`: as in
+/// `PolicyLossCall`.
 #[pyfunction]
 pub fn policy_loss_numpy<'py>(
     py: Python<'py>, fields: &Bound<'py, PyDict>, settings: &Bound<'py, PyAny>, threads: usize,
@@ -412,14 +405,14 @@ pub struct PolicyLossMemo {
 
 #[pymethods]
 impl PolicyLossMemo {
-    /// `names`: of the arguments, in the order in which they come.
+    /// `names`: of the arguments, in their order.
     #[new]
     fn new(names: Vec<String>, tie: Py<PyAny>, result: Py<PyAny>) -> Self {
         let ref_kl_weight = names.iter().position(|name| name == "ref_kl_weight");
         PolicyLossMemo { memo: Memo::new(names), ref_kl_weight, tie, result }
     }
 
-    /// The result of a call like one that has been checked before; None of any other.
+    /// The result of a call like one that was checked before, else None.
     fn forward<'py>(&self, py: Python<'py>, arguments: &Bound<'py, PyTuple>) -> PyResult<Optional<'py>> {
         let Some(mut read) = Arguments::read(Torch::get(py)?, arguments) else { return Ok(None) };
         // The key knows of these two whether a number is 0 and which options an objective has.
@@ -430,8 +423,7 @@ impl PolicyLossMemo {
         self.run(py, &PolicyLossCall { bound, common }, None).map(Some)
     }
 
-    /// The result of a call that Python has checked, and which is remembered: `fields` and `settings` as in
-    /// `PolicyLossCall`.
+    /// Remembers a call that Python has checked, and runs it. `fields`, `settings`: as in `PolicyLossCall`.
     fn learn<'py>(
         &self, py: Python<'py>, arguments: &Bound<'py, PyTuple>, fields: &Bound<'py, PyDict>,
         settings: &Bound<'py, PyAny>,
@@ -441,7 +433,7 @@ impl PolicyLossMemo {
         self.run(py, &call, None)
     }
 
-    /// The result of a call of PyTorch tensors that nobody watches. `row_sums` as in `PolicyLossCall::forward`.
+    /// Runs a call of plain tensors. `row_sums`: see `PolicyLossCall::read_sums`.
     #[pyo3(signature = (call, row_sums = None))]
     fn run<'py>(
         &self, py: Python<'py>, call: &PolicyLossCall, row_sums: Option<&Bound<'py, PyAny>>,

@@ -23,9 +23,9 @@ const NOISE: usize = 4;
 type Optional<'py> = Option<Bound<'py, PyAny>>;
 /// `model_output` and `uncond_output`, or their gradients.
 type Leaves<'py> = [Optional<'py>; 2];
-/// `prev_sample`, `log_prob`, `prev_sample_mean`, `std`, `residual` (None where none is wanted), `numbers`.
+/// `prev_sample`, `log_prob`, `prev_sample_mean`, `std`, `residual` (None if not wanted), `numbers`.
 type Outputs<'py> = [Optional<'py>; 6];
-/// Outputs, and what they are differentiated in, where anything is.
+/// The leaves are None if nothing is differentiated.
 type Forward<'py> = (Outputs<'py>, Option<Leaves<'py>>);
 
 /// A call of `sde_step`, bound to its tensors, which it holds.
@@ -36,7 +36,7 @@ pub struct SdeStepCall {
 }
 
 impl SdeStepCall {
-    /// Whether the next latent is given, and in the dtype that it is stored in: there is none to write.
+    /// Whether the next latent is given in the dtype it is stored in, so that none is written.
     fn is_as_stored(&self) -> bool {
         let SdeStepLatents { prev_sample, sample, .. } = &self.bound.call.latents;
         prev_sample.is_present() && prev_sample.dtype == sample.dtype
@@ -73,16 +73,15 @@ impl SdeStepCall {
         Ok(SdeStepCall { bound: BoundCall::new(values, shapes, call)?, residual_dtype })
     }
 
-    /// A call that PyTorch's dispatcher made: it has an autograd of its own, no output may be an input (`prev_sample` is
-    /// None where the given one is as stored), and no tensor may outlive the call (see `workspace`).
+    /// For PyTorch's dispatcher, which has its own autograd. No output may be an input (`prev_sample` is None if the given
+    /// one is as stored), and no tensor may outlive the call (see `workspace`).
     fn forward<'py>(&self, py: Python<'py>) -> PyResult<Outputs<'py>> {
         self.forward_with(py, false)
     }
 }
 
 impl SdeStepCall {
-    /// `draw`: called with latents and a dtype if the noise is still to be drawn, which is done outside so that the
-    /// operator gives the same for the same inputs.
+    /// `draw(sample, dtype)` makes the noise if there is none: the operator itself is deterministic.
     fn forward_eager<'py>(&mut self, py: Python<'py>, draw: &Bound<'py, PyAny>) -> PyResult<Forward<'py>> {
         let (torch, SdeStepLatents { prev_sample, noise, .. }) = (Torch::get(py)?, &self.bound.call.latents);
         if !prev_sample.is_present() && !noise.is_present() {
@@ -134,22 +133,22 @@ impl SdeStepCall {
             (forward.partials, forward.tickets, forward.splits) = (shared.partials, shared.tickets, grid.splits);
             (plan, _workspace) = (Some(grid), Some(shared));
         }
-        // SAFETY: inputs are memory of arrays that `self` holds, of the lengths that were checked as they were bound;
-        // outputs were just allocated here, and nobody else knows them yet.
+        // SAFETY: inputs are memory of arrays that `self` holds, of lengths that `BoundCall::new` checked; outputs were
+        // allocated above, and nobody else has them.
         py.detach(|| guarded(|| unsafe { ops::forward(place, plan, &forward) }))?;
         Ok(arrays)
     }
 }
 
-/// Gradients of `model_output` and `uncond_output` in the dtypes given; None: not wanted. The others are what the forward
-/// left, and the gradients of `log_prob` and `prev_sample_mean`.
+/// The gradients of `model_output` and `uncond_output` in `dtypes` (None: not wanted), from those of `log_prob` and
+/// `prev_sample_mean` in `grads` and what the forward left.
 #[pyfunction]
 pub fn sde_step_backward<'py>(
     py: Python<'py>, grads: Leaves<'py>, prev_sample: &Bound<'py, PyAny>, prev_sample_mean: &Bound<'py, PyAny>,
     numbers: &Bound<'py, PyAny>, dtypes: Leaves<'py>,
 ) -> PyResult<Leaves<'py>> {
     let torch = Torch::get(py)?;
-    // Of a tensor that is not contiguous this is a copy, which lives until the kernel has been launched.
+    // A copy, if a tensor is not contiguous, must live until the kernel has been launched.
     let read = |name, tensor: &Bound<'py, PyAny>| torch.read(name, tensor);
     let read_grad = |name, grad: Optional<'py>| grad.map(|grad| read(name, &grad)).transpose();
     let (mean, of_mean) = read("prev_sample_mean", prev_sample_mean)?;
@@ -167,7 +166,6 @@ pub fn sde_step_backward<'py>(
     }
     let flat = [rows, of_mean.len() / rows];
     let shapes = Shapes::new("prev_sample_mean", &[rows], Some(&flat), of_mean.device)?;
-    // Of the arithmetic's dtype, all on one device.
     let arithmetic = |name, array: &Array, shape: &[usize]| -> Result<u64, Error> {
         if array.dtype != wide {
             return Err(Error::Dtype { name, came: array.dtype.name().to_owned(), wanted: wide.name() });
@@ -213,13 +211,13 @@ pub struct SdeStepMemo(Memo<SdeStep, Option<Dtype>>);
 
 #[pymethods]
 impl SdeStepMemo {
-    /// `names`: of the arguments, in the order in which they come.
+    /// `names`: of the arguments, in their order.
     #[new]
     fn new(names: Vec<String>) -> Self {
         SdeStepMemo(Memo::new(names))
     }
 
-    /// The forward of a call like one that has been checked before; None of any other. `draw`: see `forward_eager`.
+    /// The forward of a call like one that was checked before, else None. `draw`: see `forward_eager`.
     fn forward<'py>(
         &self, py: Python<'py>, arguments: &Bound<'py, PyTuple>, draw: &Bound<'py, PyAny>,
     ) -> PyResult<Option<Forward<'py>>> {
@@ -228,8 +226,7 @@ impl SdeStepMemo {
         SdeStepCall { bound, residual_dtype }.forward_eager(py, draw).map(Some)
     }
 
-    /// The forward of a call that Python has checked, and which is remembered: `fields` and `settings` as in
-    /// `SdeStepCall`.
+    /// Remembers a call that Python has checked, and runs it. `fields`, `settings`: as in `SdeStepCall`.
     fn learn<'py>(
         &self, py: Python<'py>, arguments: &Bound<'py, PyTuple>, fields: &Bound<'py, PyDict>,
         settings: &Bound<'py, PyAny>, draw: &Bound<'py, PyAny>,

@@ -1,8 +1,7 @@
 //! Memory that the blocks of one forward share on a GPU, from PyTorch's allocator.
 //!
-//! It is given back while the kernel may still be running: the allocator hands it out again to the same stream only,
-//! where whatever comes next runs after it. For the same reason the calls of a stream can share their tickets, which
-//! saves filling new ones with zeros: a launch of 2 us beside kernels of 10 us.
+//! It is freed while the kernel may still run: the allocator gives it to the same stream only, where the next kernel runs
+//! later. So the calls of a stream can share their tickets too, which saves a launch of 2 us that fills new ones with 0.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -13,7 +12,7 @@ use super::array::{Library, Torch};
 use crate::call::Dtype;
 use crate::cuda::launch::Target;
 
-/// 32-bit counters of a stream, all 0 whenever no forward runs there: kernels leave them so.
+/// 32-bit counters of each stream. Every forward leaves them 0.
 static TICKETS: Mutex<Option<HashMap<Target, Py<PyAny>>>> = Mutex::new(None);
 
 /// Tensors whose memory a launch uses.
@@ -24,13 +23,10 @@ pub struct Workspace<'py> {
     pub tickets: u64,
 }
 
-/// `lengths`: of the partial sums and of the tickets. `may_keep`: whether a tensor may outlive the call.
-///
-/// Three calls must not take the kept tickets. One that is captured into a CUDA graph: the graph may be replayed on any
-/// stream, beside calls that use them; it gets its own, from the graph's memory, and a fill that is replayed with it. One
-/// inside `torch.compile`, whose CUDA-graph trees refuse tensors that stay behind in their memory pool. And one on a
-/// stream that is not PyTorch's: when it is destroyed the driver may give its handle to another one, which would run
-/// beside the last kernels of the first.
+/// `partials`, `tickets`: how many. The tickets are new ones for a call
+/// - that is captured into a CUDA graph: a replay may run on any stream, beside calls that use the kept ones;
+/// - inside `torch.compile` (`may_keep` is false): its CUDA-graph trees refuse tensors that outlive a call;
+/// - on a stream that PyTorch did not make: the driver may give its handle to a new stream while its last kernel runs.
 pub fn workspace<'py>(
     torch: &'static Torch, like: &Bound<'py, PyAny>, target: Target, (partials, tickets): (usize, usize),
     may_keep: bool,
@@ -60,7 +56,7 @@ fn kept<'py>(
             return Ok(tickets);
         }
     }
-    // Kept ones grow by powers of two: no new ones for every batch size.
+    // A power of two, so that not every batch size needs new ones.
     let tickets = torch.tickets(like, len.next_power_of_two().max(1024))?;
     let mut known = TICKETS.lock().unwrap_or_else(PoisonError::into_inner);
     known.get_or_insert_default().insert(target, tickets.clone().unbind());
