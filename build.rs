@@ -1,9 +1,7 @@
-//! `kernels/*.cu` -> one cubin per architecture and one PTX for later ones, embedded through `$OUT_DIR/images.rs`.
-//!
+//! Compiles `kernels/*.cu` to a cubin per architecture and to PTX for later ones, which `$OUT_DIR/images.rs` embeds.
 //! The compiler is NVRTC from the PyPI wheel that `pyproject.toml` lists as a build requirement, found through the
-//! Python that runs the build: no CUDA toolkit, no headers, no GPU, and the same compiler, hence the same images, on
-//! every machine. A toolkit in PATH or CUDA_HOME is not picked up: images of a 13.x one need a newer driver (580, not
-//! 525).
+//! Python that runs the build: it needs no CUDA toolkit, headers or GPU, and makes the same images on every machine. A
+//! toolkit in PATH or CUDA_HOME is not used: images of a 13.x one need a newer driver (580, not 525).
 //!
 //! Environment:
 //!   FLOWDPPO_KERNELS=none                         embed nothing: lint and documentation builds, CPU-only packages
@@ -19,17 +17,17 @@ use std::{env, fs, ptr, thread};
 
 use libloading::{Library, Symbol};
 
-/// sm_86 and sm_89 would run the image of sm_80, but were not scheduled for. sm_100 serves 103 and sm_120 serves 121.
-/// PTX of the lowest is what a driver compiles for generations that do not exist yet.
+/// An sm_80 image runs on sm_86 and sm_89, but is not scheduled for them. sm_100 serves 103, sm_120 serves 121. The
+/// PTX, of the lowest, is what drivers compile for generations that do not exist yet.
 const ARCHS: &str = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,compute_80";
 
-/// Of NVRTC. No product is fused with a sum but where the kernels say `fmaf`: their twins on the CPU round
-/// both, and of a residual that is given back, `u / std - residual` would be the product's rounding, not 0.
+/// No product is fused with a sum except where kernels say `fmaf`: the CPU rounds both. And for the residual of the
+/// same policy, `u / std - residual` is 0, where fusing would leave the rounding error of the product.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-Ikernels"];
 
 const REQUIREMENT: &str = "nvidia-cuda-nvrtc-cu12==12.9.86";
 
-/// Through the metadata, because `nvidia` may be a namespace package or a regular one.
+/// From the metadata, because `nvidia` may be a namespace package or a regular one.
 const PROBE: &str = "
 from importlib.metadata import distribution
 print(distribution('nvidia-cuda-nvrtc-cu12').locate_file('nvidia/cuda_nvrtc/lib/libnvrtc.so.12'))
@@ -41,7 +39,6 @@ fn main() -> ExitCode {
     match build() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Cargo shows the standard error of a build script that fails.
             eprintln!("flowdppo_ops: {error}");
             ExitCode::FAILURE
         }
@@ -49,8 +46,7 @@ fn main() -> ExitCode {
 }
 
 fn build() -> Outcome<()> {
-    // A directory stands for all files in it. No PATH and no PYO3_PYTHON here: pip's build environment has another path
-    // every time and is gone afterwards, while the images in OUT_DIR stay valid.
+    // Not PATH or PYO3_PYTHON: they change with pip's build environment, while the images in OUT_DIR stay valid.
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
     for name in ["KERNELS", "ARCHS", "NVRTC"] {
@@ -61,15 +57,15 @@ fn build() -> Outcome<()> {
     if !jobs.is_empty() {
         match Nvrtc::find() {
             Ok(compiler) => compile_all(&jobs, &compiler, &out)?,
-            // A package without its kernels would be found out on a GPU only. Plain `cargo build` and `cargo test`
-            // make no package, and work from a fresh clone.
+            // A package without kernels would fail only on a GPU, so building one is an error. `cargo build` and `cargo
+            // test` make no package, and work from a fresh clone.
             Err(missing) if !makes_package() => {
                 jobs.clear();
                 for line in missing.to_string().lines() {
                     println!("cargo::warning={line}");
                 }
                 println!("cargo::warning=built without GPU kernels");
-                // A file that never exists: looks for the compiler again next time.
+                // A file that never exists: Cargo runs this script again next time.
                 println!("cargo:rerun-if-changed={}", out.join("no-compiler").display());
             }
             Err(missing) => return Err(missing),
@@ -83,7 +79,6 @@ fn makes_package() -> bool {
     env::var_os("PYO3_PYTHON").is_some() || env::var_os("PYTHON_SYS_EXECUTABLE").is_some()
 }
 
-/// One source for one architecture.
 struct Job {
     unit: String,
     source: PathBuf,
@@ -128,7 +123,7 @@ fn jobs() -> Outcome<Vec<Job>> {
             }
         }
     }
-    // A stable sort: architectures stay in order.
+    // Stable: architectures stay in order.
     jobs.sort_by(|one, other| one.source.cmp(&other.source));
     Ok(jobs)
 }
@@ -141,7 +136,6 @@ fn compile_all(jobs: &[Job], compiler: &Nvrtc, out: &Path) -> Outcome<()> {
         Err(error) => Some(format!("{} for {}: {error}", job.source.display(), job.arch)),
     };
     let errors: Vec<String> = thread::scope(|scope| {
-        // Each thread takes every `threads`-th image.
         let share = |first| move || jobs.iter().skip(first).step_by(threads).filter_map(compile).collect::<Vec<_>>();
         let shares: Vec<_> = (0..threads).map(|first| scope.spawn(share(first))).collect();
         shares.into_iter().flat_map(|share| share.join().expect("errors are returned")).collect()
@@ -165,8 +159,8 @@ fn write(path: &Path, bytes: &[u8]) -> Outcome<()> {
     fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
-/// NVRTC of the wheel, asked of the Python that builds. pip and uv reach their isolated environment through
-/// variables that a child process inherits, so the interpreter must be run without -I, -E and -S.
+/// NVRTC of the wheel, asked of the Python that builds; not with -I, -E or -S, because pip and uv pass their isolated
+/// environment in variables.
 fn wheel() -> Outcome<PathBuf> {
     let in_venv = env::var_os("VIRTUAL_ENV").map(|venv| Path::new(&venv).join("bin/python").into_os_string());
     let named_by_maturin = [env::var_os("PYO3_PYTHON"), env::var_os("PYTHON_SYS_EXECUTABLE")];
@@ -204,8 +198,8 @@ impl Nvrtc {
     fn find() -> Outcome<Nvrtc> {
         let named = env::var_os("FLOWDPPO_NVRTC").filter(|path| !path.is_empty());
         let path = named.map_or_else(wheel, |path| Ok(path.into()))?;
-        // SAFETY: loading runs the initialisers of NVIDIA's library, which ask nothing of this process. By absolute
-        // path, so that its run path finds libnvrtc-builtins beside it.
+        // SAFETY: loading runs the initialisers of NVIDIA's library, which ask nothing of this process.
+        // By absolute path it finds libnvrtc-builtins beside it.
         unsafe { Library::new(&path) }.map(Nvrtc).map_err(|error| format!("{}: {error}", path.display()).into())
     }
 
@@ -236,8 +230,7 @@ impl Nvrtc {
         let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
 
         let mut program: Program = ptr::null_mut();
-        // SAFETY: types as in nvrtc.h; the strings live to the end of this function, and the program is alive from here
-        // to its destruction below.
+        // SAFETY: types as in nvrtc.h; the strings outlive the program, which is alive until it is destroyed below.
         unsafe {
             type Create =
                 unsafe extern "C" fn(*mut Program, *const c_char, *const c_char, c_int, Strings, Strings) -> Status;

@@ -1,11 +1,8 @@
-//! The one description of a call: what the boundary extracts is what the CPU backend reads and what a kernel is given.
-//!
-//! `kernels/call.cuh` is the twin of every struct and enum here, field for field; sizes and offsets are asserted on both
-//! sides, so that neither can drift alone. Fields have the names of the public functions' arguments. An address of 0
-//! means that an argument is absent. `NoUninit` proves that a struct has no hidden padding.
-//!
-//! Addresses are those of live memory, of one device, for as long as the call runs: the boundary reads them off tensors
-//! that it holds, and checks dtype, length, layout and device of each.
+//! A call as the boundary describes it and as the CPU backend and the kernels read it.
+//! `kernels/call.cuh` is the twin of every struct and enum here, field for field; both assert sizes and offsets. Fields
+//! are named after the public functions' arguments; an address of 0 is an absent argument. `NoUninit` proves that there
+//! is no hidden padding. The boundary holds the tensors behind the addresses while the call runs, all on one device,
+//! and has checked dtype, length and layout.
 
 use std::mem::offset_of;
 
@@ -15,7 +12,7 @@ use crate::error::Error;
 
 // ---- tables: names once, in the order in which they stand in memory -------------------------------------------------
 
-/// C enums whose variants have the names that users write.
+/// C enums, with the names that users write for the variants.
 macro_rules! options {
     ($($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal),+ $(,)? })+) => {$(
         $(#[$doc])*
@@ -40,7 +37,7 @@ macro_rules! options {
     )+};
 }
 
-/// A struct of fields of one type, which can be gone through by name.
+/// A struct of fields of one type, with their names.
 macro_rules! table {
     ($(#[$doc:meta])* $name:ident of $kind:ty { $($(#[$field_doc:meta])* $field:ident,)+ }) => {
         $(#[$doc])*
@@ -66,7 +63,6 @@ macro_rules! table {
     };
 }
 
-/// The names of several tables, one after another.
 const fn joined<const N: usize>(tables: &[&[&'static str]]) -> [&'static str; N] {
     let (mut names, mut table, mut at, mut first) = ([""; N], 0, 0, 0);
     while table < tables.len() {
@@ -79,7 +75,7 @@ const fn joined<const N: usize>(tables: &[&[&'static str]]) -> [&'static str; N]
     names
 }
 
-/// An enum that counts rows of a block of numbers, and the names of its variants.
+/// An enum of the rows of a block of numbers, with their names.
 macro_rules! numbered {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident,)+ }) => {
         $(#[$doc])*
@@ -94,7 +90,6 @@ macro_rules! numbered {
 }
 
 options! {
-    /// What an array holds.
     Dtype { F32 = "float32", Bf16 = "bfloat16", F16 = "float16", F64 = "float64" }
 }
 
@@ -110,10 +105,8 @@ impl Dtype {
     }
 }
 
-/// A condition as it crosses to C.
+/// A bool of a C struct.
 pub type Flag = i32;
-
-// ---- arrays ----------------------------------------------------------------------------------------------------------
 
 /// `[rows, numel]`, contiguous.
 #[repr(C)]
@@ -134,8 +127,8 @@ impl Latent {
     }
 }
 
-/// One number for all rows, or an array that broadcasts to the rows without being expanded: row r has element
-/// `r / divide % modulo`. Rows `[B, S]` read `[1, S]` with (1, S), `[B, 1]` with (S, B), one element with (1, 1).
+/// One number for all rows, or an array that broadcasts to them: row r has element `r / divide % modulo`. Rows `[B, S]`
+/// read `[1, S]` with (divide, modulo) = (1, S), `[B, 1]` with (S, B), one element with (1, 1).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct RowVector {
@@ -144,7 +137,7 @@ pub struct RowVector {
     pub value: f64,
     pub dtype: Dtype,
     pub present: Flag,
-    /// At least 1, and so is `modulo`, where there are data.
+    /// At least 1, as is `modulo`, where `data` is not 0.
     pub divide: u32,
     pub modulo: u32,
 }
@@ -154,7 +147,7 @@ impl RowVector {
         RowVector { value, present: 1, ..RowVector::default() }
     }
 
-    /// Of `rows` rows. Refuses what would read past the array's `modulo` elements or divide by 0.
+    /// Refuses a `divide` or `modulo` of 0 (both are divisors) or beyond `rows`.
     pub fn array(
         name: &'static str, data: u64, dtype: Dtype, (divide, modulo): (usize, usize), rows: usize,
     ) -> Result<RowVector, Error> {
@@ -172,28 +165,26 @@ impl RowVector {
 }
 
 table! {
-    /// The latents of `loss` and `step_loss`; absent where nothing reads them.
-    ///
-    /// The gradient goes to `prev_sample_mean` or, of a call with a schedule, to `model_output` and `uncond_output`.
+    /// The latents of `loss` and `step_loss`; absent where nothing reads them. The gradient goes to `prev_sample_mean`
+    /// or, with a schedule, to `model_output` and `uncond_output`.
     Latents of Latent {
         prev_sample_mean,
         model_output,
         uncond_output,
         sample,
         prev_sample,
-        /// The old policy, in one of three forms: its mean, its model output after guidance, or its residual
-        /// `(x' - mu_old) / std`.
+        /// The old policy as mean, as model output after guidance, or as residual `(x' - mu_old) / std`.
         old_prev_sample_mean,
         old_model_output,
         old_residual,
-        /// The reference policy, in one of two.
+        /// The reference policy as mean, or as model output after guidance.
         ref_prev_sample_mean,
         ref_model_output,
     }
 }
 
 impl Latents {
-    /// What the gradient of the trained policy goes to.
+    /// The latent that gets the gradient, with its name.
     pub fn output(&self) -> (&'static str, &Latent) {
         if self.has_model_output() {
             ("model_output", &self.model_output)
@@ -202,12 +193,12 @@ impl Latents {
         }
     }
 
-    /// Whether means are formed from model outputs: of a call with a schedule.
+    /// Whether means are computed from model outputs, as in a call with a schedule.
     pub fn has_model_output(&self) -> bool {
         self.model_output.is_present()
     }
 
-    /// Outputs, samples, and the old and the reference policy: what is of one dtype in each of most calls.
+    /// Outputs, samples, other policies: in most calls each group has one dtype.
     pub fn groups(&self) -> ([Latent; 3], [Latent; 2], [Latent; 5]) {
         let Latents { prev_sample_mean, model_output, uncond_output, sample, prev_sample, .. } = *self;
         let Latents { old_prev_sample_mean, old_model_output, old_residual, .. } = *self;
@@ -229,22 +220,20 @@ impl Latents {
 }
 
 table! {
-    /// The row vectors of `loss` and `step_loss`, but for the schedule's.
     RowVectors of RowVector {
         advantages,
         log_prob,
         old_log_prob,
         weights,
-        /// With a schedule it says these two.
+        /// `std` and `sqrt_dt` are not read with a schedule, which gives both.
         std,
         sqrt_dt,
-        /// Absent: that of the transition.
+        /// Absent: the row's std.
         ref_std,
     }
 }
 
 table! {
-    /// Which step a row is.
     Schedule of RowVector {
         sigma,
         sigma_next,
@@ -256,7 +245,7 @@ table! {
 }
 
 table! {
-    /// The latents of `sde_step`; one of the last two.
+    /// The latents of `sde_step`; either `prev_sample` or `noise`.
     SdeStepLatents of Latent {
         model_output,
         uncond_output,
@@ -268,16 +257,13 @@ table! {
 }
 
 impl SdeStepLatents {
-    /// The next latent as given, or the noise that draws it.
     pub fn next(&self) -> &Latent {
         if self.noise.is_present() { &self.noise } else { &self.prev_sample }
     }
 }
 
-// ---- settings --------------------------------------------------------------------------------------------------------
-
 options! {
-    /// `None`: means are given, there is no schedule.
+    /// `None`: a call of means, without a schedule.
     Sampler { None = "none", FlowSde = "flow_sde", DanceSde = "dance_sde", Cps = "cps" }
 
     ObjectiveKind { FlowDppo = "flow_dppo", FlowGrpo = "flow_grpo", GrpoGuard = "grpo_guard" }
@@ -285,8 +271,8 @@ options! {
     /// Which rows of high KL are blocked.
     Mask { Asymmetric = "asymmetric", Symmetric = "symmetric", None = "none" }
 
-    /// What `mean (mu - mu_old)^2` is divided by: `2 std^2`, which gives the KL of two Gaussians; 2; or `b^2`, which gives
-    /// the mean squared difference of the model outputs.
+    /// What `(mu - mu_old)^2`, reduced over the row, is divided by: `2 std^2`, for the KL of two Gaussians; 2; or
+    /// `b^2`, for the squared difference of the model outputs.
     KlDivisor { Gaussian = "gaussian", Constant = "constant", Velocity = "velocity" }
 
     Density { Gaussian = "gaussian", Cps = "cps" }
@@ -297,7 +283,7 @@ options! {
     Reduction { Mean = "mean", Sum = "sum", None = "none", KeptMean = "kept_mean" }
 }
 
-/// An objective's settings. Limits are float64: `1 - clip_low` is formed first and rounded then, as everywhere else.
+/// An objective's settings. Limits are float64: `1 - clip_low` is computed before it is rounded.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct Objective {
@@ -314,7 +300,6 @@ pub struct Objective {
     pub pad: i32,
 }
 
-/// The settings of a call that are not its objective's.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct Settings {
@@ -325,14 +310,13 @@ pub struct Settings {
     pub reduction: Reduction,
 }
 
-// ---- policy_loss -----------------------------------------------------------------------------------------------------
+// ---- policy_loss ----------------------------------------------------------------------------------------------------
 
-/// A call of `loss` or `step_loss`.
+/// A call of `loss` or `step_loss`, of `rows` rows with `numel` elements each.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct PolicyLoss {
     pub rows: u64,
-    /// Elements of a row.
     pub numel: u64,
     pub latents: Latents,
     pub vectors: RowVectors,
@@ -342,11 +326,10 @@ pub struct PolicyLoss {
 }
 
 impl PolicyLoss {
-    /// Of the latents and row vectors.
     pub const NAMES: [&str; Latents::NAMES.len() + RowVectors::NAMES.len() + Schedule::NAMES.len()] =
         joined(&[&Latents::NAMES, &RowVectors::NAMES, &Schedule::NAMES]);
 
-    /// Of the arithmetic and of all outputs: float64 where a latent or a log-prob is.
+    /// Of the arithmetic and of all outputs: float64 if a latent or a log-prob is, else float32.
     pub fn dtype(&self) -> Dtype {
         let log_probs = [&self.vectors.log_prob, &self.vectors.old_log_prob];
         let mut dtypes = self.latents.each().map(|latent| latent.dtype).into_iter().chain(log_probs.map(|v| v.dtype));
@@ -357,7 +340,6 @@ impl PolicyLoss {
         self.settings.sampler != Sampler::None
     }
 
-    /// An old policy is read, and there is a std to measure the drift with.
     pub fn has_kl(&self) -> bool {
         self.latents.has_old() && (self.vectors.std.is_present() || self.has_schedule())
     }
@@ -367,7 +349,7 @@ impl PolicyLoss {
         self.objective.kind == ObjectiveKind::GrpoGuard && self.objective.per_row_scale == 0
     }
 
-    /// What the policy's part of the gradient is divided by, where that does not depend on the rows' outcome.
+    /// What the policy's gradient is divided by; None for `KeptMean`, which counts the rows that are kept.
     pub fn divisor(&self) -> Option<f64> {
         match self.settings.reduction {
             Reduction::Mean => Some(self.rows as f64),
@@ -376,13 +358,12 @@ impl PolicyLoss {
         }
     }
 
-    /// Elements of the loss.
     pub fn loss_len(&self) -> usize {
         if self.settings.reduction == Reduction::None { self.rows as usize } else { 1 }
     }
 }
 
-/// Which half of a forward is done; both but for sharded latents.
+/// Which half of a forward runs. Calls whose latents are sharded take two launches, others `Whole`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, NoUninit)]
 #[repr(i32)]
 pub enum Stage {
@@ -404,8 +385,7 @@ pub struct PolicyLossForward {
     pub partials: u64,
     /// `[rows + 1]` 32-bit counters: 0 before a launch and again after it.
     pub tickets: u64,
-    /// `[rows, 4]` float64 in the order of `Sums`, then the elements of a row. `SumsAlone` writes it, `ObjectiveAlone`
-    /// reads it.
+    /// `SumsAlone` writes, `ObjectiveAlone` reads `[rows, 4]` float64 (order of `Sums`), then the elements of a row.
     pub row_sums: u64,
     pub splits: u32,
     pub stage: Stage,
@@ -416,17 +396,16 @@ pub struct PolicyLossForward {
 pub struct PolicyLossBackward {
     pub rows: u64,
     pub numel: u64,
-    /// Those whose coefficients may not be 0.
+    /// Only those that are read: whose coefficient can be other than 0.
     pub latents: Latents,
     /// d objective / d loss, one number or one per row.
     pub grad_loss: RowVector,
-    /// What the forward left.
     pub numbers: u64,
     /// In the dtype of `prev_sample_mean` or `model_output`; 0: not wanted.
     pub grad_output: u64,
     /// In the dtype of `uncond_output`.
     pub grad_uncond_output: u64,
-    /// `[rows]`
+    /// `[rows]`; 0: not wanted.
     pub grad_log_prob: u64,
     pub splits: u32,
     /// Of `numbers` and `grad_log_prob`; float32 on a GPU.
@@ -436,7 +415,6 @@ pub struct PolicyLossBackward {
 /// Sums of a row in `PolicyLossForward::row_sums`.
 pub const SUMS: usize = 4;
 
-/// Length of `PolicyLossForward::row_sums`.
 pub fn row_sums_len(rows: usize) -> Option<usize> {
     rows.checked_mul(SUMS)?.checked_add(1)
 }
@@ -451,7 +429,7 @@ numbered! {
         Keep,
         /// The row's policy loss, before any reduction.
         Loss,
-        /// `mean (mu - mu_ref)^2 / (2 ref_std^2)`, without its weight.
+        /// `(mu - mu_ref)^2 / (2 ref_std^2)`, reduced over the row, without its weight.
         RefKl,
         /// d loss / d mu_j, with a schedule d loss / d v_j, is `CoefInnovation` (x'_j - mu_j) + `CoefDrift`
         /// (mu_j - mu_old_j) + `CoefRef` (mu_j - mu_ref_j); the first two still to be divided by the batch's divisor.
@@ -460,7 +438,7 @@ numbered! {
         CoefRef,
         /// d loss / d log_prob, still to be divided by the batch's divisor.
         CoefLogProb,
-        /// With a schedule alone, for the backward: the row's `mu = a x + b v`, std and guidance.
+        /// Only with a schedule, for the backward: a and b of `mu = a x + b v`, std and guidance.
         StepA,
         StepB,
         StepStd,
@@ -469,32 +447,29 @@ numbered! {
 }
 
 pub const FIELDS: usize = Field::CoefLogProb as usize + 1;
-/// Of a call with a schedule.
 pub const STEP_FIELDS: usize = Field::NAMES.len();
 
 pub fn fields(has_schedule: bool) -> usize {
     if has_schedule { STEP_FIELDS } else { FIELDS }
 }
 
-/// Names of the metrics, in the order in which every backend writes them.
+/// In the order in which every backend writes them.
 pub const METRICS: [&str; 18] = [
     "ratio_mean", "ratio_std", "ratio_min", "ratio_max", "approx_kl", "ppo_kl", "kl_new_old_mean", "kl_new_old_max",
     "kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction", "clip_fraction",
     "clipfrac_gt_one", "clipfrac_lt_one", "nonfinite_fraction", "kl_loss",
 ];
 
-/// Before the metrics, what the backward divides the policy's gradient by: the row count or the kept count, or 1.
+/// First of the batch's numbers, before the metrics: the row count, the kept count or 1, see `PolicyLoss::divisor`.
 pub const POLICY_DIVISOR: usize = 0;
 pub const BATCH_LEN: usize = 1 + METRICS.len();
 
-/// Length of a call's numbers: `[fields, rows]`, then the batch's.
 pub fn numbers_len(rows: usize, has_schedule: bool) -> Option<usize> {
     rows.checked_mul(fields(has_schedule))?.checked_add(BATCH_LEN)
 }
 
-// ---- sde_step --------------------------------------------------------------------------------------------------------
+// ---- sde_step -------------------------------------------------------------------------------------------------------
 
-/// A call of `sde_step`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct SdeStep {
@@ -508,18 +483,17 @@ pub struct SdeStep {
 }
 
 impl SdeStep {
-    /// Of the latents and row vectors.
     pub const NAMES: [&str; SdeStepLatents::NAMES.len() + Schedule::NAMES.len()] =
         joined(&[&SdeStepLatents::NAMES, &Schedule::NAMES]);
 
-    /// Of the arithmetic, and of all outputs that have no dtype of their own: float64 where a latent is.
+    /// Of the arithmetic, and of outputs that have no dtype of their own: float64 if a latent is, else float32.
     pub fn dtype(&self) -> Dtype {
         let double = self.latents.each().into_iter().any(|latent| latent.dtype == Dtype::F64);
         if double { Dtype::F64 } else { Dtype::F32 }
     }
 }
 
-/// What the forward writes: `[rows, numel]` latents and `[rows]`, float32 on a GPU where no dtype is said.
+/// Outputs are `[rows, numel]` or `[rows]`; without a dtype here they have the call's (float32 on a GPU).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct SdeStepForward {
@@ -533,7 +507,7 @@ pub struct SdeStepForward {
     pub std: u64,
     /// `[SdeStepNumber, rows]`, for the backward.
     pub numbers: u64,
-    /// `[rows, splits]`, where splits > 1; and so are the `[rows]` tickets.
+    /// `[rows, splits]`, and `[rows]` for the tickets; used where splits > 1.
     pub partials: u64,
     pub tickets: u64,
     pub splits: u32,
@@ -557,14 +531,14 @@ pub struct SdeStepBackward {
     pub grad_model_output: Latent,
     pub grad_uncond_output: Latent,
     pub splits: u32,
-    /// Of everything that is no latent of the caller's; float32 on a GPU.
+    /// Of all but the caller's latents; float32 on a GPU.
     pub dtype: Dtype,
 }
 
 numbered! {
     /// Rows of `sde_step`'s numbers, which the backward reads.
     SdeStepNumber {
-        /// d log_prob / d mu_j = LogProb (x'_j - mu_j); 0 where the step is deterministic.
+        /// d log_prob / d mu_j = LogProb (x'_j - mu_j); 0 in a deterministic step, unless the sampler is CPS.
         LogProb,
         /// d mu / d v
         Velocity,
@@ -575,7 +549,7 @@ numbered! {
 
 pub const SDE_STEP_NUMBERS: usize = SdeStepNumber::NAMES.len();
 
-// ---- the twin in kernels/call.cuh asserts the same -------------------------------------------------------------------
+// ---- the twin in kernels/call.cuh asserts the same ------------------------------------------------------------------
 
 const _: () = {
     assert!(size_of::<Latent>() == 16 && size_of::<RowVector>() == 32);

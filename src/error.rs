@@ -3,7 +3,7 @@
 use pyo3::PyErr;
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 
-/// What a caller can still do where there is no way to run a kernel.
+/// Ends the messages of calls that no kernel can run.
 const REFERENCE: &str = "flowdppo_ops.reference runs on any device (FLOWDPPO_OPS_BACKEND=reference sends calls there)";
 
 #[derive(Debug, thiserror::Error, PartialEq)]

@@ -1,4 +1,4 @@
-//! Memory of the host: the arrays of a call as slices.
+//! The arrays of a call in host memory, as slices.
 
 use std::marker::PhantomData;
 use std::slice;
@@ -8,7 +8,7 @@ use half::{bf16, f16};
 
 use crate::call::{Dtype, Latent, RowVector};
 
-/// What arrays hold. `Pod`: every bit pattern is a value.
+/// An element type. `Pod`: every bit pattern is a value.
 pub trait Element: Pod + Default + Send + Sync {
     const DTYPE: Dtype;
 }
@@ -32,25 +32,23 @@ pub struct Host<'a, Call>(&'a Call);
 
 impl<'a, Call> Host<'a, Call> {
     /// # Safety
-    /// Every address in `call` that is not 0 is memory of this process, aligned, with as many elements as the call says
-    /// (`rows * numel` for latents, `modulo` for row vectors), alive for `'a`. Nobody writes to inputs during `'a`, and
-    /// nobody else touches outputs.
+    /// Every address in `call` but 0 is aligned memory of this process, alive for `'a`, as long as the call says
+    /// (latents `rows * numel`, row vectors `modulo`). During `'a` nobody writes inputs, nobody else touches outputs.
     pub unsafe fn new(call: &'a Call) -> Self {
         Host(call)
     }
 
-    /// A part of the call, for functions that need no more.
     pub fn part<Part>(self, of: impl FnOnce(&'a Call) -> &'a Part) -> Host<'a, Part> {
         Host(of(self.0))
     }
 
-    /// An input of `len` elements.
+    /// An input of `len` elements; None where it is absent.
     pub fn view(self, of: impl FnOnce(&'a Call) -> Latent, len: usize) -> Option<View<'a>> {
         let Latent { data, dtype, .. } = of(self.0);
         (data != 0).then_some(View { address: data as usize, dtype, len, memory: PhantomData })
     }
 
-    /// An output of `len` elements.
+    /// An output of `len` elements; None where it is absent.
     pub fn output(self, of: impl FnOnce(&'a Call) -> Latent, len: usize) -> Option<ViewMut<'a>> {
         let Latent { data, dtype, .. } = of(self.0);
         (data != 0).then_some(ViewMut { address: data as usize, dtype, len, memory: PhantomData })
@@ -94,12 +92,10 @@ impl<'a> View<'a> {
     /// Elements `first .. first + len`; panics on a range outside the view or a type of another dtype.
     pub fn slice<T: Element>(self, first: usize, len: usize) -> &'a [T] {
         assert!(T::DTYPE == self.dtype && first <= self.len && len <= self.len - first);
-        // SAFETY: in range and of the right type by the assertion; `Host::new` promised that the memory is there,
-        // aligned and unwritten for 'a, and that any bits are a value is `Pod`.
+        // SAFETY: range and type are asserted; `Host::new` got aligned memory, unwritten for 'a; `Pod` takes any bits.
         unsafe { slice::from_raw_parts((self.address as *const T).add(first), len) }
     }
 
-    /// One element as float64.
     pub fn get(self, index: usize) -> f64 {
         match self.dtype {
             Dtype::F32 => self.slice::<f32>(index, 1)[0].into(),
@@ -129,16 +125,14 @@ impl ViewMut<'_> {
         unsafe { self.part_mut(0, self.len) }
     }
 
-    /// Elements `first .. first + len`, through a shared reference, for threads that write disjoint parts. Panics on a
-    /// range outside the view or a type of another dtype.
-    ///
+    /// Elements `first .. first + len`, for threads that write disjoint parts; panics as `View::slice` does.
     /// # Safety
-    /// Parts handed out at the same time do not overlap.
+    /// Parts that are in use at the same time do not overlap.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn part_mut<T: Element>(&self, first: usize, len: usize) -> &mut [T] {
         assert!(T::DTYPE == self.dtype && first <= self.len && len <= self.len - first);
-        // SAFETY: in range and of the right type by the assertion; `Host::new` promised that the memory is there and
-        // aligned for 'a and that nobody else touches it; the caller keeps parts apart.
+        // SAFETY: range and type are asserted; `Host::new` got aligned memory for 'a that nobody else touches, and the
+        // caller keeps parts apart.
         unsafe { slice::from_raw_parts_mut((self.address as *mut T).add(first), len) }
     }
 }

@@ -1,5 +1,4 @@
-//! The CPU backend: `memory` for arrays, `simd` for arithmetic, `threads`, what `loss` and `step_loss` share (`schedule`,
-//! `source`, `objective`), and one file per operator.
+//! The CPU backend: `policy_loss` and `sde_step` are the operators, the other modules what they share.
 
 pub mod memory;
 pub mod objective;

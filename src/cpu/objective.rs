@@ -1,8 +1,7 @@
-//! Objective: a row's few numbers -> ratio, mask or clip, loss, gradient coefficients; all rows -> loss and metrics.
-//!
-//! The twin of `kernels/objective.cuh`; the formulas and their sources stand in `python/flowdppo_ops/reference.py`.
-//! Arithmetic is float64, and every number that the caller can see is rounded to the output precision *before* it is
-//! compared with anything, so that `kl`, `ratio` and `keep` never contradict each other.
+//! Objective of `loss` and `step_loss`: a row's sums -> ratio, mask or clip, loss, gradient coefficients; all rows ->
+//! loss and metrics. Twin: `kernels/objective.cuh`. Formulas and sources: `python/flowdppo_ops/reference.py`.
+//! Arithmetic is float64. Numbers that the caller sees are rounded to the output precision *before* they are compared
+//! with anything, so that `kl`, `ratio` and `keep` never contradict each other.
 
 use std::f64::consts::TAU;
 
@@ -15,17 +14,14 @@ use crate::call::{
     PolicyLoss, Reduction, RowVector, RowVectors, STEP_FIELDS,
 };
 
-/// Sums over a row's latents, of `u = x' - mu`, `e = mu - mu°` and `f = mu - mu_ref`.
+/// Sums over a row's elements: q = sum u^2, d = sum e^2, cross = sum e u, f = sum r^2, with u = x' - mu, e = mu - mu°
+/// and r = mu - mu_ref (x': `prev_sample`; mu, mu°, mu_ref: means of the trained, old, reference policy).
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Sums {
-    /// sum u^2
     pub q: f64,
-    /// sum e^2
     pub d: f64,
-    /// sum e u; `p` of the formulas is `cross + d`
     pub cross: f64,
-    /// sum f^2
     pub f: f64,
 }
 
@@ -40,18 +36,18 @@ impl Sums {
 pub struct Problem<'a> {
     call: Host<'a, PolicyLoss>,
     pub rows: usize,
-    /// Elements of a row over which its statistics are taken: with sharded latents those of all shards.
+    /// Elements of a row; of all shards together where latents are sharded.
     numel: usize,
-    /// Outputs are float64; float32 otherwise.
+    /// Outputs are float64, else float32.
     double: bool,
     has_kl: bool,
     pub has_ref: bool,
 }
 
-/// What one row becomes, by `Field`; the last four with a schedule alone.
+/// A row's numbers, indexed by `Field`; the last four count only with a schedule.
 pub type Row = [f64; STEP_FIELDS];
 
-/// GRPO-Guard's batch means, taken before any row is looked at.
+/// GRPO-Guard's factors from means over the batch.
 #[derive(Clone, Copy, Debug)]
 pub struct GuardScale {
     /// mean(sqrt_dt) mean(std / sqrt_dt)
@@ -72,7 +68,6 @@ impl<'a> Problem<'a> {
         }
     }
 
-    /// The same for rows of so many elements.
     pub fn with_numel(self, numel: usize) -> Self {
         Problem { numel, ..self }
     }
@@ -81,13 +76,12 @@ impl<'a> Problem<'a> {
         self.call.has_schedule()
     }
 
-    /// Rounds to the output precision; float32 overflow becomes an infinity here as it does in float32 arithmetic.
+    /// Rounds to the output precision; float32 may overflow to an infinity.
     #[inline]
     fn round(&self, value: f64) -> f64 {
         if self.double { value } else { f64::from(value as f32) }
     }
 
-    /// NaN where it is absent.
     #[inline]
     fn read(&self, of: fn(&RowVectors) -> &RowVector, row: usize) -> f64 {
         self.round(self.call.row(|call| of(&call.vectors), row))
@@ -97,7 +91,6 @@ impl<'a> Problem<'a> {
         self.read(|vectors| &vectors.advantages, row)
     }
 
-    /// Of a call with a schedule.
     pub fn transition(&self, row: usize) -> Option<Transition> {
         let schedule = self.call.part(|call| &call.schedule);
         self.has_schedule().then(|| Transition::new(schedule, self.call.settings.sampler, row, self.double))
@@ -123,19 +116,18 @@ impl<'a> Problem<'a> {
         GuardScale { c: sqrt_dt * std_dev, outer: 1.0 / (sqrt_dt * sqrt_dt) }
     }
 
-    /// One row, before any reduction over rows.
     pub fn row(&self, row: usize, sums: Sums, guard: GuardScale) -> Row {
         let PolicyLoss { vectors, objective, settings, .. } = &*self.call;
         let latent_sum = settings.latent_reduction == LatentReduction::Sum;
-        // "mean": per-element numbers; "sum": joint ones, where the normaliser counts once per element. Divided, not
-        // multiplied with 1 / numel: at 49 elements that misses a KL equal to its threshold by an ulp.
+        // `Mean`: numbers per element. `Sum`: joint ones, whose log-prob has the normaliser `numel` times. A product
+        // with 1 / numel, not a division, would miss a KL equal to its threshold by an ulp at 49 elements.
         let (divisor, elements) = if latent_sum { (1.0, self.numel as f64) } else { (self.numel.max(1) as f64, 1.0) };
         let (q, d, cross) = (sums.q / divisor, sums.d / divisor, sums.cross / divisor);
         let transition = self.transition(row);
         let (std, sqrt_dt) = self.deviations(row, transition);
         let variance = std * std;
         let cps = settings.density == Density::Cps;
-        // Nothing was random in a deterministic step: its density and the ratio of two policies there are 1.
+        // A deterministic step has no Gaussian density: log-prob and log-ratio are 0. CPS has a density there too.
         let deterministic = transition.is_some_and(|step| step.is_deterministic());
 
         let log_prob = if vectors.log_prob.is_present() {
@@ -160,14 +152,14 @@ impl<'a> Problem<'a> {
 
         let advantage = self.advantage(row);
         let weights = if vectors.weights.is_present() { self.read(|vectors| &vectors.weights, row) } else { 1.0 };
-        // exponent = (log_ratio + drift / (2 c^2)) scale; scale is 1 and the drift absent but for GRPO-Guard.
+        // ratio = exp((log_ratio + d / (2 scale^2)) scale) for GRPO-Guard, exp(log_ratio) for the others.
         let is_guard = objective.kind == ObjectiveKind::GrpoGuard;
         let (scale, outer) = match (is_guard, objective.per_row_scale != 0) {
             (true, true) => (std, sqrt_dt.powi(-2)),
             (true, false) => (guard.c, guard.outer),
             (false, _) => (1.0, 1.0),
         };
-        // A scale of 0 comes from deterministic steps alone.
+        // With a schedule, a scale of 0 comes from deterministic steps only; they have no drift term.
         let drifts = is_guard && !(scale == 0.0 && transition.is_some());
         let centre = if drifts { d / (2.0 * scale * scale) } else { 0.0 };
         let ratio = self.round(((log_ratio + centre) * scale).exp());
@@ -176,7 +168,7 @@ impl<'a> Problem<'a> {
             KlDivisor::Constant => 2.0,
             KlDivisor::Velocity => transition.map_or(f64::NAN, |step| step.b * step.b),
         };
-        // What is absent is 0, not NaN: nobody is shown it, and NaN would not compare equal to itself in opcheck.
+        // An absent KL is 0, not NaN: nobody sees it, and opcheck compares outputs, where NaN differs from itself.
         let has_kl = self.has_kl && !(kl_divisor == 0.0 && transition.is_some());
         let kl = if has_kl { self.round(d / kl_divisor) } else { 0.0 };
 
@@ -191,8 +183,7 @@ impl<'a> Problem<'a> {
                 (advantage, blocked, 0.0)
             }
             ObjectiveKind::FlowGrpo | ObjectiveKind::GrpoGuard => {
-                // The larger surrogate is the clipped one exactly when the ratio left the range on the side that the
-                // advantage favours.
+                // The clipped loss is the larger where the ratio left the range on the side that A favours.
                 let (lower, upper) = (self.round(1.0 - objective.clip_low), self.round(1.0 + objective.clip_high));
                 let limit = self.round(objective.adv_clip_max);
                 let advantage = if advantage.is_nan() { advantage } else { advantage.clamp(-limit, limit) };
@@ -203,7 +194,7 @@ impl<'a> Problem<'a> {
         let open_loss = -advantage * ratio * outer * weights;
         let loss = if blocked { blocked_loss * outer * weights } else { open_loss };
 
-        // d loss / d exponent is the loss itself (it is minus A exp(exponent)), and 0 when blocked.
+        // d loss / d log_ratio = loss scale, since loss = -A exp(scale log_ratio + ..) outer weights; 0 if blocked.
         let slope = if blocked { 0.0 } else { open_loss * scale };
         let innovation = if cps {
             slope * 2.0 / divisor
@@ -226,7 +217,7 @@ impl<'a> Problem<'a> {
             (0.0, 0.0)
         };
 
-        // What the gradient goes to is mu, or v in mu = a x + b v.
+        // The gradient is that of mu or, with a schedule (mu = a x + b v), of v.
         let (a, b, step_std, guidance) = match transition {
             Some(step) => (step.a, step.b, step.std, step.guidance),
             None => (0.0, 1.0, 0.0, 0.0),
@@ -255,14 +246,14 @@ impl<'a> Problem<'a> {
         out
     }
 
-    /// High means outside the trust region: equality counts, and NaN as the objective says.
+    /// Whether the row is outside FlowDPPO's trust region: `kl >= threshold`, or a NaN unless `keep_nan_kl`.
     fn is_high(&self, kl: f64) -> bool {
         let objective = &self.call.objective;
         let threshold = self.round(objective.kl_mask_threshold);
         objective.kind == ObjectiveKind::FlowDppo && (kl >= threshold || (kl.is_nan() && objective.keep_nan_kl == 0))
     }
 
-    /// Loss (None with `Reduction::None`), then the policy divisor and the metrics, from the finished rows.
+    /// From all rows: the loss (None with `Reduction::None`), and the policy divisor followed by the metrics.
     pub fn batch(&self, at: impl Fn(Field, usize) -> f64) -> (Option<f64>, [f64; BATCH_LEN]) {
         let rows = self.rows as f64;
         let mean = |value: &dyn Fn(usize) -> f64| (0..self.rows).map(value).sum::<f64>() / rows;
@@ -325,13 +316,12 @@ impl<'a> Problem<'a> {
         (loss, batch)
     }
 
-    /// The row's own loss with `Reduction::None`.
     pub fn row_loss(&self, at: impl Fn(Field) -> f64) -> f64 {
         at(Field::Loss) + if self.has_ref { self.call.settings.ref_kl_weight * at(Field::RefKl) } else { 0.0 }
     }
 }
 
-/// As torch: NaN wins.
+/// NaN wins, as in torch.
 fn min(a: f64, b: f64) -> f64 {
     if a.is_nan() || a < b { a } else { b }
 }

@@ -1,7 +1,6 @@
-//! `policy_loss` on the CPU: row sums over a source, the objective, and the streaming backward.
-//!
-//! Sums are float32 (float64 for float64 latents) over `BLOCK` elements in `LANES` interleaved lanes, then float64 over
-//! lanes, blocks and chunks, always in the same order: the bits depend on neither thread count nor schedule.
+//! `policy_loss` on the CPU: row sums over a source, the objective, and the streaming backward. Sums are float32
+//! (float64 in a float64 call) over `BLOCK` elements in `LANES` interleaved lanes, then float64 over blocks, lanes and
+//! chunks, always in this order: the bits depend on neither thread count nor schedule.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -17,15 +16,15 @@ use crate::call::{
 };
 use crate::plan::{Plan, Stretch};
 
-/// Where the gradients of the latents go: of `prev_sample_mean` or `model_output`, and of `uncond_output`.
+/// Arrays for the gradients of the latents; `output` is for that of `prev_sample_mean` or `model_output`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Gradients {
     pub output: Latent,
     pub uncond_output: Latent,
 }
 
-/// The loss and the numbers, or with `Stage::SumsAlone` the rows' sums. `gradients_ahead`: where the gradients for a
-/// `grad_loss` of 1 go, if they are wanted already; the divisor of the batch is known beforehand then.
+/// Writes loss and numbers, or with `Stage::SumsAlone` the rows' sums; and to `gradients_ahead`, if present, the
+/// gradients for a `grad_loss` of 1. Those need a reduction whose divisor does not depend on the rows.
 pub fn forward(call: Host<'_, PolicyLossForward>, gradients_ahead: Option<Host<'_, Gradients>>, threads: usize) {
     match call.call.dtype() {
         Dtype::F64 => forward_in::<f64>(call, gradients_ahead, threads),
@@ -101,7 +100,7 @@ fn sums_of<F: Real>(call: Host<'_, PolicyLoss>, problem: &Problem<'_>, plan: Pla
     .unwrap_or_else(|| vec![Sums::default(); plan.rows])
 }
 
-/// The gradients of the latents and of `log_prob`, from what the forward left.
+/// Writes the gradients of the latents and of `log_prob`.
 pub fn backward(call: Host<'_, PolicyLossBackward>, threads: usize) {
     match call.dtype {
         Dtype::F64 => backward_in::<f64>(call, threads),
@@ -118,7 +117,7 @@ fn backward_in<F: Real>(call: Host<'_, PolicyLossBackward>, threads: usize) {
     let numbers = numbers.slice::<F>(0, len);
     let divisor = numbers[at_divisor].to_f64();
     let stored = |field, row| read_field(numbers, rows, field, row);
-    // A coefficient of 0 stays 0, whatever it is multiplied with.
+    // 0 stays 0, even times an infinity or NaN.
     let scaled = |field, row, divisor| {
         let coefficient = stored(field, row);
         if coefficient == 0.0 { 0.0 } else { call.row(|call| &call.grad_loss, row) * coefficient / divisor }
@@ -154,8 +153,8 @@ fn backward_in<F: Real>(call: Host<'_, PolicyLossBackward>, threads: usize) {
     with_source!(F, latents, len, &steps, source => gradient::<F, _>(&source, &coefficients, plan, &targets, threads));
 }
 
-/// Multiplies a gradient that was formed for a `grad_loss` of 1. False, where it must be formed again: half precision would
-/// be rounded twice, and of what is not finite the ordinary backward may be (a factor of 0, say).
+/// Multiplies a gradient for a `grad_loss` of 1. False where the backward must run instead: half precision would be
+/// rounded twice, and what is not finite here may be finite there (for a factor of 0, say).
 pub fn scale_in_place(gradient: Host<'_, Latent>, len: usize, factor: f64, threads: usize) -> bool {
     match gradient.dtype {
         Dtype::F32 => scale_in::<f32>(gradient, len, factor, threads),
@@ -184,9 +183,6 @@ fn scale_in<F: Real>(gradient: Host<'_, Latent>, len: usize, factor: f64, thread
     all_finite.into_inner()
 }
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
-
-/// Sums over every row's latents.
 fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, has_ref: bool, threads: usize) -> Vec<Sums> {
     let of_tasks = map(plan.tasks(), threads, S::Scratch::default, |scratch, task| {
         let stretches = plan.stretches(task);
@@ -195,7 +191,6 @@ fn row_sums<F: Real, S: Source<F>>(source: &S, plan: Plan, has_ref: bool, thread
     of_tasks.concat().chunks(plan.chunks_per_row).map(total).collect()
 }
 
-/// Of a row, from its stretches.
 fn total(stretches: &[Sums]) -> Sums {
     stretches.iter().fold(Sums::default(), Sums::plus)
 }
@@ -208,7 +203,7 @@ fn stretch_sums<F: Real, S: Source<F>>(source: &S, stretch: Stretch, has_ref: bo
     }
 }
 
-/// Without `REF` a quarter of the arithmetic is left out, which is what bfloat16 waits for; float32 waits for memory.
+/// Without `REF`, a quarter of the arithmetic is left out: it limits bfloat16; memory limits float32.
 struct SumKernel<'a, F: Real, S: Source<F>, const REF: bool> {
     source: &'a S,
     stretch: Stretch,
@@ -221,12 +216,12 @@ impl<F: Real, S: Source<F>, const REF: bool> Kernel for SumKernel<'_, F, S, REF>
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Sums {
         let SumKernel { source, stretch, scratch } = self;
-        // Lane by lane to the end: adding up 32 lanes in every block would cost a fifth of the time.
+        // Lanes stay apart to the end: adding up 32 lanes after every block would take a fifth of the time.
         let mut total = LaneSums::<f64>::default();
         for part in stretch.parts(BLOCK) {
             let block = source.block(part, scratch);
             let mut sums = LaneSums::<F>::default();
-            // The tail stands apart: a call inside the loop would push the sums out of their registers, every time.
+            // The tail comes after the loop: a call inside would spill the sums from their registers in every round.
             let full = part.len / LANES * LANES;
             for at in (0..full).step_by(LANES) {
                 sums = sums.plus::<FMA, REF>(S::moments::<FMA, false>(&block, at));
@@ -246,7 +241,7 @@ impl<F: Real, S: Source<F>, const REF: bool> Kernel for SumKernel<'_, F, S, REF>
     }
 }
 
-/// Running sums, one per lane. Four fields: gone through as an array they would be memory, not registers.
+/// Running sums, one per lane. Four fields: an indexed array of them would lie in memory, not in registers.
 #[derive(Clone, Copy, Default)]
 struct LaneSums<F> {
     q: [F; LANES],
@@ -256,7 +251,7 @@ struct LaneSums<F> {
 }
 
 impl<F: Real> LaneSums<F> {
-    /// By value: through a reference every sum would be stored to memory in every round.
+    /// By value: through a reference, every round would store every sum to memory.
     #[inline(always)]
     fn plus<const FMA: bool, const REF: bool>(mut self, moments: Moments<F>) -> Self {
         let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
@@ -272,7 +267,7 @@ impl<F: Real> LaneSums<F> {
     }
 }
 
-/// Every row's numbers into `rows`, laid out `[FIELDS, rows]`.
+/// Writes every row's numbers to `rows`, laid out `[fields, rows]`.
 fn row_objective<F: Real>(problem: &Problem<'_>, sums: &[Sums], rows: &ViewMut<'_>, threads: usize) {
     let guard = problem.guard_scale();
     for_each_row(problem.rows, threads, |row| {
@@ -285,13 +280,13 @@ fn row_objective<F: Real>(problem: &Problem<'_>, sums: &[Sums], rows: &ViewMut<'
 /// Nobody else writes this row.
 unsafe fn write_row<F: Real>(problem: &Problem<'_>, numbers: Row, row: usize, out: &ViewMut<'_>) {
     for (field, number) in numbers.into_iter().take(fields(problem.has_schedule())).enumerate() {
-        // SAFETY: no other thread writes this row, and no two fields of it are one element.
+        // SAFETY: the caller lets no other thread write this row, and each field is an element of its own.
         unsafe { out.part_mut::<F>(field * problem.rows + row, 1)[0] = F::from_f64(number) };
     }
 }
 
-/// `row_sums`, `row_objective` and `gradient` (for a `grad_loss` of 1) row by row, and with the same bits: a row's mean
-/// and sample come from the cache when the gradient reads them. `divisor` is that of the batch, known beforehand.
+/// `row_sums`, `row_objective` and `gradient` (for a `grad_loss` of 1) row by row, with the same bits: the gradient
+/// finds the row's latents in the cache. `divisor`: the batch's.
 fn rows_with_gradient<F: Real, S: Source<F>>(
     problem: &Problem<'_>, source: &S, plan: Plan, divisor: f64, numbers: &ViewMut<'_>, targets: &Targets<'_>,
     threads: usize,
@@ -315,25 +310,21 @@ fn rows_with_gradient<F: Real, S: Source<F>>(
     });
 }
 
-/// What the backward multiplies the differences of one row with.
+/// A row's gradient is `G = terms[0] (x' - mu) + terms[1] (mu - mu°) + terms[2] (mu - mu_ref)`;
+/// `grad_output = guidance G` and `grad_uncond_output = (1 - guidance) G`.
 #[derive(Clone, Copy, Debug)]
 struct Coefficients {
-    /// Of `x' - mu`, `mu - mu°` and `mu - mu_ref`.
     terms: [f64; 3],
-    /// What the output's gradient is multiplied with; the unconditional output's with 1 less this.
     guidance: f64,
 }
 
-/// The gradients of the output and of the unconditional output, each in the dtype of what it belongs to; `[rows, numel]`.
+/// The gradients of the output and of the unconditional output, `[rows, numel]`, each in its latent's dtype.
 type Targets<'a> = [Option<ViewMut<'a>>; 2];
 
-/// Of one thread: the source's, and one for a part of the gradient that is wanted in another dtype than it is formed in.
+/// Of one thread: the source's, and one for gradients that are computed in another dtype than their array's.
 type Buffers<F, S> = (<S as Source<F>>::Scratch, Buffer<<S as Source<F>>::Gradient>);
 
-/// `gradient = innovation (x' - mu) + drift (mu - mu°) + reference (mu - mu_ref)`, row by row.
-///
-/// A row whose coefficients are all 0 is written without being read, and a term whose coefficient is 0 is dropped from
-/// the source, so that an infinity there cannot become 0 * inf.
+/// A row whose terms are all 0 is not read. A term of 0 is dropped from the source: no infinity in it becomes 0 * inf.
 fn gradient<F: Real, S: Source<F>>(
     source: &S, coefficients: &(impl Fn(usize) -> Coefficients + Sync), plan: Plan, targets: &Targets<'_>,
     threads: usize,
@@ -345,7 +336,6 @@ fn gradient<F: Real, S: Source<F>>(
     });
 }
 
-/// Of stretches of one row.
 fn row_gradient<F: Real, S: Source<F>>(
     source: &S, stretches: impl IntoIterator<Item = Stretch>, coefficients: Coefficients, buffers: &mut Buffers<F, S>,
     targets: &Targets<'_>,
@@ -355,7 +345,7 @@ fn row_gradient<F: Real, S: Source<F>>(
     for stretch in stretches {
         for (out, factor) in targets.iter().zip([guidance, 1.0 - guidance]) {
             let Some(out) = out else { continue };
-            // A coefficient of 0 stays 0, whatever it is multiplied with.
+            // 0 stays 0, even times an infinity.
             let coefficients = coefficients.terms.map(|term| if term == 0.0 { 0.0 } else { term * factor });
             let buffers = &mut *buffers;
             if drift == 0.0 && reference == 0.0 {
@@ -367,7 +357,7 @@ fn row_gradient<F: Real, S: Source<F>>(
     }
 }
 
-/// Without `ALL`, the innovation's term alone: what FlowDPPO and FlowGRPO have, and half the arithmetic.
+/// Without `ALL`, only the term of x' - mu, at half the arithmetic: all that FlowDPPO and FlowGRPO have without `ref`.
 struct GradientKernel<'a, F: Real, S: Source<F>, const ALL: bool> {
     source: &'a S,
     stretch: Stretch,
@@ -431,7 +421,6 @@ fn combine<F: Real, T: Storage, const FMA: bool, const ALL: bool>(
     out
 }
 
-/// Reads one number of the `[FIELDS, rows]` block.
 fn read_field<F: Real>(rows: &[F], count: usize, field: Field, row: usize) -> f64 {
     rows[field as usize * count + row].to_f64()
 }

@@ -1,15 +1,14 @@
-//! Schedule: sampler and noise levels -> a row's coefficients, `mu = a x + b v`, and its standard deviation.
-//!
-//! The twin of `kernels/schedule.cuh`; formulas and sources stand in `python/flowdppo_ops/reference.py`. Formed in
-//! float64 from numbers of the arithmetic type and rounded once, so that every backend has the same coefficients but for
-//! the last bit of a sine (`sin` here, `sinpi` on a GPU).
+//! Schedule: a row's sampler and noise levels -> coefficients of `mu = a x + b v` and the standard deviation.
+//! Twin: `kernels/schedule.cuh`. Formulas and sources: `python/flowdppo_ops/reference.py`. Computed in float64 from
+//! numbers of the arithmetic type and rounded once: every backend has the same coefficients but for the last bit of a
+//! sine (`sin` here, `sinpi` on a GPU).
 
 use std::f64::consts::FRAC_PI_2;
 
 use super::memory::Host;
 use crate::call::{RowVector, Sampler, Schedule};
 
-/// What a row's step is: `mu = a x + b v`.
+/// A row's step: `mu = a x + b v` with standard deviation `std`.
 #[derive(Clone, Copy, Debug)]
 pub struct Transition {
     pub a: f64,
@@ -22,7 +21,7 @@ pub struct Transition {
 }
 
 impl Transition {
-    /// Nothing is random in such a row: noise level 0, or the last step of CPS.
+    /// Noise level 0, or the last step of CPS.
     pub fn is_deterministic(&self) -> bool {
         self.std == 0.0
     }

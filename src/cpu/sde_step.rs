@@ -1,8 +1,6 @@
-//! `sde_step` on the CPU: mean, next latent, residual and log-prob in one pass, and the streaming backward.
-//!
-//! A block of `BLOCK` elements goes through the first-level cache step by step: a tensor that does not have the
-//! arithmetic type is converted into a buffer first. Sums as in `policy_loss`: `LANES` interleaved lanes over a block,
-//! then float64 in a fixed order, so that the bits depend on neither thread count nor schedule.
+//! `sde_step` on the CPU: mean, next latent, residual and log-prob in one pass, and the streaming backward. `BLOCK`
+//! elements at a time stay in the first-level cache; latents of another dtype than the arithmetic's are converted into
+//! buffers. Sums are taken as in `policy_loss`.
 
 use std::f64::consts::TAU;
 
@@ -81,7 +79,7 @@ struct Step<'a> {
     model_output: View<'a>,
     uncond_output: Option<View<'a>>,
     sample: View<'a>,
-    /// The next latent, or the noise that draws it.
+    /// `prev_sample` or, where `draws`, the noise in `x' = mu + std noise`.
     next: View<'a>,
     draws: bool,
     stored: Option<ViewMut<'a>>,
@@ -107,7 +105,7 @@ impl<'a> Step<'a> {
     }
 }
 
-/// A stretch of one row; gives its sum of `(x' - mu)^2`.
+/// A stretch of one row; returns its sum of `(x' - mu)^2`.
 struct StepKernel<'a, F: Real> {
     step: &'a Step<'a>,
     transition: Transition,
@@ -154,7 +152,7 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
 
             if let Some(out) = &step.residual {
                 let innovation = b1.first(len);
-                // 0 times an overflow of the stored latent would be NaN.
+                // Not a product with 0: with a stored latent that overflowed it would be NaN.
                 let per_std = if transition.is_deterministic() { 0.0 } else { 1.0 / std };
                 for at in 0..len {
                     innovation[at] = if per_std == 0.0 { F::default() } else { next[at] - mean[at] };
@@ -167,8 +165,7 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
     }
 }
 
-/// `mu = a x + b v`, by the function that forms the means of `step_loss`: a mean that is recorded here and given back as
-/// the old policy's gives a drift of exactly 0.
+/// `mu = a x + b v`, computed as in `step_loss`: the drift from a mean recorded here is exactly 0 on policy.
 #[inline(always)]
 fn mean_of_block<F: Real, const FMA: bool>(
     step: &Step<'_>, row: StepRow<F>, part: Stretch, out: &mut [F], [b0, b1, b2]: &mut Scratch<F>,
@@ -206,7 +203,7 @@ fn squares<F: Real, const FMA: bool>(mean: &[F], next: &[F]) -> [F; LANES] {
     sums
 }
 
-/// The gradients of the model outputs, from those of the forward's log-prob and mean together.
+/// Writes the gradients of the model outputs, from those of the log-prob and of the mean.
 pub fn backward(call: Host<'_, SdeStepBackward>, threads: usize) {
     match call.dtype {
         Dtype::F64 => backward_in::<f64>(call, threads),
@@ -221,7 +218,7 @@ fn backward_in<F: Real>(call: Host<'_, SdeStepBackward>, threads: usize) {
     for_each(plan.tasks(), threads, Scratch::<F>::default, |scratch, task| {
         for stretch in plan.stretches(task) {
             let number = |of: SdeStepNumber| numbers.get(of as usize * rows + stretch.row);
-            // Looked at first: a coefficient of 0 stays 0, whatever it is multiplied with.
+            // 0 stays 0, even times an infinity or NaN.
             let log_prob = match (grad_log_prob, number(SdeStepNumber::LogProb)) {
                 (Some(gradient), coefficient) if coefficient != 0.0 => gradient.get(stretch.row) * coefficient,
                 _ => 0.0,
@@ -232,8 +229,7 @@ fn backward_in<F: Real>(call: Host<'_, SdeStepBackward>, threads: usize) {
     });
 }
 
-/// `grad_v = b (grad_mean + log_prob (x' - mu))`, of which the model output gets `guidance` times, and the unconditional
-/// output `1 - guidance` times.
+/// `G = b (grad_mean + log_prob (x' - mu))`; `grad_output = guidance G`, `grad_uncond = (1 - guidance) G`.
 struct GradientKernel<'a, F: Real> {
     call: Host<'a, SdeStepBackward>,
     log_prob: f64,
@@ -263,7 +259,6 @@ impl<F: Real> Kernel for GradientKernel<'_, F> {
             let Stretch { first, len, .. } = part;
             let (result, grad_mean) = (b0.first(len), grad_mean.map(|view| view.slice::<F>(first, len)));
             let gradient = if log_prob == 0.0 {
-                // Neither latent is read.
                 result.fill(F::default());
                 grad_mean.unwrap_or(result)
             } else {
@@ -292,15 +287,12 @@ impl<F: Real> Kernel for GradientKernel<'_, F> {
     }
 }
 
-// ---- into memory -----------------------------------------------------------------------------------------------------
-
-/// Writes `values` to `out[first..]`, and makes them what then stands there.
-///
+/// Writes `values` to `out[first..]` and rounds them to what is stored there.
 /// # Safety
-/// As `store_scaled`.
+/// No other thread touches these elements of `out`.
 #[inline(always)]
 unsafe fn store_and_round<F: Real>(values: &mut [F], out: &ViewMut<'_>, first: usize) {
-    // SAFETY: no other thread writes these elements, by the contract of this function.
+    // SAFETY: no other thread touches these elements, as the caller promises.
     unsafe { with_type!(out.dtype(), T => rounded(values, out.part_mut::<T>(first, values.len()))) }
 }
 

@@ -1,8 +1,6 @@
-//! Instruction sets, the two arithmetic types, and conversions written so that the compiler vectorises them.
-//!
-//! One generic body per kernel, compiled once per instruction set: `dispatch` runs a `Kernel` inside a function that
-//! enables the features, and `#[inline(always)]` carries them into the body. Measured on [16, 65536] float32 against
-//! the baseline build: 0.10 ms to 0.16 ms. (`half`'s own f16 conversions stay scalar in a loop: 0.93 ms to 0.23 ms.)
+//! Instruction sets, the two arithmetic types, and conversions that the compiler vectorises (`half`'s f16 conversions
+//! stay scalar in a loop: 0.93 against 0.23 ms). A kernel has one generic body. `dispatch` calls it in a function that
+//! enables an instruction set, and `#[inline(always)]` compiles it there (0.10 against 0.16 ms on [16, 65536] float32).
 
 use std::ops::{Mul, Sub};
 use std::sync::OnceLock;
@@ -12,20 +10,20 @@ use half::{bf16, f16};
 use super::memory::{Element, View, ViewMut};
 use crate::plan::Stretch;
 
-/// Elements that a body handles at a time: two AVX-512 registers of float32, so that four running sums make the eight
-/// independent chains which two fused multiply-adds of latency four keep busy.
+/// Elements of one round of a loop: two AVX-512 registers of float32. Four running sums are then eight independent
+/// chains, enough for two fused multiply-add units of latency four.
 pub const LANES: usize = 32;
 
-/// Elements that are converted at a time: 3 to 4 float32 buffers of it stay in a 48 KiB first-level cache.
+/// Elements converted at a time: 3 or 4 float32 buffers of this length fit into a 48 KiB first-level cache.
 pub const BLOCK: usize = 2048;
 
-/// float32 or float64, as the arithmetic type of a kernel.
+/// The arithmetic type of a kernel: float32 or float64.
 pub trait Real: Storage + Sub<Output = Self> + Mul<Output = Self> {
     fn from_f32(value: f32) -> Self;
     fn from_f64(value: f64) -> Self;
     fn to_f32(self) -> f32;
     fn to_f64(self) -> f64;
-    /// `self * b + c`; fused where the instruction exists, since `mul_add` without it is a library call.
+    /// `self * b + c`, fused only where there is an instruction for it: without one, `mul_add` is a library call.
     fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self;
 }
 
@@ -73,9 +71,9 @@ macro_rules! real {
 real!(f32, from_f32, to_f32);
 real!(f64, from_f64, to_f64);
 
-/// A computation to be compiled for every instruction set. `run` must be `#[inline(always)]`, as must be all it calls:
-/// a closure handed to std (`map_or`, `array::from_fn`) is compiled apart and without the features. One such closure in
-/// the backward made it 19 times slower, `mul_add` having become a library call.
+/// A computation compiled for each instruction set. `run` and all it calls must be `#[inline(always)]`. They must pass
+/// no closure to std (`map_or`, `array::from_fn`): it is compiled without the features, and its `mul_add` is a library
+/// call (19 times slower in the backward). `FMA`: the processor has fused multiply-adds and, if x86-64, F16C.
 pub trait Kernel {
     type Output;
     fn run<const FMA: bool>(self) -> Self::Output;
@@ -105,8 +103,8 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     if cfg!(target_arch = "aarch64") { kernel.run::<true>() } else { kernel.run::<false>() }
 }
 
-/// The index of a round of `LANES` elements. Passed through here, it keeps LLVM from vectorising the rounds instead of the
-/// lanes within one: float32 would be gathered and scattered, `LANES` elements apart, and take 4 times as long.
+/// Hides the index of a round of `LANES` elements from LLVM, which would vectorise across rounds instead of lanes:
+/// float32 gathered and scattered, `LANES` elements apart, takes 4 times as long.
 #[inline(always)]
 pub fn one_by_one(at: usize) -> usize {
     std::hint::black_box(at)
@@ -119,7 +117,6 @@ pub enum InstructionSet {
     Baseline,
 }
 
-/// What this processor has; asked once.
 pub fn instruction_set() -> InstructionSet {
     static SET: OnceLock<InstructionSet> = OnceLock::new();
     *SET.get_or_init(|| {
@@ -141,7 +138,7 @@ pub fn instruction_set() -> InstructionSet {
     })
 }
 
-// ---- conversions: branch-free, integers only where a flush-to-zero mode could bite -----------------------------------
+// ---- conversions: without branches, and with the same results in a flush-to-zero mode -------------------------------
 
 #[inline(always)]
 pub fn bf16_to_f32(bits: u16) -> f32 {
@@ -162,7 +159,7 @@ pub fn f16_to_f32(bits: u16) -> f32 {
     let sign = (u32::from(bits) & 0x8000) << 16;
     let magnitude = (u32::from(bits) & 0x7fff) << 13;
     let normal = magnitude + (112 << 23); // exponent bias 15 to 127
-    // m 2^-24 as 2^-14 (1 + m / 1024) - 2^-14: no denormal operand, so a flush-to-zero mode changes nothing.
+    // m 2^-24 as 2^-14 (1 + m / 1024) - 2^-14: no operand is subnormal, so a flush-to-zero mode changes nothing.
     let subnormal = (f32::from_bits(magnitude + 0x3880_0000) - f32::from_bits(0x3880_0000)).to_bits();
     let finite = if magnitude < 0x0080_0000 { subnormal } else { normal };
     let special = magnitude | 0x7f80_0000;
@@ -176,14 +173,14 @@ pub fn f32_to_f16(value: f32) -> u16 {
     let sign = (bits >> 16) & 0x8000;
     let magnitude = bits & 0x7fff_ffff;
     let normal = magnitude.wrapping_add(0x0fff + ((magnitude >> 13) & 1)).wrapping_sub(112 << 23) >> 13;
-    // One half has a unit in the last place of 2^-24, that of half-precision subnormals: the addition rounds.
+    // The addition rounds: 0.5 has an ulp of 2^-24, which is the unit of float16 subnormals.
     let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
     let finite = if magnitude < 0x3880_0000 { subnormal } else { normal };
     let special = if magnitude > 0x7f80_0000 { 0x7e00 } else { 0x7c00 };
     (sign | if magnitude >= 0x477f_f000 { special } else { finite }) as u16
 }
 
-/// `BLOCK` elements, made when the first is used: most latents are read and written where they lie.
+/// `BLOCK` elements, allocated on first use: most latents are read and written in place.
 #[derive(Default)]
 pub struct Buffer<T>(Vec<T>);
 
@@ -197,19 +194,18 @@ impl<T: Element> Buffer<T> {
     }
 }
 
-/// An element of an array, on its way into and out of the arithmetic type.
+/// An element type of arrays, converted from and to the arithmetic type.
 pub trait Storage: Element {
     fn load<F: Real>(self) -> F;
     fn store<F: Real>(value: F) -> Self;
 
-    /// `FMA`: as in `Kernel::run`.
     #[inline(always)]
     fn load_lanes<F: Real, const FMA: bool>(values: &[Self; LANES]) -> [F; LANES] {
         each_loaded(values)
     }
 
-    /// A part of `view`, no longer than `BLOCK`: the memory itself, where it holds `Self`. float32 and float64 also take a
-    /// view of another dtype, and convert it into `buffer`.
+    /// At most `BLOCK` elements of `view`: the memory itself where it holds `Self`. float32 and float64 also take a
+    /// view of another dtype, converted into `buffer`.
     #[inline(always)]
     fn elements<'a>(view: View<'a>, part: Stretch, _: &'a mut Buffer<Self>) -> &'a [Self] {
         view.slice(part.first, part.len)
@@ -237,7 +233,7 @@ impl Storage for f16 {
         f16::from_bits(f32_to_f16(value.to_f32()))
     }
 
-    /// A residual in float16 is read in every call that has one, and the integers of `f16_to_f32` were a third of it.
+    /// F16C: the integers of `f16_to_f32` would take a third of a call with a float16 residual.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn load_lanes<F: Real, const FMA: bool>(values: &[Self; LANES]) -> [F; LANES] {
@@ -246,7 +242,7 @@ impl Storage for f16 {
         }
         let mut out = [F::default(); LANES];
         for (out, values) in out.chunks_exact_mut(8).zip(values.chunks_exact(8)) {
-            // SAFETY: `dispatch` runs the bodies with FMA where it saw F16C alone; the chunks have 8 elements.
+            // SAFETY: `FMA` says AVX2 with F16C, or AVX-512, which includes it; the chunks have 8 elements.
             let floats = unsafe { eight_halves(values.as_ptr()) };
             for lane in 0..8 {
                 out[lane] = F::from_f32(floats[lane]);
@@ -265,8 +261,7 @@ fn each_loaded<T: Storage, F: Real>(values: &[T; LANES]) -> [F; LANES] {
     out
 }
 
-/// Exact, as `f16_to_f32`, and whatever the flush-to-zero mode: the instruction does not look at it.
-///
+/// Exact, in a flush-to-zero mode too.
 /// # Safety
 /// Eight elements can be read.
 #[cfg(target_arch = "x86_64")]
@@ -275,12 +270,12 @@ fn each_loaded<T: Storage, F: Real>(values: &[T; LANES]) -> [F; LANES] {
 unsafe fn eight_halves(halves: *const f16) -> [f32; 8] {
     use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
     let mut out = [0.0; 8];
-    // SAFETY: eight elements can be read, by the contract of this function; unaligned addresses are allowed in both.
+    // SAFETY: the caller has eight elements to read; both intrinsics take unaligned addresses.
     unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(halves.cast()))) };
     out
 }
 
-/// Runs `$body` with `$type` as what arrays of `$dtype` hold.
+/// Runs `$body` with `$type` as the element type of `$dtype`.
 macro_rules! with_type {
     (@ $of:ty, $type:ident => $body:expr) => {{
         type $type = $of;
@@ -297,7 +292,6 @@ macro_rules! with_type {
 }
 pub(crate) use with_type;
 
-/// A part of `view` as `F`: the memory itself where it already is, else converted to `buffer`.
 #[inline(always)]
 fn widen<'a, F: Real>(view: View<'a>, Stretch { first, len, .. }: Stretch, buffer: &'a mut Buffer<F>) -> &'a [F] {
     if view.dtype() == F::DTYPE {
@@ -316,12 +310,11 @@ fn convert<S: Storage, T: Storage>(from: &[S], to: &mut [T]) {
 }
 
 /// Writes `scale` times `values` to `out[first..]`.
-///
 /// # Safety
-/// As `ViewMut::part_mut`: no other thread writes these elements.
+/// No other thread touches these elements of `out`.
 #[inline(always)]
 pub unsafe fn store_scaled<F: Real>(values: &[F], scale: F, out: &ViewMut<'_>, first: usize) {
-    // SAFETY: no other thread writes these elements, by the contract of this function.
+    // SAFETY: no other thread touches these elements, as the caller promises.
     unsafe { with_type!(out.dtype(), T => scaled(values, scale, out.part_mut::<T>(first, values.len()))) }
 }
 
@@ -333,12 +326,11 @@ fn scaled<F: Real, T: Storage>(from: &[F], scale: F, to: &mut [T]) {
 }
 
 /// Writes `values` to `out[first..]` in the dtype of `out`.
-///
 /// # Safety
-/// As `ViewMut::part_mut`: no other thread writes these elements.
+/// No other thread touches these elements of `out`.
 #[inline(always)]
 pub unsafe fn narrow<S: Storage>(values: &[S], out: &ViewMut<'_>, first: usize) {
-    // SAFETY: no other thread writes these elements, by the contract of this function.
+    // SAFETY: no other thread touches these elements, as the caller promises.
     unsafe { with_type!(out.dtype(), T => convert(values, out.part_mut::<T>(first, values.len()))) }
 }
 

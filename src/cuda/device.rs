@@ -1,7 +1,5 @@
-//! GPUs: the driver, each device's primary context, and the kernels loaded into it.
-//!
-//! The primary context is the one that the CUDA runtime, and with it PyTorch, works in. It is retained once per device
-//! and never released; modules are never unloaded: a stream may still be running their kernels when the process ends.
+//! GPUs: the driver, each device's primary context, in which the CUDA runtime and PyTorch work, and the kernels loaded
+//! there. Contexts are never released, modules never unloaded: a stream may still run kernels when the process ends.
 
 use std::ffi::{CString, c_int};
 use std::marker::PhantomData;
@@ -14,7 +12,7 @@ use cudarc::driver::{DriverError, result};
 use super::image::{IMAGES, choose};
 use crate::error::Error;
 
-/// Names the driver function of a failure.
+/// Adds the driver function's name to an error.
 pub(super) trait During<T> {
     fn during(self, call: &'static str) -> Result<T, Error>;
 }
@@ -29,11 +27,10 @@ impl<T> During<T> for Result<T, DriverError> {
     }
 }
 
-/// Whether there is a driver to call. cudarc panics where there is none, so this is asked first; once, because asking
-/// searches 34 library names (~1 ms).
+/// cudarc panics where there is no driver, so ask first; once, because it searches 34 library names (~1 ms).
 fn has_driver() -> bool {
     static PRESENT: OnceLock<bool> = OnceLock::new();
-    // SAFETY: loads libcuda and lets go of it again; its initialisers ask nothing of this process.
+    // SAFETY: loads and releases libcuda, whose initialisers ask nothing of this process.
     *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
 }
 
@@ -85,7 +82,7 @@ impl<T> PerDevice<T> {
         if let Some(value) = slot.get() {
             return Ok(value);
         }
-        // Two threads that come first at once make one value: loading a module twice would waste device memory.
+        // One thread makes the value: a module loaded twice would waste device memory.
         let _making = self.1.lock().unwrap_or_else(PoisonError::into_inner);
         match slot.get() {
             Some(value) => Ok(value),
@@ -97,7 +94,6 @@ impl<T> PerDevice<T> {
 #[derive(Debug)]
 pub struct Device {
     pub ordinal: usize,
-    /// Compute capability as one number: 90 for 9.0.
     pub capability: u32,
     pub multiprocessors: u32,
     context: sys::CUcontext,
@@ -134,7 +130,7 @@ impl Device {
         })
     }
 
-    /// Makes the device's context the current one of this thread for as long as the result lives.
+    /// Makes the device's context current on this thread until the result is dropped.
     pub(super) fn bind(&self) -> Result<Bound, Error> {
         let previous = result::ctx::get_current().during("cuCtxGetCurrent")?.unwrap_or(ptr::null_mut());
         if previous == self.context {
@@ -145,7 +141,7 @@ impl Device {
         Ok(Bound { restore: Some(previous), thread: PhantomData })
     }
 
-    /// Loads the image of `unit` that fits, and finds `names` in it. For `PerDevice`, so that it happens once.
+    /// Loads the image of `unit` for this GPU and finds `names` in it. `PerDevice` calls it once per device.
     pub(super) fn load(&self, unit: &'static str, names: &[String]) -> Result<Vec<sys::CUfunction>, Error> {
         let Device { ordinal, capability, .. } = *self;
         let image = choose(IMAGES, unit, capability).ok_or(Error::NoImage { ordinal, capability })?;
@@ -158,7 +154,7 @@ impl Device {
             // SAFETY: the module was just loaded.
             let function = unsafe { result::module::get_function(module, name) }.during("cuModuleGetFunction")?;
             let any = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
-            // Drivers load a kernel when it is first asked for. Here is the place, not inside somebody's capture.
+            // Drivers load a kernel when it is first asked for: ask here, not during a CUDA graph capture.
             // SAFETY: the function was just found.
             unsafe { result::function::get_function_attribute(function, any) }.during("cuFuncGetAttribute")?;
             Ok(function)
@@ -167,25 +163,25 @@ impl Device {
     }
 }
 
-/// Restores what was current before: to the runtime, the current context *is* the caller's current device.
+/// Restores the previous context: to the runtime, the current context *is* the caller's current device.
 pub(super) struct Bound {
     restore: Option<sys::CUcontext>,
-    /// Current contexts belong to threads.
+    /// Not `Send`: a current context belongs to a thread.
     thread: PhantomData<*const ()>,
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
         if let Some(previous) = self.restore {
-            // SAFETY: it was current on this thread a moment ago, or is null, which means none.
-            // An error cannot be told from here; a broken context reports itself on the next call.
+            // SAFETY: this context was current on this thread before, or is null, which means none.
+            // The error is dropped: a broken context reports itself on the next call.
             let _ = unsafe { result::ctx::set_current(previous) };
         }
     }
 }
 
-/// Setting up is what a capture in the default mode forbids to every thread (loading a module, for one), although it
-/// does nothing to the captured stream. In relaxed mode this thread may (PyTorch: `CUDAStreamCaptureModeGuard`).
+/// A capture in the default mode forbids every thread to load modules, although that does not touch the captured
+/// stream. In relaxed mode this thread may (PyTorch: `CUDAStreamCaptureModeGuard`).
 struct Relaxed(sys::CUstreamCaptureMode);
 
 impl Relaxed {

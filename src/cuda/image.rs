@@ -1,17 +1,17 @@
 //! The compiled kernels inside this library, and which of them a GPU gets.
 
-/// One `kernels/<unit>.cu`, compiled.
+/// `kernels/<unit>.cu`, compiled for one architecture.
 #[derive(Debug)]
 pub struct Image {
     pub unit: &'static str,
-    /// Compute capability as one number: 90 for 9.0.
+    /// As one number: 90 for 9.0.
     pub capability: u32,
-    /// PTX, which the driver compiles when it is loaded; a cubin otherwise.
+    /// PTX, which the driver compiles as it loads it; else a cubin.
     pub is_ptx: bool,
     pub bytes: &'static [u8],
 }
 
-/// The driver maps a cubin as it lies in memory; `include_bytes!` alone promises no alignment.
+/// The driver reads a cubin in place, and `include_bytes!` promises no alignment.
 #[allow(dead_code)] // a build without kernels embeds nothing
 #[repr(C, align(16))]
 struct Aligned<Bytes: ?Sized>(Bytes);
@@ -26,8 +26,8 @@ macro_rules! embed {
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// A cubin runs on its own major version, from its minor on: the nearest one below. PTX runs on everything later, after
-/// a compilation that the driver caches on disk.
+/// The cubin of the same major version with the highest minor version up to the GPU's. Else PTX, which runs on every
+/// later GPU; the driver compiles it and caches the result on disk.
 pub fn choose<'a>(images: &'a [Image], unit: &str, capability: u32) -> Option<&'a Image> {
     let of_unit = || images.iter().filter(|image| image.unit == unit && image.capability <= capability);
     let cubins = of_unit().filter(|image| !image.is_ptx && image.capability / 10 == capability / 10);

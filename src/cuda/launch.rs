@@ -1,4 +1,4 @@
-//! The one place that launches a kernel, and the table of kernels of one `kernels/<unit>.cu`.
+//! The table of the kernels of one `kernels/<unit>.cu`, and their launch.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -11,7 +11,7 @@ use crate::call::{Dtype, Latent};
 use crate::error::Error;
 use crate::plan::GridPlan;
 
-/// Where a call runs: PyTorch's device number, and the stream that is current there.
+/// Where a call runs: PyTorch's device number, and the current stream there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Target {
     pub device: usize,
@@ -19,10 +19,10 @@ pub struct Target {
 }
 
 impl Target {
-    /// Whether what is put on the stream now goes into a CUDA graph.
+    /// Whether the stream is being captured into a CUDA graph.
     pub fn is_capturing(&self) -> Result<bool, Error> {
-        // The legacy default stream (0, or its name 1) cannot be captured, and asking about it is an error while
-        // another stream is. Anything but 0 names its context, so none need be current.
+        // The legacy default stream (0 or 1) cannot be captured, and asking about it is an error while another stream
+        // is being captured. Other handles name their context, so none need be current.
         if self.stream <= 1 {
             return Ok(false);
         }
@@ -39,13 +39,13 @@ pub enum Direction {
     Backward,
 }
 
-/// A kernel that knows its dtypes, or takes every mix.
+/// A kernel for three dtypes, or for every mix.
 #[derive(Debug)]
 pub struct Variant {
     pub suffix: &'static str,
-    /// Whether it takes model outputs, else means.
+    /// Takes model outputs, else means.
     pub is_step: bool,
-    /// Of the outputs, the samples, and the old and the reference policy.
+    /// Of the outputs, the samples, the other policies; None: every mix.
     pub dtypes: Option<[Dtype; 3]>,
 }
 
@@ -85,7 +85,7 @@ impl Unit {
         })
     }
 
-    /// Multiprocessors of the device, with the kernels loaded there.
+    /// Multiprocessors of the device; loads the kernels there.
     pub fn multiprocessors(&self, ordinal: usize) -> Result<u32, Error> {
         self.load(ordinal).map(|(device, _)| device.multiprocessors)
     }
@@ -99,8 +99,7 @@ impl Unit {
         Ok((device, loaded))
     }
 
-    /// The variant for these latents: of the outputs, the samples, and the other policies. What is absent fits every
-    /// variant.
+    /// Index of the variant for these latents: outputs, samples, other policies. An absent latent fits every variant.
     fn variant(&self, is_step: bool, groups: [&[Latent]; 3]) -> usize {
         let fits = |variant: &Variant| {
             let of_group = |(latents, dtype): (&[Latent], Dtype)| {
@@ -113,13 +112,11 @@ impl Unit {
     }
 
     /// Puts the kernel for these latents on a stream and returns at once.
-    ///
     /// # Safety
-    /// - `Parameters` is the argument of this unit's kernels in this direction.
+    /// - `Parameters` is what this unit's kernels take in this direction, and the sizes in `parameters` fit `plan`.
     /// - `target.stream` is a stream of `target.device`, or 0 for its default one, and alive until this returns.
-    /// - Every address in `parameters` is memory of that device that stays valid, and that no other stream writes (or,
-    ///   where the kernel writes, touches), until the kernel has run.
-    /// - `plan` and the sizes in `parameters` belong together, so that the kernel stays inside that memory.
+    /// - Every address in `parameters` is memory of that device and of these sizes. Until the kernel has run it stays
+    ///   valid, and no other stream writes it or, where the kernel writes, touches it.
     pub unsafe fn launch<Parameters: NoUninit>(
         &self, target: Target, direction: Direction, (is_step, groups): (bool, [&[Latent]; 3]), plan: GridPlan,
         parameters: &Parameters,
@@ -132,8 +129,7 @@ impl Unit {
         // The driver copies the parameters before it returns; it reads as many bytes as the kernel takes.
         let mut arguments = [ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
         let (grid, block) = ((plan.blocks, 1, 1), (GridPlan::THREADS, 1, 1));
-        // SAFETY: the function is loaded in the context that is current now and takes exactly these parameters; stream
-        // and memory are what the caller promised.
+        // SAFETY: `function` is of this context and takes these parameters; the caller promises stream and memory.
         unsafe {
             let stream = ptr::without_provenance_mut(target.stream);
             result::launch_kernel(function, grid, block, 0, stream, &mut arguments)

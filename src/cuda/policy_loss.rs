@@ -1,7 +1,6 @@
-//! `policy_loss` on a GPU: which kernel of `kernels/policy_loss.cu` takes a call, and its grid.
-//!
-//! Forward: one launch; each row is split over blocks, the last block of a row runs the objective, the last row the
-//! batch. With sharded latents two, the rows' sums and a forward over them. Backward: one launch that streams.
+//! `policy_loss` on a GPU: picks the kernel of `kernels/policy_loss.cu` and its grid. A forward is one launch: blocks
+//! share rows, a row's last block runs the objective, the last of those the batch. Sharded latents take two, for the
+//! rows' sums and for the objective. A backward is one launch.
 
 use super::device::PerDevice;
 use super::launch::{Direction, Target, Unit, Variant};
@@ -40,21 +39,16 @@ pub fn plan(ordinal: usize, call: &PolicyLoss, stage: Stage) -> Result<(GridPlan
     Ok((plan, plan.partials(rows, needs_batch_means), rows + 1))
 }
 
-/// Launches the forward.
-///
 /// # Safety
-/// As `Unit::launch`: `call` is checked, its addresses are memory of `target.device`, and `partials` and `tickets` are
-/// as long as `plan` says, which is that of the function `plan`.
+/// As `Unit::launch`: `call` is checked, its addresses are memory of `target.device`, and its `partials` and `tickets`
+/// have the lengths that the function `plan` returned with this `plan`.
 pub unsafe fn forward(target: Target, plan: GridPlan, call: &PolicyLossForward) -> Result<(), Error> {
     let (outputs, samples, policies) = call.call.latents.groups();
     let kernel = (call.call.has_schedule(), [&outputs[..], &samples, &policies]);
-    // SAFETY: the addresses stay valid on the target's device until the kernel has run, and the plan is of these sizes:
-    // this function demands both. `UNIT` says which struct this direction takes.
+    // SAFETY: the caller promises the memory and the plan; kernels of `UNIT` take this struct in this direction.
     unsafe { UNIT.launch(target, Direction::Forward, kernel, plan, call) }
 }
 
-/// Launches the backward.
-///
 /// # Safety
 /// As `Unit::launch`: `call` is checked, and its addresses are memory of `target.device`.
 pub unsafe fn backward(target: Target, call: &mut PolicyLossBackward) -> Result<(), Error> {
@@ -66,7 +60,6 @@ pub unsafe fn backward(target: Target, call: &mut PolicyLossBackward) -> Result<
     call.splits = plan.splits;
     let (outputs, samples, policies) = call.latents.groups();
     let kernel = (call.latents.has_model_output(), [&outputs[..], &samples, &policies]);
-    // SAFETY: the addresses stay valid on the target's device until the kernel has run, and the plan is of these sizes:
-    // this function demands both. `UNIT` says which struct this direction takes.
+    // SAFETY: the caller promises the memory; the plan is of this call; kernels of `UNIT` take this struct here.
     unsafe { UNIT.launch(target, Direction::Backward, kernel, plan, call) }
 }

@@ -1,4 +1,4 @@
-//! `sde_step` on a GPU: which kernel of `kernels/sde_step.cu` takes a call, and its grid. One launch each way.
+//! `sde_step` on a GPU: picks the kernel of `kernels/sde_step.cu` and its grid. One launch each way.
 
 use super::device::PerDevice;
 use super::launch::{Direction, Target, Unit, Variant};
@@ -28,28 +28,22 @@ pub fn plan(ordinal: usize, call: &SdeStep) -> Result<(GridPlan, usize, usize), 
     Ok(if splits > 1 { (plan, rows * splits, rows) } else { (plan, 0, 0) })
 }
 
-/// Launches the forward.
-///
 /// # Safety
-/// As `Unit::launch`: `call` is checked, its addresses are memory of `target.device`, and `partials` and `tickets` are
-/// as long as `plan` says, which is that of the function `plan`.
+/// As `Unit::launch`: `call` is checked, its addresses are memory of `target.device`, and its `partials` and `tickets`
+/// have the lengths that the function `plan` returned with this `plan`.
 pub unsafe fn forward(target: Target, plan: GridPlan, call: &SdeStepForward) -> Result<(), Error> {
     let latents = &call.call.latents;
     let groups: [&[_]; 3] = [&[latents.model_output, latents.uncond_output], &[latents.sample], &[]];
-    // SAFETY: the addresses stay valid on the target's device until the kernel has run, and the plan is of these sizes:
-    // this function demands both. `UNIT` says which struct this direction takes.
+    // SAFETY: the caller promises the memory and the plan; kernels of `UNIT` take this struct in this direction.
     unsafe { UNIT.launch(target, Direction::Forward, (true, groups), plan, call) }
 }
 
-/// Launches the backward.
-///
 /// # Safety
 /// As `Unit::launch`: `call` is checked, and its addresses are memory of `target.device`.
 pub unsafe fn backward(target: Target, call: &mut SdeStepBackward) -> Result<(), Error> {
     let plan = GridPlan::new(call.rows as usize, call.numel as usize, UNIT.multiprocessors(target.device)?)?;
     call.splits = plan.splits;
     let groups: [&[_]; 3] = [&[call.grad_model_output, call.grad_uncond_output], &[call.prev_sample], &[]];
-    // SAFETY: the addresses stay valid on the target's device until the kernel has run, and the plan is of these sizes:
-    // this function demands both. `UNIT` says which struct this direction takes.
+    // SAFETY: the caller promises the memory; the plan is of this call; kernels of `UNIT` take this struct here.
     unsafe { UNIT.launch(target, Direction::Backward, (true, groups), plan, call) }
 }

@@ -1,4 +1,4 @@
-//! The source of `loss`: means as given.
+//! The source of `loss`: means.
 
 use std::marker::PhantomData;
 
@@ -31,8 +31,7 @@ impl<'a, T> Means<'a, T> {
     }
 }
 
-/// What is absent stands for `mu` itself: its difference is 0 and its loads hit the first-level cache, which costs less
-/// than a second copy of the loop would.
+/// An absent latent is `mean` again: its difference is 0, and reading the cache costs less than a second loop.
 pub struct MeansBlock<'a, T> {
     mean: &'a [T],
     next: &'a [T],

@@ -1,7 +1,5 @@
-//! Source: how a row's `x'`, `mu` and `mu_old` come out of memory. The twin of `kernels/transition.cuh`.
-//!
-//! A `Source` is the only thing in which `loss` and `step_loss` differ: everything behind it sees differences, `LANES`
-//! elements at a time. `loss` reads given means (`means`), `step_loss` forms them from model outputs (`step`).
+//! Source: a row's differences from memory, `LANES` elements at a time: of means (`means`, for `loss`) or of means
+//! computed from model outputs (`step`, for `step_loss`). Twin: `kernels/transition.cuh`.
 
 pub mod means;
 pub mod step;
@@ -11,14 +9,11 @@ use super::simd::{Buffer, LANES, Real, Storage};
 use crate::call::{Dtype, Latent, Latents};
 use crate::plan::Stretch;
 
-/// The differences that every statistic and gradient is made of.
+/// What all sums and gradients are made of: `x' - mu`, `mu - mu°` (old policy) and `mu - mu_ref`.
 #[derive(Clone, Copy)]
 pub struct Moments<F> {
-    /// `x' - mu`
     pub innovation: [F; LANES],
-    /// `mu - mu°`
     pub drift: [F; LANES],
-    /// `mu - mu_ref`
     pub ref_drift: [F; LANES],
 }
 
@@ -27,23 +22,20 @@ pub trait Source<F: Real>: Sync {
     type Block<'a>
     where
         Self: 'a;
-    /// One per thread.
+    /// Buffers of one thread.
     type Scratch: Default;
-    /// What gradients are written as; converted afterwards where the gradient has another dtype.
+    /// Gradients are rounded to this type, then converted where their array has another dtype.
     type Gradient: Storage;
-    /// The same without the differences that are not asked for: they become 0.
+    /// Without the differences that are false here: those become 0.
     fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self;
-    /// A part of a stretch, no longer than `BLOCK`.
     fn block<'a>(&'a self, part: Stretch, scratch: &'a mut Self::Scratch) -> Self::Block<'a>;
-    /// Of elements `at .. at + LANES`; see `read` for `TAIL`, where every difference past the end is 0.
+    /// Of elements `at .. at + LANES`; with `TAIL` the block ends sooner, and differences past its end are 0.
     fn moments<const FMA: bool, const TAIL: bool>(block: &Self::Block<'_>, at: usize) -> Moments<F>;
 }
 
-/// Runs `$body` with `$source` bound to the fastest source of these latents, if there are any to read. `$rows` are the
-/// steps, where means are formed from model outputs. Latents stored as bfloat16 and float16 are converted on the way to
-/// the registers (through buffers, bfloat16 costs 1.5 times as much) in the combinations of dtypes that are common: all
-/// one, or bfloat16 model outputs, float32 samples, and the old policy as float32 mean, bfloat16 model output or float16
-/// residual. In any other all latents are converted to the arithmetic type, `$real`, through buffers.
+/// Runs `$body` with `$source` bound to the source of these latents; None without a mean or a model output. `$rows`:
+/// each row's `StepRow`, for model outputs. The common mixes of half precision, listed here, are converted to `$real`,
+/// the arithmetic type, in registers; any other mix in buffers (1.5 times as long for bfloat16).
 macro_rules! with_source {
     ($real:ty, $latents:expr, $len:expr, $rows:expr, $source:ident => $body:expr) => {{
         use half::{bf16, f16};
@@ -69,8 +61,8 @@ macro_rules! with_source {
 }
 pub(crate) use with_source;
 
-/// The dtypes of outputs, samples and other policies, where each of the three has one. What is absent has that of what
-/// stands before it.
+/// The dtypes of outputs, samples and other policies; None where one of these groups mixes dtypes. An absent group
+/// takes the dtype of the one before.
 pub fn dtypes(latents: &Latents) -> Option<[Dtype; 3]> {
     fn common(latents: &[Latent], otherwise: Dtype) -> Option<Dtype> {
         let mut dtypes = latents.iter().filter(|latent| latent.is_present()).map(|latent| latent.dtype);
@@ -83,7 +75,7 @@ pub fn dtypes(latents: &Latents) -> Option<[Dtype; 3]> {
     Some([output, sample, common(&policies, sample)?])
 }
 
-/// As `Storage::elements`. No `Option::map`: see `Kernel`.
+/// `Storage::elements` of a latent that may be absent. Not `Option::map`: `Kernel` says why.
 #[inline(always)]
 pub fn elements_if<'a, T: Storage>(
     view: Option<View<'a>>, part: Stretch, buffer: &'a mut Buffer<T>,
@@ -94,8 +86,7 @@ pub fn elements_if<'a, T: Storage>(
     }
 }
 
-/// `LANES` elements from `at` on in the arithmetic type. With `TAIL` there are fewer, and zeros follow, which add nothing
-/// to any sum.
+/// Elements `at .. at + LANES` in the arithmetic type; with `TAIL` there are fewer, and zeros follow.
 #[inline(always)]
 pub(super) fn read<T: Storage, F: Real, const FMA: bool, const TAIL: bool>(values: &[T], at: usize) -> [F; LANES] {
     if TAIL {

@@ -8,25 +8,21 @@ use crate::cpu::memory::{Host, View};
 use crate::cpu::simd::{Buffer, LANES, Real, Storage};
 use crate::plan::Stretch;
 
-/// What another policy's latents hold.
+/// How another policy is stored: mean `mu°`, model output `v°` after guidance, or residual `(x' - mu°) / std`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Form {
-    /// Its mean, `mu°`.
     Mean,
-    /// Its model output, `v°`, after guidance.
     Output,
-    /// `(x' - mu°) / std`
     Residual,
 }
 
-/// A row's `mu = a x + b v`, with `v = uncond + guidance (output - uncond)`, in the arithmetic type.
+/// A row's `mu = a x + b v` with `v = uncond + guidance (output - uncond)`, in the arithmetic type.
 #[derive(Clone, Copy)]
 pub struct StepRow<F> {
     pub a: F,
     pub b: F,
     pub guidance: F,
-    /// What residuals are measured in: the standard deviation, or 1 in a deterministic row, whose residuals are not read
-    /// and count as 0 (the old mean was x' itself).
+    /// `x' - mu° = unit residual`: std, or 1 in a deterministic row, whose residuals count as 0 and are not read.
     unit: F,
     inverse_unit: F,
     deterministic: bool,
@@ -46,11 +42,10 @@ impl<F: Real> StepRow<F> {
     }
 }
 
-/// Model outputs read as `V`, samples as `X`, other policies as `O`. What is absent is not read, and its difference is 0.
+/// Model outputs are read as `V`, samples as `X`, other policies as `O`. An absent one's difference is 0.
 #[derive(Clone, Copy)]
 pub struct Outputs<'a, F, V, X, O> {
     output: View<'a>,
-    /// With guidance.
     uncond: Option<View<'a>>,
     sample: View<'a>,
     next: Option<View<'a>>,
@@ -100,7 +95,7 @@ impl<F: Real, V: Storage, X: Storage, O: Storage> Source<F> for Outputs<'_, F, V
 
     fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self {
         let old = self.old.filter(|_| drift);
-        // The drift from a residual is measured from x'.
+        // A drift from a residual is computed from x'.
         let from_next = old.is_some_and(|(form, _)| form == Form::Residual);
         Outputs {
             next: self.next.filter(|_| innovation || from_next),
@@ -124,7 +119,7 @@ impl<F: Real, V: Storage, X: Storage, O: Storage> Source<F> for Outputs<'_, F, V
         }
     }
 
-    /// The branches are the same for the whole row.
+    /// All branches go the same way in a whole row.
     #[inline(always)]
     fn moments<const FMA: bool, const TAIL: bool>(block: &OutputsBlock<'_, F, V, X, O>, at: usize) -> Moments<F> {
         let OutputsBlock { output, uncond, sample, next, old, reference, row } = *block;
@@ -156,8 +151,8 @@ fn policy_elements<'a, T: Storage>(
     }
 }
 
-/// `v = uncond + guidance (output - uncond)` and `mu = a x + b v`. Means recorded by `sde_step` come from here as well, so
-/// that drifts from them are exactly 0 on policy.
+/// `v = uncond + guidance (output - uncond)` and `mu = a x + b v`. `sde_step` computes its means here too, so that the
+/// drift from a recorded mean is exactly 0 on policy.
 #[inline(always)]
 pub fn velocity_and_mean<F: Real, V: Storage, X: Storage, const FMA: bool, const TAIL: bool>(
     output: &[V], uncond: Option<&[V]>, sample: &[X], row: StepRow<F>, at: usize,
@@ -176,7 +171,7 @@ pub fn velocity_and_mean<F: Real, V: Storage, X: Storage, const FMA: bool, const
     (velocity, mean)
 }
 
-/// `LANES` elements of the policy that is trained.
+/// `LANES` elements of the trained policy.
 struct Point<F> {
     velocity: [F; LANES],
     mean: [F; LANES],
@@ -185,7 +180,7 @@ struct Point<F> {
 }
 
 impl<F: Real> Point<F> {
-    /// `mu - mu°`, as a difference of the quantity that the other policy was stored as: exactly 0 where that is equal.
+    /// `mu - mu°` as a difference of what the other policy is stored as: exactly 0 where both are equal.
     #[inline(always)]
     fn drift(&self, form: Form, other: [F; LANES]) -> [F; LANES] {
         let Point { velocity, mean, innovation, row } = *self;
