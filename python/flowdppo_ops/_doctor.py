@@ -75,9 +75,6 @@ def _versions(torch: ModuleType | None) -> Iterator[Line]:
         yield "torch", f"{torch.__version__}, built {built}"
 
 
-# ---- backends --------------------------------------------------------------------------------------------------------
-
-
 def _backends(torch: ModuleType | None) -> Iterator[Line]:
     threads = default_threads() if torch is None else torch.get_num_threads()
     yield "cpu", f"{_native.instruction_set()}, {threads} threads"
@@ -114,9 +111,6 @@ def _by_unit(images: list[tuple[str, int, bool]]) -> str:
     return ", ".join(f"{unit} {' '.join(names)}" for unit, names in named.items())
 
 
-# ---- environment and integrations ------------------------------------------------------------------------------------
-
-
 def _environment() -> Iterator[Line]:
     names = [name for name in sorted(os.environ) if name.startswith("FLOWDPPO_") or name in OTHER_VARIABLES]
     for name in names:
@@ -138,9 +132,6 @@ def _active(name: str) -> str:
     fallbacks = getattr(module, "fallbacks", dict)()
     calls = "; ".join(f"{reason}: {times} calls" for reason, times in fallbacks.items())
     return f"active, its own functions ran: {calls}" if calls else "active"
-
-
-# ---- self-test -------------------------------------------------------------------------------------------------------
 
 
 def _self_tests(torch: ModuleType | None) -> Iterator[tuple[str, _self_test.Run]]:

@@ -11,12 +11,7 @@ from ._checks import Family
 FAMILY = Family(
     type=torch.Tensor,
     name="torch.Tensor",
-    dtypes={
-        torch.float32: "float32",
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-        torch.float64: "float64",
-    },
+    dtypes={torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"},
     float64=torch.float64,
     layout=torch.strided,
     has_devices=True,

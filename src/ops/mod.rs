@@ -1,6 +1,5 @@
-//! One file per operator: checks what memory safety and the formulas rest on, and dispatches to a backend.
-//!
-//! Shapes and dtypes were checked before, where the messages can name the user's arguments.
+//! One file per operator: checks what memory safety and the formulas need, then calls a backend. The boundary has checked
+//! shapes and dtypes, where messages can name the user's arguments.
 
 pub mod policy_loss;
 pub mod sde_step;
@@ -9,7 +8,7 @@ use crate::call::{Dtype, Latent};
 use crate::cuda::launch::Target;
 use crate::error::Error;
 
-/// Where a call's memory is, and with it who computes.
+/// Where a call's memory is; the backend there computes.
 #[derive(Clone, Copy, Debug)]
 pub enum Place {
     Host { threads: usize },
@@ -20,7 +19,7 @@ fn require(present: bool, name: &'static str) -> Result<(), Error> {
     if present { Ok(()) } else { Err(Error::Missing { name }) }
 }
 
-/// Float64 latents are computed in float64 throughout, which is the CPU's alone. Row vectors may be float64.
+/// Float64 latents are computed in float64, on the CPU alone. Row vectors may be float64.
 fn refuse_float64<'a>(latents: impl Iterator<Item = (&'static str, &'a Latent)>) -> Result<(), Error> {
     match latents.into_iter().find(|(_, latent)| latent.dtype == Dtype::F64) {
         Some((name, _)) => Err(Error::Float64OnGpu { name }),

@@ -10,7 +10,7 @@ use crate::cuda::policy_loss as gpu;
 use crate::error::Error;
 use crate::plan::GridPlan;
 
-/// What a forward on a GPU needs beside its outputs: its grid, and lengths of `partials` and `tickets`.
+/// Of a forward on a GPU: its grid, and the lengths of `partials` and `tickets`.
 pub fn workspace(target: Target, call: &PolicyLoss, stage: Stage) -> Result<(GridPlan, usize, usize), Error> {
     check(call)?;
     refuse_float64(call.latents.named())?;
@@ -22,15 +22,13 @@ pub fn workspace(target: Target, call: &PolicyLoss, stage: Stage) -> Result<(Gri
     gpu::plan(target.device, call, stage)
 }
 
-/// The loss and the numbers; with `Stage::SumsAlone` the rows' sums.
-///
-/// On the host `gradients_ahead` says where the gradients for a `grad_loss` of 1 go, if they are wanted already. On a
-/// GPU this puts the work on the stream and returns; `plan` is that of `workspace`.
+/// The loss and the numbers; with `Stage::SumsAlone` the rows' sums. On the host it also writes the gradients for a
+/// `grad_loss` of 1 to `gradients_ahead`. On a GPU, where `plan` is that of `workspace`, it returns once the work is on the
+/// stream.
 ///
 /// # Safety
-/// Every address in `call` and in `gradients_ahead` that is not 0 is memory in `place`, aligned, with as many elements as
-/// the fields' comments say, alive until the work is done. Nobody writes to the inputs meanwhile, and nobody else touches
-/// the outputs.
+/// Every address in `call` and `gradients_ahead` that is not 0 is memory in `place`, aligned, of the length that the
+/// field's comment says, alive until the work is done. Nobody writes to inputs meanwhile, nobody else touches outputs.
 pub unsafe fn forward(
     place: Place, plan: Option<GridPlan>, call: &PolicyLossForward, gradients_ahead: Option<&Gradients>,
 ) -> Result<(), Error> {
@@ -42,8 +40,8 @@ pub unsafe fn forward(
         Place::Gpu(target) => {
             let plan = plan.ok_or(Error::Missing { name: "a plan" })?;
             require(gradients_ahead.is_none(), "a CPU, for gradients formed in the forward")?;
-            // SAFETY: every address is memory of the stream's device that stays until the kernel has run: this function
-            // demands it. `workspace` made the plan from this call, and the lengths of what the blocks share from the plan.
+            // SAFETY: the caller promises memory of the stream's device that stays until the kernel has run. `workspace`
+            // made the plan from this call, and the lengths of `partials` and `tickets` from the plan.
             unsafe { gpu::forward(target, plan, call) }
         }
         Place::Host { threads } => {
@@ -52,8 +50,7 @@ pub unsafe fn forward(
                 require(divides, "a divisor for gradients formed in the forward")?;
                 require(call.call.latents.output().1.is_present(), call.call.latents.output().0)?;
             }
-            // SAFETY: every address is memory of this process with as many elements as the call says, which nobody else
-            // writes meanwhile: this function demands it for `Place::Host`.
+            // SAFETY: the caller promises memory of this process, of the call's lengths, which nobody else writes.
             let (call, ahead) = unsafe { (Host::new(call), gradients_ahead.map(|ahead| Host::new(ahead))) };
             cpu::forward(call, ahead, threads);
             Ok(())
@@ -61,7 +58,7 @@ pub unsafe fn forward(
     }
 }
 
-/// The gradients. On a GPU this puts the work on the stream and returns.
+/// The gradients. On a GPU it returns once the work is on the stream.
 ///
 /// # Safety
 /// As `forward`; `numbers` is what the forward left, of the length that `rows` and the latents say.
@@ -77,26 +74,23 @@ pub unsafe fn backward(place: Place, call: &mut PolicyLossBackward) -> Result<()
     match place {
         Place::Gpu(target) => {
             refuse_float64(latents.named())?;
-            // SAFETY: every address is memory of the stream's device that stays until the kernel has run: this function
-            // demands it.
+            // SAFETY: the caller promises memory of the stream's device that stays until the kernel has run.
             unsafe { gpu::backward(target, call) }
         }
         Place::Host { threads } => {
-            // SAFETY: every address is memory of this process with as many elements as the call says, which nobody else
-            // writes meanwhile: this function demands it for `Place::Host`.
+            // SAFETY: the caller promises memory of this process, of the call's lengths, which nobody else writes.
             cpu::backward(unsafe { Host::new(call) }, threads);
             Ok(())
         }
     }
 }
 
-/// Multiplies a gradient that the forward formed, unless there is something in it that is not finite or the gradient is
-/// of half precision: then it must be formed again. Whether it was multiplied.
+/// Multiplies a gradient that the forward formed. False if it must be formed again: see `cpu::scale_in_place`.
 ///
 /// # Safety
 /// `gradient` has `len` elements in the memory of this process, which nobody else touches.
 pub unsafe fn scale_in_place(gradient: &Latent, len: usize, factor: f64, threads: usize) -> bool {
-    // SAFETY: the elements are there, and nobody else touches them: this function demands it.
+    // SAFETY: the caller promises the elements, which nobody else touches.
     cpu::scale_in_place(unsafe { Host::new(gradient) }, len, factor, threads)
 }
 

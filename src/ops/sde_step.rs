@@ -9,38 +9,37 @@ use crate::cuda::sde_step as gpu;
 use crate::error::Error;
 use crate::plan::GridPlan;
 
-/// What a forward on a GPU needs beside its outputs: its grid, and lengths of `partials` and `tickets`.
+/// Of a forward on a GPU: its grid, and the lengths of `partials` and `tickets`.
 pub fn workspace(target: Target, call: &SdeStep) -> Result<(GridPlan, usize, usize), Error> {
     refuse_float64(call.latents.named())?;
     gpu::plan(target.device, call)
 }
 
-/// Next latent, mean, residual, log-prob and std. On a GPU this puts the work on the stream and returns; `plan` is that
-/// of `workspace`.
+/// Next latent, mean, residual, log-prob and std. On a GPU, where `plan` is that of `workspace`, it returns once the work
+/// is on the stream.
 ///
 /// # Safety
-/// Every address in `call` that is not 0 is memory in `place`, aligned, with as many elements as the fields' comments
-/// say, alive until the work is done. Nobody writes to the inputs meanwhile, and nobody else touches the outputs.
+/// Every address in `call` that is not 0 is memory in `place`, aligned, of the length that the field's comment says,
+/// alive until the work is done. Nobody writes to inputs meanwhile, nobody else touches outputs.
 pub unsafe fn forward(place: Place, plan: Option<GridPlan>, call: &SdeStepForward) -> Result<(), Error> {
     check(call)?;
     match place {
         Place::Gpu(target) => {
             refuse_float64([("residual", &call.residual)].into_iter())?;
             let plan = plan.ok_or(Error::Missing { name: "a plan" })?;
-            // SAFETY: every address is memory of the stream's device that stays until the kernel has run: this function
-            // demands it. `workspace` made the plan from this call, and the lengths of what the blocks share from the plan.
+            // SAFETY: the caller promises memory of the stream's device that stays until the kernel has run. `workspace`
+            // made the plan from this call, and the lengths of `partials` and `tickets` from the plan.
             unsafe { gpu::forward(target, plan, call) }
         }
         Place::Host { threads } => {
-            // SAFETY: every address is memory of this process with as many elements as the call says, which nobody else
-            // writes meanwhile: this function demands it for `Place::Host`.
+            // SAFETY: the caller promises memory of this process, of the call's lengths, which nobody else writes.
             cpu::forward(unsafe { Host::new(call) }, threads);
             Ok(())
         }
     }
 }
 
-/// The gradients of the model outputs. On a GPU this puts the work on the stream and returns.
+/// The gradients of the model outputs. On a GPU it returns once the work is on the stream.
 ///
 /// # Safety
 /// As `forward`; `prev_sample`, `prev_sample_mean` and `numbers` are what the forward left.
@@ -55,13 +54,11 @@ pub unsafe fn backward(place: Place, call: &mut SdeStepBackward) -> Result<(), E
                 ("grad_uncond_output", &call.grad_uncond_output),
             ];
             refuse_float64(latents.into_iter())?;
-            // SAFETY: every address is memory of the stream's device that stays until the kernel has run: this function
-            // demands it.
+            // SAFETY: the caller promises memory of the stream's device that stays until the kernel has run.
             unsafe { gpu::backward(target, call) }
         }
         Place::Host { threads } => {
-            // SAFETY: every address is memory of this process with as many elements as the call says, which nobody else
-            // writes meanwhile: this function demands it for `Place::Host`.
+            // SAFETY: the caller promises memory of this process, of the call's lengths, which nobody else writes.
             cpu::backward(unsafe { Host::new(call) }, threads);
             Ok(())
         }

@@ -101,12 +101,7 @@ def _wanted_dtypes(ctx) -> list[torch.dtype | None]:
 
 # ---- the registered operators --------------------------------------------------------------------------------------
 
-_SETTINGS = {
-    "sampler": "str",
-    "log_prob_normalizer": "bool",
-    "residual_dtype": "ScalarType?",
-    "row_dims": "int",
-}
+_SETTINGS = {"sampler": "str", "log_prob_normalizer": "bool", "residual_dtype": "ScalarType?", "row_dims": "int"}
 _ARGUMENTS = FIELDS + tuple(_SETTINGS)
 _OUTPUTS = ("prev_sample", "log_prob", "prev_sample_mean", "std", "residual", "numbers")
 _OPTIONAL = ("uncond_output", "prev_sample", "noise", "guidance_scale")

@@ -28,6 +28,5 @@ class Digits(NamedTuple):
 def digits() -> Digits:
     images, labels = load_digits(return_X_y=True)
     return Digits(
-        torch.tensor(images, dtype=torch.float32).reshape(-1, *SHAPE) / 8 - 1,
-        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(images, dtype=torch.float32).reshape(-1, *SHAPE) / 8 - 1, torch.tensor(labels, dtype=torch.int64)
     )

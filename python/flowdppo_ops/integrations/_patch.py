@@ -57,8 +57,6 @@ class Patch:
         self._replacements = replacements
         return replacements
 
-    # ---- the functions of an integration's module ----
-
     def enable(self, strict: bool | None = None) -> None:
         """Replaces what this module names. Twice is once; the other `strict` replaces the first.
 
@@ -98,8 +96,6 @@ class Patch:
         """Why a call went to the trainer's own function, or took a number as it does -> how many calls did."""
         return dict(self.fallbacks)
 
-    # ---- what the trainer has ----
-
     def incompatible(self, what: str, found: object, wanted: object) -> Incompatible:
         return Incompatible(
             f"flowdppo_ops: {self.trainer}'s {what} is {found}, wanted {wanted}; tested with {self.tested}"
@@ -133,8 +129,6 @@ class Patch:
         found, wanted = tuple(inspect.signature(function).parameters), tuple(wanted)
         if found != wanted:
             raise self.incompatible(what, f"({', '.join(found)})", f"({', '.join(wanted)})")
-
-    # ---- a function in the place of the trainer's ----
 
     def replacement(self, owner: Any, name: str, function: Callable[..., Any], prefix: str = "") -> Replacement:
         """By a function with the same parameters, which may leave calls to the trainer's: see `with_fallback`."""

@@ -40,9 +40,6 @@ def _replacements(strict: bool) -> list[Replacement]:
     return [_patch.replacement(scheduler, "step", partial(_step, output))]
 
 
-# ---- the step --------------------------------------------------------------------------------------------------------
-
-
 def _step(
     output: type,
     self: Any,
@@ -127,9 +124,6 @@ def _rows(value: float | Sequence[float] | Tensor, latents: Tensor) -> Tensor:
         return torch.full((), value, dtype=torch.float32, device=latents.device)
     value = torch.as_tensor(value).to(latents.device, torch.float32)
     return value.reshape(()) if value.numel() == 1 else value.reshape(-1)
-
-
-# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 def grpo_loss(

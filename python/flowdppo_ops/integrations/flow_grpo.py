@@ -54,9 +54,6 @@ def _strict(strict: bool | None) -> bool:
     return strict
 
 
-# ---- steps -----------------------------------------------------------------------------------------------------------
-
-
 def sde_step_with_logprob(
     self: Any,
     model_output: Tensor,
@@ -162,9 +159,6 @@ def _step(
     std_dev_t = std / sqrt_dt if sde_type == "sde" else std
     rows = (wide(one, rank or sample.ndim) for one in (std_dev_t, sqrt_dt))
     return prev_sample.float(), step.log_prob, step.prev_sample_mean, *rows
-
-
-# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 def grpo_loss(

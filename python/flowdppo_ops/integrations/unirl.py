@@ -137,11 +137,7 @@ _Rows = tuple[Tensor, Tensor, Tensor]  # new and old log-probs, advantages
 
 
 def _per_element(
-    strict: bool,
-    rows: _Rows,
-    objective: _FlowDPPOObjective | _FlowGRPOObjective,
-    metrics: tuple[str, ...],
-    **more: Any,
+    strict: bool, rows: _Rows, objective: _FlowDPPOObjective | _FlowGRPOObjective, metrics: tuple[str, ...], **more: Any
 ) -> Result:
     new_logp, old_logp, advantages = rows
     given = {"advantages": advantages.detach(), "old_log_prob": old_logp, "objective": objective}
@@ -201,9 +197,6 @@ def _row_sigma(sigma_t: Tensor, row_shape: tuple[int, ...]) -> Tensor | None:
     return sigma_t.reshape(leading) if fits and trailing.count(1) == len(trailing) else None
 
 
-# ---- the sigma of the KL ---------------------------------------------------------------------------------------------
-
-
 def _strict_sigma_t(algorithm: Any, segment: Any, target_steps: list[int], device: torch.device) -> Tensor:
     """`[1, S, 1, 1, 1]` float32, UniRL's: Flow-SDE's whatever the strategy, with sigma clamped to 0.99; or ones."""
     if not algorithm.add_kl_coefficient:
@@ -235,9 +228,6 @@ def _schedule(segment: Any, target_steps: list[int], device: torch.device) -> tu
     return sigmas[index], sigmas[index + 1], sigmas[1]
 
 
-# ---- metrics over micro-batches --------------------------------------------------------------------------------------
-
-
 def _with_extremes(aggregate: Callable[..., Any], metrics_list: list[dict[str, Any]]) -> dict[str, float]:
     """UniRL's means over micro-batches, updates and ranks; of a minimum the least and of a maximum the largest."""
     merged = aggregate(metrics_list)
@@ -246,9 +236,6 @@ def _with_extremes(aggregate: Callable[..., Any], metrics_list: list[dict[str, A
             values = [aggregate([metrics])[name] for metrics in metrics_list if name in metrics]
             merged[name] = math.nan if any(map(math.isnan, values)) else extreme(values)
     return merged
-
-
-# ---- algorithms ------------------------------------------------------------------------------------------------------
 
 
 class _Algorithm:

@@ -224,9 +224,6 @@ def _or_infinity(std: Tensor) -> Tensor:
     return std.masked_fill(std == 0, math.inf)
 
 
-# ---- the scheduler step ----------------------------------------------------------------------------------------------
-
-
 def _sample_previous_step(
     randn_tensor: Callable[..., Tensor],
     self: Any,
@@ -305,9 +302,6 @@ def _unserved_step(scheduler: Any, latents: list[Tensor], timestep: Any, noise_l
     elif not isinstance(noise_level, Real):
         return "a noise_level that is no number"
     return ""
-
-
-# ---- what is replaced ------------------------------------------------------------------------------------------------
 
 
 @_patch.replaces
