@@ -1,36 +1,31 @@
-// What crosses a launch: the twin of src/call.rs, field for field, and the launch that each kernel expects.
+// The arguments of each kernel, field for field as in src/call.rs, and how each kernel is launched.
 //
-// An address of 0 means that an argument is absent. Latents are [rows, numel], contiguous, at any alignment, f32, bf16
-// or f16; outputs alias nothing, inputs may alias one another.
+// A null address means that the argument is absent. Latents are [rows, numel], contiguous, f32, bf16 or f16, at any
+// alignment. Outputs alias nothing; inputs may alias one another.
 //
-// policy_loss, forward, one launch: variants `policy_loss_forward_{f32, bf16, f16, f32_bf16, f32_f16, mixed}` over
-// given means, named after the dtype of the mean and, where it differs, of all other latents; `mixed` takes every mix.
-// Over model outputs `policy_loss_forward_step_{f32, bf16, f16, bf16_f32, bf16_f32_bf16, bf16_f32_f16, mixed}`, after
-// the dtype of the outputs, of the samples, and of the old and the reference policy. What is absent fits every variant.
-//   Latents that are sharded over GPUs take two launches: kSumsAlone writes row_sums and nothing else, and when those
-//   have been added up over the shards kObjectiveAlone reads them, and no latents (splits == 0).
-// policy_loss, backward, one launch: `policy_loss_backward_...` with the same names.
-// sde_step, one launch each way: `sde_step_{forward, backward}_{f32, bf16_f32, bf16, f16, mixed}`, named after the
-// dtype of the model outputs and, where it differs, of the sample. The next latent, the noise and the residual are of
-// any dtype everywhere.
+// A kernel's name lists these dtypes, the last one also for the rest; `mixed` takes any. Latents may be absent in all.
+//   policy_loss_{forward, backward}_{f32, bf16, f16, f32_bf16, f32_f16, mixed}: dtype of the mean, of other latents
+//   policy_loss_{forward, backward}_step_{f32, bf16, f16, bf16_f32, bf16_f32_bf16, bf16_f32_f16, mixed}: dtype of model
+//     outputs, of sample and prev_sample, of the old and the reference policy
+//   sde_step_{forward, backward}_{f32, bf16_f32, bf16, f16, mixed}: dtype of model outputs, of sample. In the forward
+//     prev_sample, noise and residual have any dtype
+// A call is one launch. For latents sharded over GPUs a policy_loss forward is two: kSumsAlone writes only row_sums;
+// the host adds them up over the shards; kObjectiveAlone reads row_sums and no latents (splits == 0).
 //
-// Launch: blocks of kThreads, no dynamic shared memory, and a grid of
-//   rows * splits          splits >= 1: block b takes split b % splits of row b / splits
-//   ceil(rows / kWarps)    splits == 0: a warp takes a row. For short rows (numel <= kShortRow), and for log-probs
-//                          alone, where there is no mean and numel is 0
-//   ceil(rows / kThreads)  backward of the log-probs alone: a thread takes a row
-// The grid must fit into 31 bits. The bits of the results depend on `splits` and on nothing else in the launch, so a
-// plan that must give the same bits on two GPUs must not ask for the number of multiprocessors.
-// Tickets are all zero before a launch and again after it; two launches that may run at the same time (two streams)
-// need tickets of their own.
+// Launch: kThreads threads a block, no dynamic shared memory, rows and blocks below 2^31, and a grid of
+//   rows * splits          if splits >= 1: block b takes split b % splits of row b / splits
+//   ceil(rows / kWarps)    if splits == 0, for numel <= kShortRow: a warp takes a row
+//   ceil(rows / kThreads)  for a policy_loss backward that writes grad_log_prob alone: a thread takes a row
+// Of the launch only `splits` changes the bits of a result: a plan for the same bits on different GPUs must not depend
+// on their number of multiprocessors.
+// Tickets are 0 before and after a launch; launches that may run at the same time need different tickets.
 #pragma once
 
 #include "compat.cuh"
 
-// Whole numbers of rows and elements; addresses that the host fills in as 64 bits.
 typedef long long Count;
 
-// kAny, for template arguments alone: known only at run time.
+// kAny is only a template argument: the dtype is known at run time.
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kAny = -1 };
 
 struct Latent {
@@ -39,8 +34,8 @@ struct Latent {
   int pad;
 };
 
-// data null: `value` for every row. Else row r has element (r / divide) % modulo: rows [B, S] read [1, S] with (1, S),
-// [B, 1] with (S, B), a single element with (1, 1). dtype may be kFloat64.
+// One number per row: `value` if data is null, else element (r / divide) % modulo of data for row r. With rows [B, S],
+// (divide, modulo) is (1, S) for data [1, S], (S, B) for [B, 1], (1, 1) for a single element. dtype may be kFloat64.
 struct RowVector {
   const void* data;
   double value;
@@ -49,14 +44,13 @@ struct RowVector {
   unsigned divide, modulo;
 };
 
-// The old policy comes in one of three forms, the reference policy in one of two: see `Form`.
 struct Latents {
   Latent prev_sample_mean;
   Latent model_output;
   Latent uncond_output;
   Latent sample;
   Latent prev_sample;
-  Latent old_prev_sample_mean;
+  Latent old_prev_sample_mean;  // at most one old_ and one ref_ latent is present
   Latent old_model_output;
   Latent old_residual;
   Latent ref_prev_sample_mean;
@@ -68,9 +62,9 @@ struct RowVectors {
   RowVector log_prob;
   RowVector old_log_prob;
   RowVector weights;
-  RowVector std;  // with a schedule, which says both, this one and the next are not looked at
+  RowVector std;  // std and sqrt_dt are ignored if there is a schedule
   RowVector sqrt_dt;
-  RowVector ref_std;  // absent: that of the transition
+  RowVector ref_std;  // absent: std of the row
 };
 
 struct Schedule {
@@ -85,26 +79,23 @@ struct SdeStepLatents {
   Latent model_output;
   Latent uncond_output;
   Latent sample;
-  Latent prev_sample;  // one of this and the next
+  Latent prev_sample;  // either prev_sample or noise
   Latent noise;
 };
 
-// kNoSampler: means are given, there is no schedule.
-enum Sampler : int { kNoSampler = 0, kFlowSde = 1, kDanceSde = 2, kCpsSampler = 3 };
+enum Sampler : int { kNoSampler = 0, kFlowSde = 1, kDanceSde = 2, kCpsSampler = 3 };  // kNoSampler: no schedule
 enum ObjectiveKind : int { kFlowDppo = 0, kFlowGrpo = 1, kGrpoGuard = 2 };
 enum Mask : int { kMaskAsymmetric = 0, kMaskSymmetric = 1, kMaskNone = 2 };
-// What mean (mu - mu_old)^2 is divided by: 2 std^2, 2, or b^2.
-enum KlDivisor : int { kGaussianKl = 0, kConstantKl = 1, kVelocityKl = 2 };
+enum KlDivisor : int { kGaussianKl = 0, kConstantKl = 1, kVelocityKl = 2 };  // (mu - mu_old)^2 over 2 std^2, 2, b^2
 enum Density : int { kGaussian = 0, kCps = 1 };
 enum LatentReduction : int { kLatentMean = 0, kLatentSum = 1 };
 enum Reduction : int { kReduceMean = 0, kReduceSum = 1, kReduceNone = 2, kReduceKeptMean = 3 };
 enum Stage : int { kWhole = 0, kSumsAlone = 1, kObjectiveAlone = 2 };
 
-// Limits are float64: 1 - clip_low is formed first and rounded then, as everywhere else.
 struct Objective {
   double kl_mask_threshold;
-  double clip_low, clip_high;
-  double adv_clip_max;  // infinite: advantages are not clamped
+  double clip_low, clip_high;  // 1 - clip_low is computed in float64, then rounded to float32
+  double adv_clip_max;         // infinity: no clamp
   int kind;
   int mask, kl_divisor;
   int keep_nan_kl, per_row_scale;
@@ -127,22 +118,22 @@ struct PolicyLoss {
 
 struct PolicyLossForward {
   PolicyLoss call;
-  float* loss;        // [] or, without a reduction, [rows]
-  float* numbers;     // [kFields or, with a schedule, kStepFields, rows], then kBatchLen
-  float* partials;    // [rows, max(splits, 1), 4], uninitialised; where splits > 1 or GRPO-Guard takes batch means
+  float* loss;        // [], or [rows] with kReduceNone
+  float* numbers;     // [kStepFields (with a schedule) or kFields, rows], then [kBatchCount]
+  float* partials;    // [rows, max(splits, 1), 4], uninitialised; used if splits > 1 or needs_batch_means()
   unsigned* tickets;  // [rows + 1]
-  double* row_sums;   // [4 rows + 1]: q, d, cross and f of each row, then its elements; null but for sharded latents
+  double* row_sums;   // [4 rows + 1]: q, d, cross, f of each row, then the length of a row; used with sharded latents
   unsigned splits;
   int stage;
 };
 
 struct PolicyLossBackward {
   Count rows, numel;
-  Latents latents;  // those whose coefficients may not be 0
+  Latents latents;  // those whose coefficients may be nonzero
   RowVector grad_loss;
   const float* numbers;
-  void* grad_output;         // of prev_sample_mean or model_output, in its dtype; null: not wanted
-  void* grad_uncond_output;  // null: not wanted
+  void* grad_output;         // [rows, numel], dtype of prev_sample_mean or model_output; null: not wanted
+  void* grad_uncond_output;  // [rows, numel], dtype of uncond_output; null: not wanted
   float* grad_log_prob;      // [rows]; null: not wanted
   unsigned splits;
   int dtype;  // of numbers: kFloat32
@@ -156,15 +147,14 @@ enum Field : int {
   kKl,
   kKeep,
   kLoss,   // the row's policy loss, before any reduction
-  kRefKl,  // mean (mu - mu_ref)^2 / (2 ref_std^2), without its weight
-  // G_j = kCoefInnovation (x'_j - mu_j) + kCoefDrift (mu_j - mu_old_j) + kCoefRef (mu_j - mu_ref_j) is d loss / d mu_j
-  // or, with a schedule, d loss / d v_j; the first two, and kCoefLogProb = d loss / d log_prob, still to be divided by
-  // the batch's divisor
+  kRefKl,  // mean or sum of (mu - mu_ref)^2 / (2 ref_std^2), without its weight
+  // d loss / d mu, with a schedule d loss / d v, is (kCoefInnovation (x' - mu) + kCoefDrift (mu - mu_old)) /
+  // kPolicyDivisor + kCoefRef (mu - mu_ref). d loss / d log_prob is kCoefLogProb / kPolicyDivisor.
   kCoefInnovation,
   kCoefDrift,
   kCoefRef,
   kCoefLogProb,
-  // With a schedule the row's step as well, so that the backward needs no schedule: `StepRow`, in order.
+  // Only with a schedule: the row's `StepRow`, for the backward.
   kStepA,
   kStepB,
   kStepStd,
@@ -173,7 +163,7 @@ enum Field : int {
 };
 constexpr int kFields = kCoefLogProb + 1;
 
-// After the rows: the divisor, then the metrics.
+// The numbers that follow the rows: the divisor, then the metrics.
 enum BatchNumber : int {
   kPolicyDivisor,
   kRatioMean,
@@ -202,26 +192,26 @@ struct SdeStep {
   SdeStepLatents latents;
   Schedule schedule;
   int sampler;
-  int log_prob_normalizer;  // whether log std + log(2 pi)/2 is taken off a Gaussian log-prob
+  int log_prob_normalizer;  // whether log(std) + log(2 pi) / 2 is subtracted from a Gaussian log-prob
 };
 
 struct SdeStepForward {
   SdeStep call;
-  void* stored;  // in the dtype of the sample; null: the next latent is given, and as it is stored
+  void* stored;  // x' in the dtype of the sample; null if prev_sample is given in that dtype
   float* prev_sample_mean;
   Latent residual;    // absent: not wanted
   float* log_prob;    // [rows]
   float* std;         // [rows]
   float* numbers;     // [kSdeStepNumbers, rows]
-  float* partials;    // [rows, splits], uninitialised; where splits > 1
-  unsigned* tickets;  // [rows]; where splits > 1
+  float* partials;    // [rows, splits], uninitialised; used if splits > 1
+  unsigned* tickets;  // [rows]; used if splits > 1
   unsigned splits;
   int pad;
 };
 
 struct SdeStepBackward {
   Count rows, numel;
-  Latent prev_sample;  // as it was stored, in the dtype of the sample
+  Latent prev_sample;  // x' in the dtype of the sample
   const float* prev_sample_mean;
   const float* numbers;
   const float* grad_log_prob;          // [rows]; null: none
@@ -234,14 +224,13 @@ struct SdeStepBackward {
 
 // Rows of `numbers` of sde_step.
 enum SdeStepNumber : int {
-  kNumberLogProb,   // d log_prob / d mu_j = kNumberLogProb (x'_j - mu_j); 0 where the step is deterministic
+  kNumberLogProb,   // d log_prob / d mu = kNumberLogProb (x' - mu); 0 for a Gaussian if std is 0
   kNumberVelocity,  // d mu / d v
   kNumberGuidance,  // d v / d model_output; 1 without guidance
   kSdeStepNumbers,
 };
 
-// src/call.rs asserts the same numbers, so that a drift of either does not compile.
-// NVRTC lacks the builtin that other compilers have, and folds an address with __INTADDR__.
+// src/call.rs asserts the same sizes and offsets. NVRTC has no __builtin_offsetof; its __INTADDR__ does the same.
 #ifdef __CUDACC_RTC__
 #define OFFSET(type, field) __INTADDR__(&static_cast<type*>(nullptr)->field)
 #else

@@ -1,9 +1,6 @@
-// Objective: a row's few numbers -> ratio, mask or clip, loss, gradient coefficients; all rows -> loss and metrics.
-//
-// Twin of src/cpu/objective.rs, line by line; the formulas and their sources stand in python/flowdppo_ops/reference.py.
-// Arithmetic is float64, a few dozen operations a row, and every number that the caller can see is rounded to float32
-// *before* it is compared with anything: `kl`, `ratio` and `keep` never contradict each other, and masks agree with
-// the CPU backend to the bit.
+// Sums of a row -> ratio, mask or clip, loss, gradient coefficients; all rows -> loss and metrics. The formulas are as
+// in src/cpu/objective.rs; their sources are in python/flowdppo_ops/reference.py. Arithmetic is float64. Numbers that
+// the caller sees are rounded to float32 before they are compared, so that `keep` agrees with `kl` and `ratio`.
 #pragma once
 
 #include "common/numeric.cuh"
@@ -20,7 +17,6 @@ __device__ __forceinline__ bool has_ref(const Latents& latents) {
   return latents.ref_prev_sample_mean.data || latents.ref_model_output.data;
 }
 
-// An old policy is read, and there is a std to measure the drift with.
 __device__ __forceinline__ bool has_kl(const PolicyLoss& call) {
   return has_old(call.latents) && (call.vectors.std.present || has_schedule(call));
 }
@@ -29,56 +25,54 @@ __device__ __forceinline__ float* batch_of(const PolicyLoss& call, float* number
   return numbers + (has_schedule(call) ? kStepFields : kFields) * call.rows;
 }
 
-// GRPO-Guard's batch means, taken before any row is looked at.
 struct GuardScale {
   double c;      // mean(sqrt_dt) mean(std / sqrt_dt)
   double outer;  // 1 / mean(sqrt_dt)^2
 };
 
-// Whether rows must wait for the whole batch.
 __device__ __forceinline__ bool needs_batch_means(const PolicyLoss& call) {
   return call.objective.kind == kGrpoGuard && !call.objective.per_row_scale;
 }
 
-// High means outside the trust region: equality counts, and NaN as the objective says.
+// Whether a row is outside the trust region. kl == threshold is outside; NaN is, unless keep_nan_kl.
 __device__ __forceinline__ bool is_high(const Objective& objective, double kl) {
   const double threshold = rounded(objective.kl_mask_threshold);
   return objective.kind == kFlowDppo && (kl >= threshold || (kl != kl && !objective.keep_nan_kl));
 }
 
-// Sums over a row's latents, of u = x' - mu, e = mu - mu_old and f = mu - mu_ref.
+// Sums over the elements of a row; u = x' - mu, e = mu - mu_old, f = mu - mu_ref.
 struct RowSums {
   double q;      // u^2
   double d;      // e^2
-  double cross;  // e u; p of the formulas is cross + d
+  double cross;  // e u
   double f;      // f^2
 };
 
-// What a row's sums are measured with. Of a mean that is given, `b`, the derivative with respect to it, is 1.
+// `b` is d mu / d v; without a schedule 1, because the gradient is that of mu.
 __device__ __forceinline__ Transition row_transition(const PolicyLoss& call, long long row) {
   if (has_schedule(call)) return transition_of(call.schedule, call.settings.sampler, row);
   return {0.0, 1.0, read_row(call.vectors.std, row), read_row(call.vectors.sqrt_dt, row)};
 }
 
-// One row, before any reduction over rows. `numel`: the elements that were summed, over all shards.
+// Writes all fields of a row. `numel` is the length of a row over all shards.
 __device__ __noinline__ void row_numbers(const PolicyLoss& call, long long row, RowSums sums, double numel,
                                          GuardScale guard, float* numbers) {
   const RowVectors& vectors = call.vectors;
   const Objective& objective = call.objective;
   const Settings& settings = call.settings;
-  // "mean": per-element numbers; "sum": joint ones, where the normaliser counts once per element. Divided, not
-  // multiplied with 1 / numel: that misses a KL equal to its threshold by an ulp.
+  // kLatentMean divides by numel: multiplying with 1 / numel would miss a KL equal to the threshold by an ulp. With
+  // kLatentSum the log-prob's normaliser counts once per element.
   const bool latent_sum = settings.latent_reduction == kLatentSum;
   const double divisor = latent_sum || numel == 0.0 ? 1.0 : numel;
   const double elements = latent_sum ? numel : 1.0;
   const double q = sums.q / divisor, d = sums.d / divisor, cross = sums.cross / divisor;
   const Transition transition = row_transition(call, row);
   const double std = transition.std, variance = std * std;
-  // A step may have no randomness in it: what would be divided by 0 is 0 then, and so is its gradient.
+  // In a deterministic step quotients by a std of 0, and their gradients, are 0.
   const bool step = has_schedule(call), fixed = step && is_deterministic(transition);
   const bool cps = settings.density == kCps, given = vectors.log_prob.present;
   constexpr double kHalfLogTau = 0.91893853320467274178;  // log(2 pi) / 2
-  // As soon as a number is known: kept to the end, all of them would cost the kernel registers.
+  // Each number is written at once: keeping all of them to the end would take registers.
   const auto write = [&](int field, double value) { numbers[field * call.rows + row] = static_cast<float>(value); };
 
   double log_prob;
@@ -93,14 +87,14 @@ __device__ __noinline__ void row_numbers(const PolicyLoss& call, long long row, 
   if (vectors.old_log_prob.present) {
     log_ratio = rounded(log_prob - read_row(vectors.old_log_prob, row));
   } else {
-    // p / std^2 - d / (2 std^2) with p = cross + d; exactly 0 when the means are equal.
+    // (x' - mu_old)^2 - (x' - mu)^2 = 2 e u + e^2, which is exactly 0 if the means are equal.
     log_ratio = rounded(cps ? 2.0 * cross + d : fixed ? 0.0 : (cross + 0.5 * d) / variance);
   }
   write(kLogRatio, log_ratio);
 
   double advantage = read_row(vectors.advantages, row);
   const double weights = vectors.weights.present ? read_row(vectors.weights, row) : 1.0;
-  // exponent = (log_ratio + drift / (2 c^2)) scale; scale is 1 and the drift absent but for GRPO-Guard.
+  // ratio = exp((log_ratio + centre) scale). GRPO-Guard: scale = c, centre = d / (2 c^2); else scale = 1, centre = 0.
   double scale = 1.0, centre = 0.0, outer = 1.0;
   if (objective.kind == kGrpoGuard) {
     double c = guard.c;
@@ -114,7 +108,7 @@ __device__ __noinline__ void row_numbers(const PolicyLoss& call, long long row, 
   }
   const double ratio = rounded(exp((log_ratio + centre) * scale));
   write(kRatio, ratio);
-  // What is absent is 0, not NaN: nobody is shown it.
+  // Without a KL the field is 0: NaN would count in kNonfiniteFraction.
   const double kl_divisor = objective.kl_divisor == kGaussianKl   ? 2.0 * variance
                             : objective.kl_divisor == kVelocityKl ? transition.b * transition.b
                                                                   : 2.0;
@@ -127,8 +121,7 @@ __device__ __noinline__ void row_numbers(const PolicyLoss& call, long long row, 
     const bool away = (ratio > 1.0 && advantage > 0.0) || (ratio < 1.0 && advantage < 0.0);
     blocked = objective.mask != kMaskNone && is_high(objective, kl) && (objective.mask == kMaskSymmetric || away);
   } else {
-    // The larger surrogate is the clipped one exactly when the ratio left the range on the side that the advantage
-    // favours.
+    // `blocked`: the clipped term of max(-A ratio, -A clip(ratio)) is the larger one.
     const double lower = rounded(1.0 - objective.clip_low), upper = rounded(1.0 + objective.clip_high);
     const double limit = rounded(objective.adv_clip_max);
     advantage = advantage > limit ? limit : advantage < -limit ? -limit : advantage;
@@ -139,7 +132,7 @@ __device__ __noinline__ void row_numbers(const PolicyLoss& call, long long row, 
   write(kKeep, blocked ? 0.0 : 1.0);
   write(kLoss, blocked ? blocked_loss * outer * weights : open_loss);
 
-  // d loss / d exponent is the loss itself (it is minus A exp(exponent)), and 0 when blocked.
+  // d loss / d log_ratio = loss scale, because the loss is proportional to exp((log_ratio + centre) scale).
   const double slope = blocked ? 0.0 : open_loss * scale;
   const bool still = given || (fixed && !cps), no_drift = objective.kind != kGrpoGuard || (step && scale == 0.0);
   const double innovation = still ? 0.0 : slope * (cps ? 2.0 : 1.0 / variance) / divisor;
@@ -168,7 +161,6 @@ __device__ __noinline__ void row_numbers(const PolicyLoss& call, long long row, 
   }
 }
 
-// The row's own loss, for a call without a reduction.
 __device__ __forceinline__ float row_loss(const PolicyLoss& call, const float* numbers, long long row) {
   const double ref_kl = numbers[kRefKl * call.rows + row];
   const double penalty = has_ref(call.latents) ? call.settings.ref_kl_weight * ref_kl : 0.0;
@@ -177,8 +169,7 @@ __device__ __forceinline__ float row_loss(const PolicyLoss& call, const float* n
 
 // ---- over all rows: one block, a thread takes every kThreads-th row ------------------------------------------------
 
-// What is added up over the rows, in a first pass and in a second. (All in one pass would take more registers than the
-// loads of the latents do, and registers are those of the whole kernel.)
+// Summed in two passes over the rows: one would take more registers than the loop over the latents.
 enum BatchSum : int {
   kSumRatio,
   kSumLogRatioSquares,
@@ -196,10 +187,10 @@ enum BatchSum : int {
 enum SecondBatchSum : int { kSumSquares, kSumAbove, kSumBelow, kSecondBatchSums };
 enum BatchExtreme : int { kLargestRatio, kSmallestRatio, kLargestKl, kBatchExtremes };
 
-// Shared memory of the functions below, and of the block's sums; never two at a time without a barrier between them.
+// Shared memory for all block reductions of the forward, one after another with barriers between.
 constexpr int kSharedNumbers = kBatchSums * kWarps;
 
-// Valid in every thread.
+// Returns the same in every thread.
 __device__ __forceinline__ GuardScale guard_scale(const PolicyLoss& call, double* s_numbers) {
   double sums[2] = {0.0, 0.0};
 #pragma unroll 1
@@ -217,20 +208,20 @@ __device__ __forceinline__ GuardScale guard_scale(const PolicyLoss& call, double
   __syncthreads();
   const double rows = static_cast<double>(call.rows);
   const double sqrt_dt = s_numbers[0] / rows, ratio = s_numbers[1] / rows;
-  __syncthreads();  // before anyone overwrites them
+  __syncthreads();  // before s_numbers is overwritten
   return {sqrt_dt * ratio, 1.0 / (sqrt_dt * sqrt_dt)};
 }
 
-// Loss (but for kReduceNone), divisor and metrics, from the finished rows of `numbers`.
+// Writes loss (unless kReduceNone), divisor and metrics from the rows of `numbers`.
 __device__ __noinline__ void batch_numbers(const PolicyLoss& call, float* numbers, float* loss, double* s_numbers) {
-  // Other blocks wrote the rows, so they are read past the first-level cache.
+  // Other blocks wrote the rows: __ldcg bypasses the L1.
   const auto at = [&](int field, long long row) -> double { return __ldcg(&numbers[field * call.rows + row]); };
   const Objective& objective = call.objective;
   const int reduction = call.settings.reduction;
   const bool clips = objective.kind != kFlowDppo, kept_only = reduction == kReduceKeptMean;
   double sums[kBatchSums] = {};
   const float lowest = -__uint_as_float(0x7f800000u);
-  float extremes[kBatchExtremes] = {lowest, lowest, lowest};  // the smallest ratio negated
+  float extremes[kBatchExtremes] = {lowest, lowest, lowest};  // kSmallestRatio holds max(-ratio)
 
 #pragma unroll 1
   for (long long row = threadIdx.x; row < call.rows; row += kThreads) {
@@ -291,7 +282,7 @@ __device__ __noinline__ void batch_numbers(const PolicyLoss& call, float* number
   const double ratio_mean = s_numbers[0];
   __syncthreads();  // before the sums of squares overwrite it
 
-  // Two passes: E[r^2] - E[r]^2 loses all digits of a std of 1e-6 around a mean of 1.
+  // A second pass for the variance: E[r^2] - E[r]^2 loses all digits of a std of 1e-6 around a mean of 1.
   double second[kSecondBatchSums] = {};
 #pragma unroll 1
   for (long long row = threadIdx.x; row < call.rows; row += kThreads) {

@@ -1,27 +1,23 @@
-// policy_loss: the kernels behind `loss` and `step_loss`, one body over two sources. Shapes, dtypes and the launch are
-// in call.cuh, the sources in transition.cuh, the formulas of a row in objective.cuh.
+// policy_loss: the kernels of `loss` and `step_loss`. See call.cuh for arguments and launch, transition.cuh for the
+// sources, objective.cuh for the formulas of a row.
 //
-// Forward. Per row q = sum (x' - mu)^2, d = sum (mu - mu_old)^2, cross = sum (x' - mu)(mu - mu_old) and
-// f = sum (mu - mu_ref)^2, in one pass: float32 per thread, a fixed tree over the block, float64 over the splits of a
-// row. The block that finishes a row last turns the sums into the row's numbers; the one that finishes the last row
-// forms the loss and the metrics. Hence one launch, no float atomics, and the same bits in whatever order blocks run.
-// Latents that are sharded over several GPUs take two launches (`Stage`): the sums of a shard, and, when those have
-// been added up over the shards, the objective.
+// Forward, in one pass and for each row: q = sum (x' - mu)^2, d = sum (mu - mu_old)^2, f = sum (mu - mu_ref)^2 and
+// cross = sum (x' - mu)(mu - mu_old), in float32 in a block and in float64 over the splits. The last block of a row
+// computes the row's numbers, the last block of all the loss and the metrics. There are no float atomics: the bits do
+// not depend on the order of blocks.
 //
-// Backward. G = innovation (x' - mu) + drift (mu - mu_old) + reference (mu - mu_ref), streaming.
-// Reads what has a coefficient: mu and x' alone for FlowDPPO and FlowGRPO; of a blocked row nothing. The gradient is G,
-// with guidance its share of G for each of the two outputs.
+// Backward: G = innovation (x' - mu) + drift (mu - mu_old) + reference (mu - mu_ref). Terms with a coefficient of 0 are
+// not read: only GRPO-Guard reads mu_old; a blocked row reads nothing or, with a reference policy, mu and mu_ref.
 #include "common/stream.cuh"
 #include "objective.cuh"
 #include "transition.cuh"
 
-// Rows of `numbers`.
 template <class Source>
 constexpr int kNumbers = Source::kIsStep ? kStepFields : kFields;
 
-// Vector steps whose loads are issued together. Two where all dtypes are one, 6 or 8 loads of 16 bytes; one for a mix,
-// 4 to 6 loads, and where a step has more than 32 elements: two of 48 spill. (The reference policy and the
-// unconditional output not counted.)
+// Vectors of each tensor that a thread loads together. 2 for equal dtypes: 6 or 8 loads of 16 bytes, not counting the
+// reference policy and the unconditional output. 1 for different dtypes, 4 to 7 loads, and for more than 32 elements in
+// all tensors: twice 48 would spill.
 template <class Source>
 constexpr int kUnroll = sizeof(typename Source::template Raw<Source::kVector>) > Source::kTensors * 16 ||
                                 Source::kTensors* Source::kVector > 32
@@ -30,7 +26,6 @@ constexpr int kUnroll = sizeof(typename Source::template Raw<Source::kVector>) >
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// The four sums of `RowSums` while elements are added up.
 enum Sum : int { kQ, kD, kCross, kF, kSums };
 
 __device__ __forceinline__ void add(float (&sums)[kSums], Moments moments) {
@@ -40,7 +35,6 @@ __device__ __forceinline__ void add(float (&sums)[kSums], Moments moments) {
   sums[kF] = fmaf(moments.ref_drift, moments.ref_drift, sums[kF]);
 }
 
-// This thread's share of a row's sums.
 template <class Source>
 struct Sums {
   template <int kCount>
@@ -49,7 +43,7 @@ struct Sums {
   static constexpr bool kAhead = Source::kDtype != kAny;
   Source source;
   float total[kSums] = {};
-  float run[kSteps][kSums] = {};  // of this run: chains that do not wait for each other
+  float run[kSteps][kSums] = {};  // of this run; kSteps independent chains of additions
 
   __device__ __forceinline__ bool aligned(long long first) const { return source.aligned(first); }
   template <int kCount>
@@ -75,7 +69,7 @@ struct Sums {
   }
 };
 
-// The sums of a row that waits for the batch's means: in the first partial of the row, which nobody needs any more.
+// Where a row's sums wait for guard_scale(): in the row's first partial, which is no longer needed.
 __device__ __forceinline__ float4* waiting_sums(const PolicyLossForward& p, long long row) {
   return reinterpret_cast<float4*>(p.partials) + row * (p.splits > 1 ? p.splits : 1);
 }
@@ -87,7 +81,7 @@ __device__ __forceinline__ void write_row(const PolicyLossForward& p, long long 
   if (call.settings.reduction == kReduceNone) p.loss[row] = row_loss(call, p.numbers, row);
 }
 
-// By the one thread that has a row's sums.
+// Called by the one thread that has the row's sums.
 __device__ __forceinline__ void finish_row(const PolicyLossForward& p, long long row, RowSums sums) {
   if (p.stage == kSumsAlone) {
     double* out = p.row_sums + 4 * row;
@@ -104,7 +98,7 @@ __device__ __forceinline__ void finish_row(const PolicyLossForward& p, long long
   }
 }
 
-// By the last block: GRPO-Guard's rows, one thread each, and the batch.
+// Called by all threads of the last block.
 __device__ __noinline__ void finish_batch(const PolicyLossForward& p, double* s_numbers) {
   const PolicyLoss& call = p.call;
   if (needs_batch_means(call)) {
@@ -146,19 +140,18 @@ __device__ __forceinline__ void forward(const PolicyLossForward& p) {
   }
   if (p.stage == kSumsAlone) return;
 
-  // With a warp per row the blocks are counted, else the rows: a million rows would queue for one address.
+  // One count per block, not per row, if warps take rows: a million atomics on one address would queue.
   const long long count = p.splits == 0 ? static_cast<long long>(gridDim.x) : call.rows;
   if (comes_last(p.tickets + call.rows, static_cast<unsigned>(count))) finish_batch(p, s_numbers);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// What the differences of one row are multiplied with; the terms whose coefficient is 0 are not read.
 struct Coefficients {
   float innovation, drift, reference;
 };
 
-// A coefficient of 0 stays 0, whatever it is multiplied with.
+// 0 if `stored` is 0, even if grad_loss is infinite or NaN.
 __device__ __forceinline__ float scaled(float grad_loss, float stored, float divisor) {
   return stored == 0.f ? 0.f : static_cast<float>(static_cast<double>(grad_loss) * stored / divisor);
 }
@@ -167,7 +160,7 @@ __device__ __forceinline__ float gradient(Coefficients c, Moments moments) {
   return fmaf(c.innovation, moments.innovation, fmaf(c.drift, moments.drift, c.reference * moments.ref_drift));
 }
 
-// With guidance the output has that share of G, the unconditional one the rest.
+// grad_output = guidance G, grad_uncond_output = (1 - guidance) G.
 template <class Source>
 struct Gradients {
   Target<Source::kDtype> output, uncond;
@@ -187,8 +180,8 @@ struct Gradients {
   }
 };
 
-// A thread each forms a coefficient of a row, and the gradient of its log-prob, for all that share the row. By all
-// threads of the block that have a row.
+// Four threads compute the three coefficients and grad_log_prob of their row. All threads that have a row must call
+// this; the others have left the kernel.
 template <class Source>
 __device__ __forceinline__ Coefficients shared_coefficients(const PolicyLossBackward& p, const Part& part,
                                                             float grad_loss) {
@@ -205,7 +198,6 @@ __device__ __forceinline__ Coefficients shared_coefficients(const PolicyLossBack
   return {s_row[0], s_row[1], s_row[2]};
 }
 
-// The gradient of one row.
 template <class Source>
 struct Gradient {
   template <int kCount>
@@ -245,7 +237,7 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
   }
   const Part part = part_of_thread(p.rows, p.numel, p.splits);
   if (part.row >= p.rows) return;
-  // All loads first: waiting for one after the other would cost a block 1 us before it streams.
+  // All loads first: waiting for them one by one would delay the block by 1 us.
   const float* stored = p.numbers + kCoefInnovation * p.rows + part.row;
   const float innovation = stored[0], drift = stored[p.rows], reference = stored[2 * p.rows];
   StepRow step = {};
@@ -254,7 +246,7 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
     step = {fields[0], fields[p.rows], fields[2 * p.rows], fields[3 * p.rows]};
   }
   const float grad_loss = read_row(p.grad_loss, part.row);
-  // What has no coefficient is not read, and an infinity there is not multiplied with 0.
+  // A term with a coefficient of 0 is not read, so that 0 times infinity cannot occur.
   const bool any = grad_loss != 0.f;
   const Demand wanted = {any && innovation != 0.f, any && drift != 0.f, any && reference != 0.f};
   Gradient<Source> work = {Source(p.latents, wanted), Gradients<Source>(p, step), {}};
@@ -264,9 +256,8 @@ __device__ __forceinline__ void backward(const PolicyLossBackward& p) {
 
 // ---- entry points --------------------------------------------------------------------------------------------------
 
-// Two blocks on a multiprocessor at least, not more: asked for three, the compiler spills. It takes 62 to 128
-// registers; 2 or 3 blocks with 4 to 8 loads a thread are 33 to 74 KB in flight, where an H200 should need ~30 (4.8
-// TB/s, 132 multiprocessors, 0.8 us).
+// At least 2 blocks on a multiprocessor; at least 3 would spill. Kernels take 62 to 128 registers. 2 or 3 blocks with
+// 4 to 8 loads a thread have 33 to 74 KB in flight; an H200 should need ~30 KB (4.8 TB/s, 132 multiprocessors, 0.8 us).
 #define POLICY_LOSS(variant, Source, ...)                                            \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
       policy_loss_forward_##variant(const __grid_constant__ PolicyLossForward p) {   \

@@ -1,13 +1,11 @@
-// sde_step: the kernels behind `sde_step`. Shapes, dtypes and the launch are in call.cuh, a row's step in
-// schedule.cuh.
+// sde_step: the kernels of `sde_step`. Arguments and launch are in call.cuh, the coefficients of a row in schedule.cuh.
 //
-// Forward. v = uncond + guidance (output - uncond), mu = a x + b v, x' = mu + std noise or given, rounded as it is
-// stored; q = sum (x' - mu)^2 -> log-prob. One pass: mean, next latent and residual are written as they come, float32
-// is added up per thread, by a fixed tree over the block, in float64 over the splits of a row. The block that finishes
-// a row last writes its numbers. The same bits in whatever order blocks run.
+// Forward, one pass: v = uncond + guidance (output - uncond), mu = a x + b v, x' = mu + std noise or the given one,
+// rounded to its dtype, residual (x' - mu) / std, and q = sum (x' - mu)^2 for the log-prob: float32 in a block, float64
+// over the splits. The last block of a row writes the row's numbers. The bits do not depend on the order of blocks.
 //
-// Backward. G = grad_mean + log_prob (x' - mu), the gradient of mu; the gradients are shares of it. Streaming. Where a
-// row's log-prob has no coefficient x' and mu are not read.
+// Backward: log_prob = grad_log_prob kNumberLogProb, G = grad_mean + log_prob (x' - mu), grad_output = b guidance G,
+// grad_uncond_output = b (1 - guidance) G. A row with log_prob == 0 reads neither x' nor mu.
 #include "common/stream.cuh"
 #include "common/tensor.cuh"
 #include "schedule.cuh"
@@ -16,8 +14,8 @@ namespace sde_step {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// One row's step. `next` is of any dtype in every variant: a latent that was drawn with float32
-// noise is summed in the same order when it is scored again.
+// `next`, prev_sample or noise, has a run-time dtype: one kernel draws a latent and later scores it, and thus adds up
+// in the same order.
 template <int kOutput, int kSample>
 struct Step {
   Tensor<kOutput> output, uncond;
@@ -29,10 +27,10 @@ struct Step {
   StepRow row;
   float per_std;
   bool draws;
-  float sum, run;  // of (x' - mu)^2: of all runs but this one, and of this one
+  float sum, run;  // of (x' - mu)^2: over the finished runs, over this run
 
   static constexpr bool kAhead = true;
-  static constexpr int kVector = 8, kSteps = 1;  // one word of 16 bytes of a half, two of float32
+  static constexpr int kVector = 8, kSteps = 1;  // 16 bytes of a 16-bit dtype, 32 of float32
   template <int kCount>
   struct Raw {
     Pack<kOutput, kCount> output, uncond;
@@ -64,7 +62,7 @@ struct Step {
            stored.aligned(first) && mean.aligned(first) && residual.aligned(first);
   }
 
-  // The backward reads a given x' again, and none of the others.
+  // Of these the backward reads only a given x' again.
   template <int kCount>
   __device__ __forceinline__ void load(Raw<kCount>& raw, long long at) const {
     output.template load<Cache::kStream>(raw.output, at);
@@ -94,13 +92,13 @@ struct Step {
       Pack<kSample, kCount> pack;
       pack.set(x_next, stored.dtype());
       pack.store(stored.address(at), stored.dtype());
-      pack.get(x_next, stored.dtype());  // scored as stored
+      pack.get(x_next, stored.dtype());  // the log-prob is that of the rounded x'
     }
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const float u = x_next[j] - mu[j];
       run = fmaf(u, u, run);
-      // The latent of a deterministic row may have overflowed as it was stored: its residual is 0 all the same.
+      // The residual of a deterministic row is 0 even if x' overflowed when it was rounded.
       x_next[j] = per_std == 0.f ? 0.f : u;
     }
     residual.store(at, x_next, per_std);
@@ -112,13 +110,12 @@ struct Step {
   }
 
  private:
-  // The next latent as given, or the noise that draws it.
   static __device__ __forceinline__ const Latent& next_of(const SdeStepLatents& latents) {
     return latents.noise.data ? latents.noise : latents.prev_sample;
   }
 };
 
-// By the one thread that has a row's sum of squares.
+// Called by the one thread that has the row's q.
 __device__ __noinline__ void write_row(const SdeStepForward& p, long long row, double q, StepRow step) {
   const SdeStep& call = p.call;
   const double n = static_cast<double>(call.numel), std = step.std;
@@ -153,7 +150,6 @@ __device__ __forceinline__ void forward(const SdeStepForward& p) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// The gradient of one row's mean, and its shares.
 template <int kOutput, int kNext>
 struct Gradient {
   Tensor<kFloat32> grad_mean, mean;
@@ -209,12 +205,12 @@ template <int kOutput, int kNext>
 __device__ __forceinline__ void backward(const SdeStepBackward& p) {
   const Part part = part_of_thread(p.rows, p.numel, p.splits);
   if (part.count == 0) return;
-  // All loads first: waiting for one after the other would cost a block 1 us before it streams.
+  // All loads first: waiting for them one by one would delay the block by 1 us.
   const float coefficient = p.numbers[kNumberLogProb * p.rows + part.row];
   const float b = p.numbers[kNumberVelocity * p.rows + part.row];
   const float guidance = p.numbers[kNumberGuidance * p.rows + part.row];
   const float upstream = p.grad_log_prob ? p.grad_log_prob[part.row] : 0.f;
-  // A coefficient of 0 stays 0, whatever it is multiplied with.
+  // 0 if the coefficient is 0, even if upstream is infinite or NaN.
   const float log_prob = coefficient == 0.f ? 0.f : upstream * coefficient;
   Gradient<kOutput, kNext> work(p, log_prob, b, guidance);
   stream(work, part, [] {});
@@ -224,7 +220,7 @@ __device__ __forceinline__ void backward(const SdeStepBackward& p) {
 
 // ---- entry points --------------------------------------------------------------------------------------------------
 
-// Two blocks on a multiprocessor at least, as for policy_loss.
+// At least 2 blocks on a multiprocessor, as in policy_loss.cu.
 #define SDE_STEP(variant, output, sample)                                      \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                    \
       sde_step_forward_##variant(const __grid_constant__ SdeStepForward p) {   \

@@ -1,39 +1,35 @@
-// Transition: how a row's x', mu, mu_old and mu_ref come out of memory. Twin of src/cpu/source/.
-//
-// A *source* is the only thing in which the operators over row statistics differ; everything behind it sees `Moments`.
-// It is a value type:
-//   kIsStep          whether the output is a model's: a row has a step, `StepRow`, which stands in its `numbers` too
-//   output_of(l)     what the gradient goes to: the mean, or the model output
-//   kDtype           of the output
-//   kVector          elements of one vector step; every load of it is whole 16-byte words
-//   Raw<n>           n elements of all kTensors tensors, unconverted: a vector, or 1 for tails and odd addresses
-//   set(row)         gives it the row's step
-//   load(raw, at)    issues the loads from element `at` on; of a vector only where aligned(first of the part)
-//   moments(raw, m)  the Moments of a Raw
-// `loss` reads given means (`Means`), `step_loss` model outputs (`Step`): a x + b v comes before the differences there.
+// A source reads latents from memory and computes `Moments`, as src/cpu/source/ does. `Means`, for `loss`, reads mu;
+// `Step`, for `step_loss`, computes mu = a x + b v from model outputs. A source has
+//   kIsStep          whether it is `Step`: rows have a `StepRow`
+//   output_of(l)     the latent that gets the gradient, mean or model output; kDtype is its dtype
+//   kVector          elements of a vector: every tensor has whole 16-byte words of it
+//   Raw<n>           n elements of all kTensors tensors, unconverted; n is kVector or 1
+//   set(row)         sets the row's step, before the first moments(); loads may be in flight
+//   load(raw, at)    issues the loads from element `at` on; n > 1 only if aligned(first element of the part)
+//   moments(raw, m)  converts a Raw to Moments
 #pragma once
 
 #include "common/tensor.cuh"
 #include "schedule.cuh"
 
-// The differences that every statistic and gradient is made of.
 struct Moments {
   float innovation;  // x' - mu
   float drift;       // mu - mu_old
   float ref_drift;   // mu - mu_ref
 };
 
-// Which of the moments somebody wants; what only the others need is not read.
+// The moments that are needed. A tensor that none of these needs is not read.
 struct Demand {
   bool innovation, drift, ref_drift;
 
   __device__ __forceinline__ bool any() const { return innovation || drift || ref_drift; }
 };
 
-// How another policy is given: as its mean, as its v, or, the old policy alone, as (x' - mu_old) / std or as x' itself.
+// What the latent of the old or reference policy holds: its mean, its v, (x' - mu_old) / std (old policy only). With
+// kNextForm the latent is unused and mu_old = x'.
 enum Form : int { kMeanForm, kOutputForm, kResidualForm, kNextForm, kNoForm };
 
-// The latent by reference, so that its dtype stays among the arguments: a copy would cost each thread registers.
+// A reference, so that the latent stays in the kernel's arguments: a copy would take registers.
 struct Policy {
   const Latent& latent;
   int form;
@@ -52,7 +48,7 @@ __device__ __forceinline__ Policy ref_policy(const Latents& latents) {
   return {latents.ref_model_output, kNoForm};
 }
 
-// Means as given. What is absent stands for mu: its difference is 0.
+// Differences to absent latents are 0.
 template <int kMean, int kAnchor, Cache kReread>
 struct Means {
   static constexpr bool kIsStep = false;
@@ -78,7 +74,7 @@ struct Means {
 
   __device__ __forceinline__ void set(const StepRow&) {}
 
-  // mu and x' stay in the L2 for the backward as far as it reaches; nobody reads the anchors again.
+  // The backward reads mu and x' again, hence kReread.
   template <int kCount>
   __device__ __forceinline__ void load(Raw<kCount>& raw, long long at) const {
     mean.template load<kReread>(raw.mean, at);
@@ -105,11 +101,7 @@ struct Means {
   }
 };
 
-// Model outputs: v = uncond + guidance (output - uncond), mu = a x + b v. In float32, as a rollout forms them.
-//   old, ref   mean      mu - old
-//              output    b (v - old): no cancellation of two means; exactly 0 when the outputs are equal
-//              residual  -std ((x' - mu)/std - old)
-// Read is what a difference needs; without `old` or `ref` theirs is 0.
+// v = uncond + guidance (output - uncond), mu = a x + b v, in float32, as `sde_step` computes them.
 template <int kOutput, int kSample, int kPolicy, Cache kReread>
 struct Step {
   static constexpr bool kIsStep = true;
@@ -117,7 +109,7 @@ struct Step {
   static constexpr int kTensors = 6;
   static constexpr int kVector = kOutput == kFloat32 && kSample == kFloat32 && kPolicy == kFloat32 ? 4 : 8;
   float a, b, guidance;
-  float unit, inverse_unit;  // of a residual
+  float unit, inverse_unit;  // std, 1 / std
   int old_form, ref_form;
   Tensor<kOutput> output, uncond;
   Tensor<kSample> sample, next;
@@ -135,18 +127,16 @@ struct Step {
 
   static __device__ __forceinline__ const Latent& output_of(const Latents& latents) { return latents.model_output; }
 
-  // Before the first moments; the first loads may be under way by then.
   __device__ __forceinline__ void set(const StepRow& row) {
     a = row.a;
     b = row.b;
     guidance = row.guidance;
     unit = row.std;
     inverse_unit = 1.f / unit;
-    // In a deterministic row a residual stands for mu_old = x', whatever it holds.
+    // With std 0 a residual holds no information: mu_old is x'.
     if (row.std == 0.f && old_form == kResidualForm) old_form = kNextForm;
   }
 
-  // What the backward reads again stays in the L2 as far as that reaches.
   template <int kCount>
   __device__ __forceinline__ void load(Raw<kCount>& raw, long long at) const {
     output.template load<kReread>(raw.output, at);
@@ -206,7 +196,7 @@ struct Step {
 
   static __device__ __forceinline__ bool needs_mean(int form) { return form == kMeanForm || form == kResidualForm; }
 
-  // mu minus the mean of another policy. The form is the same for all threads: one branch for all elements.
+  // mu minus the mean of the policy. `form` is the same in all threads: branches on it do not diverge.
   template <int kCount>
   __device__ __forceinline__ void differences(int form, const float (&v)[kCount], const float (&mu)[kCount],
                                               const float (&u)[kCount], const float (&policy)[kCount],
@@ -214,7 +204,7 @@ struct Step {
     if (form == kMeanForm) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) out[j] = mu[j] - policy[j];
-    } else if (form == kOutputForm) {
+    } else if (form == kOutputForm) {  // exactly 0 for equal outputs; a difference of two means would lose digits
 #pragma unroll
       for (int j = 0; j < kCount; ++j) out[j] = b * (v[j] - policy[j]);
     } else if (form == kResidualForm) {
@@ -230,8 +220,7 @@ struct Step {
   }
 };
 
-// The sources that kernels are compiled for: X(name, source, dtypes...). What no typed one fits takes a mixed one,
-// which looks at the dtypes at run time.
+// The sources that kernels are compiled for: X(name, source, dtypes...).
 #define POLICY_LOSS_SOURCES(X)                                \
   X(f32, Means, kFloat32, kFloat32)                           \
   X(bf16, Means, kBfloat16, kBfloat16)                        \

@@ -1,4 +1,4 @@
-// Dtypes, and single elements in and out of memory. Arithmetic between the two is float32.
+// Dtypes, and loads and stores of single elements as float32.
 #pragma once
 
 #include "call.cuh"
@@ -11,9 +11,8 @@ __device__ __forceinline__ constexpr int dtype_size(int dtype) {
 __device__ __forceinline__ float low_bfloat_to_float(unsigned word) { return __uint_as_float(word << 16); }
 __device__ __forceinline__ float high_bfloat_to_float(unsigned word) { return __uint_as_float(word & 0xffff0000u); }
 
-// Of an input, which nobody writes while the kernel runs.
 __device__ __forceinline__ float load_element(const void* data, int dtype, long long at) {
-  if (dtype == kFloat32) return __ldg(static_cast<const float*>(data) + at);
+  if (dtype == kFloat32) return __ldg(static_cast<const float*>(data) + at);  // no kernel writes its inputs
   const unsigned bits = __ldg(static_cast<const unsigned short*>(data) + at);
   return dtype == kBfloat16 ? low_bfloat_to_float(bits) : low_half_to_float(bits);
 }
@@ -27,13 +26,12 @@ __device__ __forceinline__ void store_element(void* data, int dtype, float value
   }
 }
 
-// What is read where `value` was stored.
 __device__ __forceinline__ float as_stored(int dtype, float value) {
   if (dtype == kBfloat16) return low_bfloat_to_float(floats_to_bfloats(value, 0.f));
   return dtype == kFloat16 ? low_half_to_float(floats_to_halves(value, 0.f)) : value;
 }
 
-// As torch.max: NaN wins.
+// NaN if one of them is, as torch.max.
 __device__ __forceinline__ float nan_max(float a, float b) { return a != a || a > b ? a : b; }
 
 __device__ __forceinline__ bool is_finite(double value) { return value - value == 0.0; }

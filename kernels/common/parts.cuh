@@ -1,32 +1,28 @@
-// How the threads of a grid share `[rows, numel]`: which part of which row, and which block comes last.
+// How the threads of a grid share [rows, numel], and how blocks that share a row add up their sums.
 #pragma once
 
 #include "common/reduce.cuh"
 
-// Up to here a warp per row is no slower than a block: two steps of 256 float32.
-constexpr long long kShortRow = 512;
+constexpr long long kShortRow = 512;  // the longest row that one warp takes: two iterations of 256 float32
 
-// A contiguous part of one row, and the threads that work on it together: a block, or one warp.
+// A contiguous part of one row and its threads: a block, or one warp.
 struct Part {
   long long row;
-  long long first, count;  // elements, the first by its number in the whole tensor
+  long long first, count;  // elements; `first` counts from the start of the tensor
   unsigned split;
   int thread, threads;
 };
 
-// Splits begin at multiples of this many elements, so that all of them are aligned if their row is.
-constexpr long long kSplitUnit = 64;
+constexpr long long kSplitUnit = 64;  // splits begin at multiples of it: if a row is aligned, all its splits are
 
-// Split `split` of a row, for all threads of a block.
 __device__ __forceinline__ Part part_of_block(long long row, long long numel, unsigned split, unsigned splits) {
   const long long stretch = ((numel + splits - 1) / splits + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
   Part part;
   part.row = row;
   part.split = split;
   part.first = row * numel + split * stretch;
-  // A late split may be empty, since stretches are rounded up.
   const long long left = numel - split * stretch;
-  part.count = left < 0 ? 0 : left < stretch ? left : stretch;
+  part.count = left < 0 ? 0 : left < stretch ? left : stretch;  // stretches are rounded up: late splits may be empty
   part.thread = threadIdx.x;
   part.threads = kThreads;
   return part;
@@ -37,23 +33,22 @@ __device__ __forceinline__ Part part_of_thread(long long rows, long long numel, 
   if (splits > 0) return part_of_block(block / splits, numel, block % splits, splits);
   const int thread = threadIdx.x;
   Part part;
-  // Past the last row in the last block: no elements.
   part.row = static_cast<long long>(block) * kWarps + thread / kWarpSize;
   part.split = 0;
   part.first = part.row * numel;
-  part.count = part.row < rows ? numel : 0;
+  part.count = part.row < rows ? numel : 0;  // the last block may have warps without a row
   part.thread = thread % kWarpSize;
   part.threads = kWarpSize;
   return part;
 }
 
-// Which of the rows that a block has.
+// The index of the part's row among the rows of the block.
 __device__ __forceinline__ int row_in_block(const Part& part) {
   return part.threads == kWarpSize ? static_cast<int>(threadIdx.x) / kWarpSize : 0;
 }
 
-// Counts this block in; true in all threads of the block that came last of `count`, which may then read what the others
-// wrote before they were counted. The ticket is 0 again after the last one.
+// All threads of `count` blocks call this. True in the last block, which may then read what the others wrote before.
+// The last block resets the ticket to 0.
 __device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned count) {
   SHARED(unsigned, s_last, 1);
   __syncthreads();  // the whole block has written
@@ -66,9 +61,9 @@ __device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned count) {
   return s_last[0];
 }
 
-// Adds up what the threads of a row have: in float32 over a block, in float64 over the splits, in one fixed order.
-// False in blocks that do not come last of their row; else `total` is valid in the first thread of the part. `s_sums`:
-// shared memory for kWarps * kCount values. `partials` [rows, splits, kCount] and `tickets` [rows] where splits > 1.
+// Adds up the threads' `sums` of a row in a fixed order: float32 in a block or warp, float64 over the splits. True in
+// the last block of a row, where `total` is valid in thread 0 of the part. `s_sums` is shared memory, kWarps * kCount
+// values; `partials` [rows, splits, kCount] and `tickets` [rows] are used if splits > 1.
 template <int kCount>
 __device__ __forceinline__ bool sum_row(const Part& part, unsigned splits, float (&sums)[kCount], float* s_sums,
                                         float* partials, unsigned* tickets, double (&total)[kCount]) {
@@ -90,7 +85,6 @@ __device__ __forceinline__ bool sum_row(const Part& part, unsigned splits, float
     for (int i = 0; i < kCount; ++i) of_row[part.split * kCount + i] = sums[i];
   }
   if (!comes_last(tickets + part.row, splits)) return false;
-  // A thread of the first warp takes every 32nd split, then a tree.
   if (part.thread < kWarpSize) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) total[i] = 0.0;

@@ -1,16 +1,14 @@
-// Reductions over a warp and over a block, in one fixed order, so that the same values give the same bits.
-//
-// All threads of the warp, or of the block, take part: no early return before them.
+// Reductions over a warp and over a block, in a fixed order: the same values give the same bits. All threads of the
+// warp or block must call them.
 #pragma once
 
 #include "common/numeric.cuh"
 
 constexpr int kWarpSize = 32;
-constexpr int kThreads = 256;  // of a block
+constexpr int kThreads = 256;  // per block
 constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads % kWarpSize == 0 && kWarps <= kWarpSize, "the first warp reduces one value of each warp");
 
-// What a reduction does with two values. Sums start at 0.
 struct Add {
   template <class T>
   __device__ __forceinline__ T operator()(T a, T b) const {
@@ -22,8 +20,8 @@ struct NanMax {
   __device__ __forceinline__ float operator()(float a, float b) const { return nan_max(a, b); }
 };
 
-// A butterfly: every lane ends with the same value. The loop over distances stays one: a shuffle after a branch takes
-// ~15 instructions (the compiler adds a path for lanes that have parted), and unrolled they were half of all code.
+// Every lane gets the result. The loop is not unrolled: for a shuffle after a branch the compiler adds a path for
+// diverged lanes, ~15 instructions each, and unrolled shuffles were half of a kernel's code.
 template <class T, int kCount, class Combine = Add>
 __device__ __forceinline__ void warp_reduce(T (&values)[kCount], Combine combine = {}) {
 #pragma unroll 1
@@ -33,8 +31,8 @@ __device__ __forceinline__ void warp_reduce(T (&values)[kCount], Combine combine
   }
 }
 
-// Over the block; valid in all lanes of warp 0, the other warps keep what their own warp has. `s_values` is shared
-// memory for kWarps * kCount values; a second use of the same memory needs a barrier before it.
+// The result is valid in warp 0. `s_values` is shared memory, kWarps * kCount values; the caller puts a barrier before
+// its next use. `nothing` is the neutral element of `combine`.
 template <class T, int kCount, class Combine = Add>
 __device__ __forceinline__ void block_reduce(T (&values)[kCount], T* s_values, T nothing = {}, Combine combine = {}) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

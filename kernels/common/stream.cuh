@@ -1,28 +1,24 @@
-// The one loop of all kernels that read latents: over the vectors, the tail and the runs of a part.
+// The loop of all kernels that read latents: over the vectors and single elements of a part.
 #pragma once
 
 #include "common/parts.cuh"
 
-// Elements that are handled with 32-bit indices, and added up in one go: 256 per thread of a block. Longer chains of
-// float32 additions would lose digits.
-constexpr int kRun = 65536;
+constexpr int kRun = 65536;  // elements, 256 per thread of a block: longer chains of float32 additions lose digits
 
-// `Work` knows, with the numbers of elements in the whole tensors,
-//   kVector, kSteps      elements of a vector, and how many vectors a thread loads together
-//   kAhead               whether the loads of an iteration are issued at the end of the one before
-//   aligned(first)       whether whole vectors can be loaded from there; else every element is one of the tail
-//   load(raw, at)        issues the loads of a vector, or of a single element, into a Raw; what is absent stays 0
-//   use(at, step, raw)   does what is to be done with a vector that was loaded as the step-th of its iteration
-//   end_run()            every kRun elements
-// `prepare()` is called once by every thread that shares the part, empty or not. With kAhead the first loads are under
-// way by then: what it forms must not say what is loaded.
+// `Work` has the following; `at` and `first` are element indices in the whole tensor.
+//   kVector, kSteps      elements of a vector, vectors that a thread loads in an iteration
+//   kAhead               whether an iteration issues the loads of the next one
+//   aligned(first)       whether vectors can be loaded from there; else all elements are processed singly
+//   load(raw, at)        issues the loads of a vector or an element into a Raw; absent tensors leave it 0
+//   use(at, step, raw)   processes what `load` put into raw; `step` is the vector's number in the iteration
+//   end_run()            is called after every run
+// Every thread of the part calls `prepare()` once, even if the part is empty. With kAhead it runs while the first loads
+// are in flight: `load` must not depend on it.
 //
-// A warp takes kSteps times 32 neighbours, so that the steps of a thread are a constant distance apart, and one address
-// register per tensor serves all of them. The tail is last, a thread an element.
-//
-// Why ahead: where loads and arithmetic stand in one block the compiler moves loads behind the first use, to save
-// registers (4 of 10, seen in the disassembly): two trips to memory in an iteration, one after the other. It moves none
-// over the branch back. A kernel for every mix of dtypes has no registers for that, and spills.
+// In an iteration the vectors of a thread are 32 apart: one address register per tensor serves all of them.
+// Without kAhead the compiler moves loads behind the first use to save registers (4 of 10 in the disassembly), and an
+// iteration waits for memory twice. It moves none across the loop's branch. The mixed kernels of policy_loss do not set
+// kAhead: they would spill.
 template <class Work, class Prepare>
 __device__ __forceinline__ void stream(Work& work, const Part& part, Prepare prepare) {
   constexpr int kSteps = Work::kSteps;
@@ -36,14 +32,14 @@ __device__ __forceinline__ void stream(Work& work, const Part& part, Prepare pre
   do {
     const int count = static_cast<int>(end - first < kRun ? end - first : kRun);
     const int vectors = vectorised ? count / kVector : 0;
-    const int whole = vectors - (kSteps - 1) * kWarpSize;  // below it the last step of an iteration is there too
+    const int whole = vectors - (kSteps - 1) * kWarpSize;  // all kSteps vectors exist if vector < whole
     int vector = part.thread / kWarpSize * (kSteps * kWarpSize) + part.thread % kWarpSize;
     const auto at = [&](int step) { return first + vector * kVector + step * (kWarpSize * kVector); };
     const auto load = [&] {
       if (vector < whole) {
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          if (!Work::kAhead) raw[step] = {};  // a pack that is not loaded keeps no registers
+          if (!Work::kAhead) raw[step] = {};  // packs of absent tensors then take no registers
           work.load(raw[step], at(step));
         }
       } else if (kSteps > 1 && vector < vectors) {

@@ -1,7 +1,6 @@
-// Latents that a kernel reads (`Tensor`) and writes (`Target`), by the number of an element in the whole of them.
-//
-// No pointer into a row is kept: the start of each stays among the kernel's arguments, where it costs no registers, and
-// all share one offset. `dtype_if_any` is looked at where kDtype is kAny.
+// Latents that a kernel reads (`Tensor`) and writes (`Target`). Positions `at` and `first` are element indices in the
+// whole tensor, so that all tensors share one offset; their base addresses stay in the kernel's arguments and take no
+// registers. `dtype_if_any` is used if kDtype is kAny.
 #pragma once
 
 #include "common/vec.cuh"
@@ -27,7 +26,7 @@ struct Tensor {
   }
 };
 
-// data null: not wanted.
+// Nothing is stored if data is null.
 template <int kDtype>
 struct Target {
   void* data;

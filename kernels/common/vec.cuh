@@ -1,14 +1,12 @@
-// kCount neighbouring elements of one tensor as they lie in memory, moved 16 bytes at a time.
-//
-// A `Pack` holds the raw words, so that a thread can issue the loads of several packs before it converts the first:
-// what is in flight is what hides the ~600 ns to memory. Addresses are multiples of 16 bytes; callers check.
+// kCount neighbouring elements of a tensor, loaded and stored 16 bytes at a time, at 16-byte aligned addresses. `load`
+// converts nothing, so that a thread issues the loads of several packs and waits for memory (~600 ns) once.
 #pragma once
 
 #include "common/numeric.cuh"
 
 enum class Cache {
-  kKeep,    // read-only path, ordinary life in the L2: the backward reads it again
-  kStream,  // evict first: nobody reads it again
+  kKeep,    // normal eviction: the backward reads it again
+  kStream,  // evict first: nothing reads it again
 };
 
 template <Cache kCache>
@@ -22,7 +20,7 @@ struct Pack {
   static constexpr int kVectors = kCount * (kDtype == kAny ? 4 : dtype_size(kDtype)) / 16;
   uint4 raw[kVectors];
 
-  // `dtype` is kDtype unless that is kAny; a branch on it is the same for all threads of the grid.
+  // `dtype` is kDtype unless that is kAny. It is the same in all threads: branches on it do not diverge.
   template <Cache kCache>
   __device__ __forceinline__ void load(const void* data, int dtype) {
     const uint4* vectors = static_cast<const uint4*>(data);
@@ -38,7 +36,6 @@ struct Pack {
       if (kDtype != kAny || i < kVectors / 2 || dtype == kFloat32) store16(vectors + i, raw[i]);
   }
 
-  // All elements at once: one branch on a run-time dtype for the pack, not one for each element.
   __device__ __forceinline__ void get(float (&values)[kCount], int dtype) const {
     if (dtype == kFloat32) {
       if constexpr (kDtype == kFloat32 || kDtype == kAny) {
@@ -76,7 +73,7 @@ struct Pack {
   }
 
  private:
-  // `i` is a constant after unrolling: registers have no run-time index.
+  // `i` must be a constant after unrolling, because registers cannot be indexed at run time.
   __device__ __forceinline__ unsigned& word(int i) {
     uint4& vector = raw[i / 4];
     return i % 4 == 0 ? vector.x : i % 4 == 1 ? vector.y : i % 4 == 2 ? vector.z : vector.w;
@@ -84,7 +81,7 @@ struct Pack {
   __device__ __forceinline__ unsigned word(int i) const { return const_cast<Pack*>(this)->word(i); }
 };
 
-// A single element, for tails and odd addresses.
+// A single element at any address.
 template <int kDtype>
 struct Pack<kDtype, 1> {
   float value;
