@@ -15,7 +15,6 @@ use crate::error::Error;
 mod array;
 mod bind;
 mod dlpack;
-mod environment;
 mod guard;
 mod memo;
 mod objective;
