@@ -875,13 +875,13 @@ def test_another_surface_is_refused(standin):
 
 @pytest.mark.parametrize(("module", "name"), [("flowdppo", "FlowDPPO"), ("flowgrpo", "FlowGRPO")])
 def test_a_keyword_of_a_later_unirl_is_refused(standin, module, name):
-    """It would be accepted and have no effect: UniRL's `beta`, a reference penalty, is in its own loss."""
+    """It would be accepted and have no effect."""
     own = getattr(trainer(f"algorithms.{module}"), name)
     later = [*inspect.signature(own).parameters.values()]
-    later.append(inspect.Parameter("beta", inspect.Parameter.KEYWORD_ONLY, default=0.0))
+    later.append(inspect.Parameter("gamma", inspect.Parameter.KEYWORD_ONLY, default=0.0))
     made = type(name, (own,), {"__signature__": inspect.Signature(later)})
     setattr(trainer(f"algorithms.{module}"), name, made)
-    with pytest.raises(Incompatible, match=f"UniRL's {name} is a class that takes beta, wanted one that does not"):
+    with pytest.raises(Incompatible, match=f"UniRL's {name} is a class that takes gamma, wanted one that does not"):
         getattr(standin, name)
 
 

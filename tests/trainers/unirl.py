@@ -1,11 +1,14 @@
 """What UniRL's modules look like to `flowdppo_ops.integrations.unirl`, without UniRL.
 
-Names, parameters, class attributes and the plumbing that the integration leaves to UniRL, at commit 1a7b501e. None of
-its arithmetic: a helper or a step here returns `OwnResult`, which says that UniRL's own function was called, and how.
+Names, parameters, class attributes and the plumbing that the integration leaves to UniRL, at commit 1a7b501e (of June
+2026) and, with `modules(september=True)`, at 0c97cfb8. Of its arithmetic only the sigmas of the KL and the reference
+KL, which the integration calls: a helper or a step here returns `OwnResult`, which says that UniRL's own function was
+called, and how.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC
 from dataclasses import dataclass
@@ -13,6 +16,8 @@ from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+
+from flowdppo_ops.reference import transition
 
 
 class OwnResult(NamedTuple):
@@ -103,7 +108,19 @@ class FlowDPPO(StageAlgorithm):
         self.conditions_cls = conditions_cls
 
     def _compute_sigma_t(self, segment, target_steps, device):
-        raise AssertionError("UniRL's own, which the integration replaces")
+        if not self.add_kl_coefficient:
+            return torch.ones(1, len(target_steps), 1, 1, 1, device=device)
+        now, following = _sigmas(segment, target_steps, device)
+        return (torch.sqrt(now / (1 - now.clamp(max=0.99)) * (now - following)) * self.params.eta).reshape(
+            1, -1, 1, 1, 1
+        )
+
+
+def _sigmas(segment, target_steps, device):
+    if segment.sigmas is None:
+        raise ValueError("add_kl_coefficient=True needs segment.sigmas")
+    sigmas = segment.sigmas.to(device, torch.float32)
+    return sigmas[target_steps], sigmas[[step + 1 for step in target_steps]]
 
 
 class FlowGRPO(StageAlgorithm):
@@ -158,6 +175,79 @@ class DanceSDEStrategy(StepStrategy):
     canonical_name: ClassVar[str] = "dance"
 
 
+# ---- since September 2026: a reference penalty, the transition's sigma, generators -----------------------------------
+
+
+def _transition_sigma(stage, *, segment, target_steps, eta, device, add_coefficient, sample_ndim):
+    shape = (1, len(target_steps), *(1,) * (sample_ndim - 2))
+    if not add_coefficient:
+        return torch.ones(shape, device=device)
+    now, following = _sigmas(segment, target_steps, device)
+    sigma_max = segment.sigmas.to(device)[1]
+    return stage.strategy.transition_std(sigma=now, sigma_next=following, eta=eta, sigma_max=sigma_max).reshape(shape)
+
+
+def _reference_replay_means(stage, ref_model, *, conditions, segment, params, target_steps):
+    assert ref_model is not None
+    return ref_model.replay(conditions, segment=segment, params=params, step_indices=target_steps).prev_sample_means
+
+
+def _reference_kl_loss(new_means, ref_means, sigma_t):
+    return ((new_means - ref_means.detach()) ** 2 / (2 * sigma_t**2)).flatten(2).mean(2).mean()
+
+
+def _with_penalty(algorithm: type) -> type:
+    """UniRL's constructor of September: `beta`, `backend`, and a check of the stage."""
+
+    class Later(algorithm):
+        requires_backend = True
+
+        def __init__(self, *, beta=0.0, backend=None, **arguments):
+            super().__init__(**arguments)
+            if beta > 0 and backend is None:
+                raise ValueError("beta > 0 needs a backend")
+            if getattr(self.stage, "batch_replay_steps", False) and self.old_logp_source == "rollout":
+                raise ValueError("a stage that replays all steps as one batch needs old_logp_source='replay'")
+            self.beta, self._ref_model = float(beta), backend
+
+    own = inspect.signature(algorithm).parameters
+    later = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in _LATER]
+    Later.__signature__ = inspect.Signature([*own.values(), *later])
+    Later.__name__ = Later.__qualname__ = algorithm.__name__
+    return Later
+
+
+_LATER = (("beta", 0.0), ("backend", None))
+SeptembersFlowDPPO, SeptembersFlowGRPO = _with_penalty(FlowDPPO), _with_penalty(FlowGRPO)
+
+
+def _septembers_sigma_t(self, segment, target_steps, device, sample_ndim=5):
+    given = {"segment": segment, "target_steps": target_steps, "eta": self.params.eta, "device": device}
+    return _transition_sigma(self.stage, **given, add_coefficient=self.add_kl_coefficient, sample_ndim=sample_ndim)
+
+
+SeptembersFlowDPPO._compute_sigma_t = _septembers_sigma_t
+
+
+def _later_strategy(strategy: type) -> type:
+    """`denoise` with a generator, and the transition's standard deviation, whose formula is the reference's."""
+
+    class Later(strategy):
+        def denoise(
+            self, noise_pred, sample, sigma, sigma_next, *, eta=1.0, prev_sample=None, generator=None, sigma_max=0.99,
+            step_index=0,
+        ):  # fmt: skip
+            return OwnResult("denoise", {name: value for name, value in locals().items() if name != "self"})
+
+        def transition_std(self, *, sigma, sigma_next, eta, sigma_max=0.99):
+            name = {"flow": "flow_sde", "cps": "cps", "dance": "dance_sde"}[self.canonical_name]
+            sigma_max = torch.as_tensor(sigma_max, dtype=sigma.dtype)
+            return transition(name, sigma, sigma_next, torch.as_tensor(eta, dtype=sigma.dtype), sigma_max)[2]
+
+    Later.__name__ = Later.__qualname__ = strategy.__name__
+    return Later
+
+
 # ---- unirl.utils.misc ------------------------------------------------------------------------------------------------
 
 
@@ -187,11 +277,20 @@ _CONTENTS = {
 }
 
 
-def modules() -> dict[str, ModuleType]:
+_SEPTEMBER = {
+    "unirl.algorithms.base": (_transition_sigma, _reference_replay_means, _reference_kl_loss),
+    "unirl.algorithms.flowdppo": (SeptembersFlowDPPO,),
+    "unirl.algorithms.flowgrpo": (SeptembersFlowGRPO,),
+    "unirl.sde.kernels": tuple(map(_later_strategy, (FlowSDEStrategy, CPSSDEStrategy, DanceSDEStrategy))),
+}
+
+
+def modules(september: bool = False) -> dict[str, ModuleType]:
     """Fresh modules by name, for `sys.modules`."""
     made = {name: ModuleType(name) for name in _CONTENTS}
     for name, contents in _CONTENTS.items():
-        vars(made[name]).update({each.__name__: each for each in contents})
+        later = _SEPTEMBER.get(name, ()) if september else ()
+        vars(made[name]).update({each.__name__: each for each in (*contents, *later)})
         made[name].__path__ = []
         parent, _, own = name.rpartition(".")
         if parent:

@@ -124,16 +124,23 @@ class Patch:
             raise self.incompatible(_name(owner, name), "absent", "what the integration replaces")
         return _held(owner)[name]
 
-    def check_parameters(self, what: str, function: Callable[..., Any], wanted: Iterable[str]) -> None:
-        """The names of a function's parameters, in order; all of them, for an unknown one would be lost on the way."""
-        found, wanted = tuple(inspect.signature(function).parameters), tuple(wanted)
+    def check_parameters(
+        self, what: str, function: Callable[..., Any], wanted: Iterable[str], later: tuple[str, ...] = ()
+    ) -> None:
+        """The names of a function's parameters, in order; all of them, for an unknown one would be lost on the way.
+        Those in `later` came with a later version of the trainer."""
+        found = tuple(inspect.signature(function).parameters)
+        wanted = tuple(name for name in wanted if name in found or name not in later)
         if found != wanted:
             raise self.incompatible(what, f"({', '.join(found)})", f"({', '.join(wanted)})")
 
-    def replacement(self, owner: Any, name: str, function: Callable[..., Any], prefix: str = "") -> Replacement:
-        """By a function with the same parameters, which may leave calls to the trainer's: see `with_fallback`."""
+    def replacement(
+        self, owner: Any, name: str, function: Callable[..., Any], prefix: str = "", later: tuple[str, ...] = ()
+    ) -> Replacement:
+        """By a function with the same parameters, which may leave calls to the trainer's: see `with_fallback`. `later`:
+        see `check_parameters`."""
         own = self.original(owner, name)
-        self.check_parameters(_name(owner, name), own, inspect.signature(function).parameters)
+        self.check_parameters(_name(owner, name), own, inspect.signature(function).parameters, later)
         return Replacement(owner, name, self.with_fallback(own, function, prefix))
 
     def with_fallback(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .._sde_step import sde_step
+from .._torch import Generator
+from ._schedule import draw
 
 SAMPLERS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps"}  # a strategy's canonical_name -> ours
 _DETERMINISTIC = 1e-7  # UniRL scores no step of a smaller eta
@@ -23,14 +25,16 @@ def denoise(
     *,
     eta: float = 1.0,
     prev_sample: Tensor | None = None,
+    generator: Generator = None,
     sigma_max: float | Tensor = 0.99,
     step_index: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor] | str:
     """UniRL's: draws the next latent, or scores `prev_sample`; a string, the reason, where UniRL's own has to run.
 
     Latents `[B, *latent]`; a sigma is 0-dim or `[B]`, with or without trailing ones. Below `eta` 1e-7 nothing is
-    scored. PyTorch's own generator draws the noise that UniRL draws. All results are float32, the next latent rounded
-    to the dtype of `sample` if it is scored. `step_index` is of no effect, in UniRL's strategies too.
+    scored. `generator` (since September 2026; one, or one for each sample; None is PyTorch's own) draws the noise that
+    UniRL draws. All results are float32, the next latent rounded to the dtype of `sample` if it is scored. `step_index`
+    is of no effect, in UniRL's strategies too.
     """
     if reason := _unserved(noise_pred, sample, prev_sample, sigma, sigma_next, sigma_max, eta):
         return reason
@@ -46,6 +50,7 @@ def denoise(
         sampler=SAMPLERS[self.canonical_name],
         sigma_max=_row_vector(sigma_max, sample),
         prev_sample=None if prev_sample is None else _at_most_float(prev_sample),
+        noise=None if prev_sample is not None or generator is None else draw(sample, generator),
     )
     return step.prev_sample.float(), step.log_prob if scored else None, step.prev_sample_mean
 
