@@ -7,10 +7,14 @@ import importlib.util
 import io
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+import flowdppo_ops
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -105,3 +109,52 @@ def test_an_output_stored_as_it_came_costs_nothing(kl_floor):
     )
     assert result.kl.tolist() == [0.0] * 4
     assert result.ratio.tolist() == [1.0] * 4
+
+
+# ---- trainers.md: floors of the first update -------------------------------------------------------------------------
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+def first_update(output: Change, **changes: Change) -> tuple[float, float]:
+    """`approx_kl` and `kl_new_old_mean` where the update's output is changed, or what the rollout stored."""
+    generator = torch.Generator().manual_seed(3)
+    sample, own, noise = torch.randn(3, 16, 65536, generator=generator)
+    schedule = {"sigma": 0.8, "sigma_next": 0.7, "noise_level": 0.7}
+    step = flowdppo_ops.sde_step(own, sample, noise=noise, residual_dtype=torch.float16, **schedule)
+    assert step.std[0].item() == pytest.approx(0.44, abs=5e-3)
+    stored = {"sample": sample, "old_log_prob": step.log_prob, "old_prev_sample_mean": step.prev_sample_mean}
+    for name, change in changes.items():
+        stored[name] = change(step.residual if name == "old_residual" else stored.get(name))
+    if "old_residual" in stored:
+        del stored["old_prev_sample_mean"]
+    new, sample = output(own), stored.pop("sample")
+    metrics = flowdppo_ops.step_loss(new, sample, step.prev_sample, torch.ones(16), **stored, **schedule).metrics()
+    return metrics["approx_kl"], metrics["kl_new_old_mean"]
+
+
+def off_by_2_percent(output: Tensor) -> Tensor:
+    return output * (1 + 0.02 * (2 * torch.rand(output.shape, generator=torch.Generator().manual_seed(4)) - 1))
+
+
+FIRST_UPDATES = {
+    "nothing": (torch.clone, {}),
+    "the old policy as a float16 residual": (torch.clone, {"old_residual": torch.clone}),
+    "the old mean stored in float16": (torch.clone, {"old_prev_sample_mean": Tensor.half}),
+    "the old mean stored in bfloat16": (torch.clone, {"old_prev_sample_mean": Tensor.bfloat16}),
+    "the old log-prob stored in bfloat16": (torch.clone, {"old_log_prob": Tensor.bfloat16}),
+    "the sample stored in bfloat16": (torch.clone, {"sample": Tensor.bfloat16}),
+    "the model output rounded to bfloat16": (Tensor.bfloat16, {}),
+    "the model output off by up to 2 %": (off_by_2_percent, {}),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_UPDATES)
+def test_floors_of_a_first_update(name):
+    """As the table says, but for half of it: approx_kl is that of 16 rows."""
+    page = (DOCS / "trainers.md").read_text()
+    (cells,) = re.findall(rf"^\| {re.escape(name)}[^|]*\| (\S+) \| (\S+) \|$", page, re.MULTILINE)
+    output, changes = FIRST_UPDATES[name]
+    for cell, found, apart in zip(map(float, cells), first_update(output, **changes), (3.0, 1.1), strict=True):
+        assert found == 0 if cell == 0 else cell / apart <= found <= cell * apart

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import re
 import sys
@@ -508,6 +509,17 @@ def test_another_flow_factory_is_refused(trainer):
     assert not flow_factory.enabled()
 
 
+def test_a_later_keyword_of_flow_factory_is_refused(trainer):
+    own = inspect.signature(trainer.FlowMatchEulerDiscreteSDEScheduler.step)
+    later = [*own.parameters.values(), inspect.Parameter("gamma", inspect.Parameter.KEYWORD_ONLY, default=0.0)]
+    step = partial(trainer.FlowMatchEulerDiscreteSDEScheduler.step)
+    step.__signature__ = own.replace(parameters=later)
+    trainer.FlowMatchEulerDiscreteSDEScheduler.step = step
+    with pytest.raises(Incompatible, match=r"step is \(self, .*, gamma\), wanted \(self"):
+        flow_factory.enable()
+    assert not flow_factory.enabled()
+
+
 def test_no_flow_factory(monkeypatch):
     monkeypatch.setitem(sys.modules, "flow_factory", None)
     with pytest.raises(Incompatible, match="not importable"):
@@ -590,6 +602,71 @@ def test_penalty_of_flow_factory(kind, strict):
     assert torch.equal(info["policy_loss"], (total if strict else plain).detach())
     want = 2 * 0.04 * (velocity.detach() - ref) / velocity.numel()
     assert torch.allclose(grads(total, velocity), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ["v-based", "x-based"])
+@pytest.mark.parametrize("shape", [(16, 3, 5, 7), (16, 33, 6)], ids=["image", "token"])
+def test_dppo_loss_of_flow_factory(kind, shape, strict):
+    """Against the trainer's formulas in float64: which rows are blocked, loss, gradients and what is logged."""
+    generator = torch.Generator().manual_seed(2)
+    new, old = torch.randn(2, *shape, generator=generator)
+    new = leaf(old + 0.01 * torch.arange(16).reshape(-1, *(1,) * (len(shape) - 1)) * new)
+    log_prob, old_log_prob, advantage = torch.randn(3, 16, generator=generator)
+    log_prob = leaf(old_log_prob + 0.1 * log_prob)
+    std = torch.linspace(0.2, 0.9, 16) if kind == "x-based" else None
+    kl = (new.detach() - old).double().square().flatten(1).mean(1)
+    if std is not None:
+        kl = kl / (2 * std.double() ** 2)
+    threshold = kl.sort().values[7:9].mean().item()
+    total, info = flow_factory.dppo_loss(
+        log_prob,
+        old_log_prob,
+        advantage,
+        mask_latents=new,
+        old_mask_latents=old,
+        kl_mask_threshold=threshold,
+        adv_clip_range=(-0.9, 1.1),
+        mask_std=None if std is None else std.reshape(-1, *(1,) * (len(shape) - 1)),
+        kl_beta=0.04,
+        kl_latents=new,
+        ref_kl_latents=old + 1.0,
+        strict=strict,
+    )
+    row, clipped = leaf(log_prob.detach().double()), advantage.double().clamp(-0.9, 1.1)
+    ratio = torch.exp(row - old_log_prob.double())
+    keep = ~((kl >= threshold) & ((ratio - 1) * clipped > 0))
+    assert 2 <= (~keep).sum() < (kl >= threshold).sum()
+    policy = (-clipped * ratio * keep).mean()
+    kl_div = (new.detach().double() - old.double() - 1).square().mean()
+    wanted = {
+        "ratio": ratio,
+        "kl_new_old": kl,
+        "unclipped_loss": -clipped * ratio,
+        "policy_loss": policy + 0.04 * kl_div if strict else policy,
+        "loss": policy + 0.04 * kl_div,
+        "keep_ratio": keep.double().mean(),
+        "masked_ratio": (~keep).double().mean(),
+        "kl_div": kl_div,
+        "kl_loss": 0.04 * kl_div,
+    }
+    assert info.keys() == wanted.keys()
+    for name, want in wanted.items():
+        assert torch.allclose(info[name].double(), want.detach(), rtol=1e-5, atol=1e-7), name
+        assert not info[name].requires_grad
+    assert torch.allclose(grads(total, log_prob).double(), grads(policy, row), rtol=1e-5, atol=1e-9)
+    want = 2 * 0.04 * (new.detach() - old - 1) / new.numel()
+    assert torch.allclose(grads(total, new), want, rtol=1e-5, atol=1e-9)
+
+
+def test_dppo_blocks_no_row_of_nan_kl():
+    latents = torch.zeros(2, 8)
+    latents[0, 3] = math.nan
+    given = {"kl_mask_threshold": 1e-5, "adv_clip_range": (-5.0, 5.0)}
+    rows = (torch.tensor([0.1, 0.1]), torch.zeros(2), torch.ones(2))
+    _, info = flow_factory.dppo_loss(*rows, mask_latents=latents, old_mask_latents=torch.zeros(2, 8), **given)
+    assert info["keep_ratio"] == 1.0
+    assert info["kl_new_old"].isnan().tolist() == [True, False]
 
 
 def test_guard_takes_the_strict_of_enable(trainer):

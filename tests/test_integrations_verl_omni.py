@@ -181,6 +181,29 @@ def _other_parameters(modules, monkeypatch):
     monkeypatch.setattr(modules.algos.KLLoss, "compute_loss", classmethod(lambda cls, *, mean, extra: None))
 
 
+def with_a_keyword(function: Any) -> Any:
+    """The trainer's function of a later version, which takes one keyword more."""
+    own = inspect.signature(function)
+    keyword = inspect.Parameter("gamma", inspect.Parameter.KEYWORD_ONLY, default=0.0)
+    parameters = [one for one in own.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
+
+    def later(*args, **kwargs):
+        raise AssertionError("it is refused before it is called")
+
+    later.__signature__ = own.replace(parameters=[*parameters, keyword])
+    return later
+
+
+def _later_loss(modules, monkeypatch):
+    own = modules.algos.FlowDPPOLoss.compute_loss
+    monkeypatch.setattr(modules.algos.FlowDPPOLoss, "compute_loss", staticmethod(with_a_keyword(own)))
+
+
+def _later_step(modules, monkeypatch):
+    kind = modules.schedulers.FlowMatchSDEDiscreteScheduler
+    monkeypatch.setattr(kind, "sample_previous_step", with_a_keyword(kind.sample_previous_step))
+
+
 def _other_loss(modules, monkeypatch):
     monkeypatch.setitem(modules.registry, "flow_dppo", object())
 
@@ -199,6 +222,8 @@ def _other_step(modules, monkeypatch):
             _other_parameters,
             r"KLLoss\.compute_loss is \(mean, extra\), wanted \(prev_sample_mean, ref_prev_sample_mean",
         ),
+        (_later_loss, r"FlowDPPOLoss\.compute_loss is \(.*, gamma\), wanted \("),
+        (_later_step, r"sample_previous_step is \(self, .*, gamma\), wanted \(self"),
         (_other_loss, r"loss 'flow_dppo' is a object, wanted a FlowDPPOLoss"),
         (_other_step, r"sample_previous_step is \(self, sample\), wanted \(self, sample, model_output, timestep"),
     ],

@@ -2,7 +2,8 @@
 
 No plug-in point reaches a trainer's `optimize`, so a few lines of it change, as docs/trainers.md shows. The losses take
 what is in scope there, and return the loss with what the trainer logs. `strict=None` takes what `enable` was told, and
-else FLOWDPPO_OPS_STRICT; the step has no defect. Tested with Flow-Factory at a0b2bc5a.
+else FLOWDPPO_OPS_STRICT; the step has no defect. Tested with Flow-Factory at a0b2bc5a; `dppo_loss` against the formulas
+of its trainer of July 2026, which was read and not run.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import FlowGRPO, GRPOGuard, sde_step
+from .. import FlowDPPO, FlowGRPO, GRPOGuard, sde_step
 from .._torch import Generator
 from ._patch import Patch, Replacement, log, wants_strict
 from ._schedule import draw, look_up, wide
 from ._terms import gaussian_kl, policy_loss
 
-__all__ = ["disable", "enable", "enabled", "fallbacks", "grpo_loss", "guard_loss"]
+__all__ = ["disable", "dppo_loss", "enable", "enabled", "fallbacks", "grpo_loss", "guard_loss"]
 
 _patch = Patch("Flow-Factory", tested="commit a0b2bc5a")
 enable, disable, enabled, fallbacks = _patch.enable, _patch.disable, _patch.enabled, _patch.count_fallbacks
@@ -212,6 +213,59 @@ def guard_loss(
         )
         loss, ratio = result.loss, result.ratio
     return _penalised(loss, _info(ratio.detach(), advantage, clip_range), kl_beta, kl_latents, ref_kl_latents, strict)
+
+
+def dppo_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    *,
+    mask_latents: Tensor,
+    old_mask_latents: Tensor,
+    kl_mask_threshold: float,
+    adv_clip_range: tuple[float, float],
+    mask_std: Tensor | None = None,
+    kl_beta: float = 0.0,
+    kl_latents: Tensor | None = None,
+    ref_kl_latents: Tensor | None = None,
+    strict: bool | None = None,
+) -> tuple[Tensor, Info]:
+    """`DPPOTrainer.optimize` (July 2026) from "Compute loss" to the last `loss_info[...]`, with latents of one tensor.
+
+    Args:
+        mask_latents, old_mask_latents: what the KL mask compares, of the policy and of the rollout: velocities with
+            `kl_mask_type` "v-based", means of the next latent with "x-based".
+        kl_mask_threshold, adv_clip_range: of `training_args`.
+        mask_std: `[B]` or `[B, 1, ...]`, the standard deviation of the transition, for "x-based": the KL is then
+            `mean (p - q)^2 / (2 mask_std^2)`. None, for "v-based": `mean (p - q)^2`.
+        The others: as in `grpo_loss`.
+
+    Returns:
+        As `grpo_loss`, with `ratio kl_new_old unclipped_loss` `[B]` and 0-dim `policy_loss loss keep_ratio
+        masked_ratio`. A NaN KL blocks no row, as in the trainer.
+    """
+    strict = wants_strict(_patch.strict if strict is None else strict)
+    advantage = torch.clamp(advantage, *adv_clip_range)
+    # Without `mask_std` the squares are divided by 2 in the KL, and so is the threshold: both exactly.
+    halved = 1.0 if mask_std is not None else 0.5
+    result = policy_loss(
+        strict,
+        log_prob,
+        (mask_latents.detach(), old_mask_latents),
+        advantages=advantage,
+        std=1.0 if mask_std is None else mask_std,
+        old_log_prob=old_log_prob,
+        objective=FlowDPPO(halved * kl_mask_threshold, normalize_kl=mask_std is not None, nan_kl="keep"),
+    )
+    kept = result.keep.float().mean()
+    info = {
+        "ratio": result.ratio,
+        "kl_new_old": result.kl / halved,
+        "unclipped_loss": -advantage * result.ratio,
+        "keep_ratio": kept,
+        "masked_ratio": 1.0 - kept,
+    }
+    return _penalised(result.loss, info, kl_beta, kl_latents, ref_kl_latents, strict)
 
 
 def _surrogates(ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
