@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find src python kernels -type f -name '*.*' ! -name '*.so' ! -name '*.pyc' 2>/dev/null) build.rs .cargo/config.toml
 export CARGO_TERM_COLOR := never
 
-.PHONY: demo test versions lint bench gpu sanitize clean
+.PHONY: demo test versions wheel lint bench gpu sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m flowdppo_ops demo
@@ -19,6 +19,10 @@ test: lint
 # The tests of the operators on every PyTorch since 2.6 and every Python since 3.10; half an hour and the package index.
 versions: | $(BIN)/python
 	$(BIN)/python tests/versions.py
+
+# The wheel and the sdist of a release, in dist/; needs the package index.
+wheel: | $(BIN)/python
+	$(BIN)/python tests/wheel.py
 
 lint: $(VENV)/.test
 	cargo fmt --check
