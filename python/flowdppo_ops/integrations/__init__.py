@@ -17,7 +17,7 @@ class Defect(NamedTuple):
     """A behaviour of a trainer that is not what the maths says, and what each setting does about it."""
 
     name: str
-    trainer: str
+    trainer: str  # and until when
     behaviour: str
     effect: str  # with a number
     strict: str  # what `strict=True` does
@@ -117,7 +117,7 @@ DEFECTS: list[Defect] = [
         "KL off by 1e-4 (bfloat16) and 6e-5 (float16) of itself in a recorded training step",
         "squared in float32",
         "squared in float32"),
-    Defect("flow_factory: scales and log-probs of different rows", "Flow-Factory GRPO-Guard",
+    Defect("flow_factory: scales and log-probs of different rows", "Flow-Factory GRPO-Guard before July 2026",
         "the scale `[B, 1, ...]` of every row meets the log-prob `[B]` of every row",
         "none while all rows are at one step; at six steps ratios are up to 6.4 % off, the loss 0.8 %",
         "the same, `ratio` in its shape `[B, 1, ..., B]`",
