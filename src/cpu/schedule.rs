@@ -36,8 +36,9 @@ impl Transition {
         let dt = next - sigma;
         let (a, b, std) = if sampler == Sampler::Cps {
             let std = next * (noise_level * FRAC_PI_2).sin();
-            let r = (next * next - std * std).sqrt();
-            ((1.0 - next) + r, -sigma * (1.0 - next) + (1.0 - sigma) * r, std)
+            let r = (next * next - std * std).sqrt(); // no mul_add: 0 at noise level 1, not a NaN
+            let a = (1.0 - next) + r;
+            (a, (-sigma).mul_add(a, r), std) // b: -sigma (1 - next) + (1 - sigma) r
         } else {
             // q^2 = noise_level^2 sigma / divisor, with the same divisor in the std.
             let (inverse, variance) = if sampler == Sampler::FlowSde {
@@ -48,7 +49,7 @@ impl Transition {
                 (1.0 / sigma, -dt)
             };
             let half_rate = 0.5 * (noise_level * noise_level) * inverse;
-            (1.0 + half_rate * dt, (1.0 + half_rate * (1.0 - sigma)) * dt, noise_level * variance.sqrt())
+            (half_rate.mul_add(dt, 1.0), half_rate.mul_add(1.0 - sigma, 1.0) * dt, noise_level * variance.sqrt())
         };
         Transition {
             a: round(a),

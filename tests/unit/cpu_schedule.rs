@@ -20,6 +20,16 @@ fn without_noise_every_sampler_takes_the_euler_step() {
 }
 
 #[test]
+fn all_of_a_cps_step_may_be_noise() {
+    for at in 1..200 {
+        let sigma_next = f64::from(at) / 256.3;
+        let step = transition(Sampler::Cps, [0.8, sigma_next, 1.0], true);
+        assert_eq!((step.a, step.std), (1.0 - sigma_next, sigma_next));
+        assert!((step.b + 0.8 * (1.0 - sigma_next)).abs() < 1e-15);
+    }
+}
+
+#[test]
 fn flow_sde_replaces_exactly_one() {
     let at = |sigma| transition(Sampler::FlowSde, [sigma, 0.5, 1.0], true).std;
     assert!((at(1.0) - (1.0f64 / 0.1).sqrt() * 0.5f64.sqrt()).abs() < 1e-12);
