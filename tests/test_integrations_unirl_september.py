@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,6 +108,22 @@ def test_penalty(unirl, kind, strategy, shape, strict):
     assert all(type(value) is float for value in metrics.values())
     assert (leaf.grad - gradient).abs().max() <= 1e-4 * gradient.abs().max()
     assert unirl.fallbacks() == {}
+
+
+def test_penalty_before_sigmas_had_a_rank(unirl, monkeypatch):
+    """Between June and September UniRL had `beta`, and sigmas of rank 5 for means of any rank."""
+    base = trainer("algorithms.base")
+    monkeypatch.setattr(base, "_transition_sigma", partial(_sigma_of_rank_5, base._transition_sigma))
+    algorithm, call, leaf = training_step(unirl, "FlowGRPO", shape=SHAPES["token"], beta=BETA)
+    policy, kl_ref, _ = truth_of(algorithm, call, leaf)
+    result = algorithm.compute_loss_and_backward(**call)
+    assert result.metrics["kl_ref_mean"] == pytest.approx(kl_ref.item(), rel=1e-5)
+    assert result.loss == pytest.approx((policy + BETA * kl_ref).item(), rel=1e-5)
+
+
+def _sigma_of_rank_5(septembers, stage, *, segment, target_steps, eta, device, add_coefficient=True):
+    given = {"segment": segment, "target_steps": target_steps, "eta": eta, "device": device}
+    return septembers(stage, **given, add_coefficient=add_coefficient, sample_ndim=5)
 
 
 @both

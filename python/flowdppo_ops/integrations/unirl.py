@@ -85,8 +85,12 @@ def _own_sigma_t(algorithm: Any, segment: Any, target_steps: list[int], device: 
     """UniRL's own, `[1, S, 1, ...]` float32; ones without `add_kl_coefficient`. June's is of rank 5, and Flow-SDE's
     whatever the strategy, with sigma clamped to 0.99; September's is the strategy's own, of rank `ndim`."""
     own = _patch.original(_patch.attribute(_patch.module("unirl.algorithms.flowdppo"), "FlowDPPO"), "_compute_sigma_t")
-    later = {"sample_ndim": ndim} if "sample_ndim" in signature(own).parameters else {}
-    return own(algorithm, segment, target_steps, device, **later)
+    return own(algorithm, segment, target_steps, device, **_of_rank(own, ndim))
+
+
+def _of_rank(function: Callable[..., Any], ndim: int) -> dict[str, int]:
+    """Before September a sigma of the KL was of rank 5, whatever the means were."""
+    return {"sample_ndim": ndim} if "sample_ndim" in signature(function).parameters else {}
 
 
 def _transition_sigma_t(
@@ -168,7 +172,7 @@ class _Algorithm:
         given = {"segment": segment, "target_steps": steps}
         replay = base._reference_replay_means
         ref_means = replay(self.stage, self._ref_model, conditions=conditions, params=self.params, **given)
-        given |= {"eta": float(self.params.eta), "device": means.device, "sample_ndim": means.ndim}
+        given |= {"eta": float(self.params.eta), "device": means.device, **_of_rank(base._transition_sigma, means.ndim)}
         sigma = base._transition_sigma(self.stage, add_coefficient=True, **given)
         return Penalty(beta, means, ref_means.to(dtype=means.dtype, device=means.device), sigma)
 
