@@ -26,7 +26,7 @@ def test_code_prints_what_is_shown(page):
     """The blocks of a page are one program: a later one goes on where an earlier one ended."""
     blocks = BLOCK.findall(page.read_text())
     names = {}
-    for (language, code), (after, shown) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+    for (language, code), (after, shown) in zip(blocks, [*blocks, ("", "")][1:], strict=True):
         if language != "python":
             continue
         printed = io.StringIO()
