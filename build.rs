@@ -21,7 +21,7 @@ use libloading::{Library, Symbol};
 /// PTX, of the lowest, is what drivers compile for generations that do not exist yet.
 const ARCHS: &str = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,compute_80";
 
-/// No product is fused with a sum except where kernels say `fmaf`: the CPU rounds both. And for the residual of the
+/// No product is fused with a sum except where kernels say `fma`: the CPU rounds both. And for the residual of the
 /// same policy, `u / std - residual` is 0, where fusing would leave the rounding error of the product.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-Ikernels"];
 

@@ -40,7 +40,7 @@ impl Transition {
             let a = (1.0 - next) + r;
             (a, (-sigma).mul_add(a, r), std) // b: -sigma (1 - next) + (1 - sigma) r
         } else {
-            // q^2 = noise_level^2 sigma / divisor, with the same divisor in the std.
+            // q^2 = noise_level^2 sigma inverse; half_rate = q^2 / (2 sigma); std = q sqrt(-dt).
             let (inverse, variance) = if sampler == Sampler::FlowSde {
                 let below_one = if sigma == 1.0 { read(|schedule| &schedule.sigma_max) } else { sigma };
                 let inverse = 1.0 / (1.0 - below_one);
