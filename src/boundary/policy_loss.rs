@@ -135,10 +135,7 @@ impl PolicyLossCall {
         }
         // SAFETY: inputs are memory of arrays that `self` holds, of lengths that `bind` checked; the caller has just
         // allocated the outputs and holds them, and nobody else has them.
-        let run = || guarded(|| unsafe { ops::forward(place, plan, &forward, gradients) });
-        // One task takes less time than handing over the GIL.
-        let done = if is_one_task && plan.is_none() { run() } else { py.detach(run) };
-        done.map_err(Into::into)
+        py.detach(|| guarded(|| unsafe { ops::forward(place, plan, &forward, gradients) })).map_err(Into::into)
     }
 
     /// `row_sums`: see `read_sums`. `leaves`: what the loss will be differentiated in; see `forms_gradients`.
