@@ -1,6 +1,6 @@
 """Runs the tests of the operators on the versions of Python, PyTorch and NumPy that users have.
 
-    python tests/versions.py [--torch 2.6] [--folder FOLDER]
+    python tests/versions.py [--torch 2.6 newest] [--folder FOLDER]
 
 One wheel, an environment for each row of `VERSIONS`, and a table at the end; exit code 1 if a test failed. An
 environment has 3 to 6 GB and takes minutes to fill; it is deleted when its tests have run, unless `--folder` keeps it.
@@ -20,14 +20,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Python, PyTorch and NumPy; "" is the newest.
+# Python, PyTorch and NumPy.
 VERSIONS = (
     ("3.10", "2.6.0", "1.26.*"),
     ("3.12", "2.7.1", "2.*"),
     ("3.11", "2.8.0", "1.26.*"),
     ("3.13", "2.9.1", "2.*"),
     ("3.12", "2.10.0", "2.*"),
-    ("3.13", "", "2.*"),
+    ("3.13", "newest", "2.*"),
 )
 TESTS = ["library", "autograd_limits", "generators", "saved_tensors", "operator_refusals", "refusals"]
 TESTS += ["refusals_numpy", "reference_limits", "threads", "policy_loss", "step_loss", "sde_step", "numpy", "golden"]
@@ -50,7 +50,7 @@ def run(folder: Path, wheel: Path, python: str, torch: str, numpy: str) -> tuple
     if not (folder / "bin" / "python").exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
     here = folder / "bin" / "python"
-    packages = [f"torch=={torch}" if torch else "torch", f"numpy=={numpy}", "pytest", "pytest-timeout", "hypothesis"]
+    packages = ["torch" if torch == "newest" else f"torch=={torch}", f"numpy=={numpy}", "pytest", "pytest-timeout", "hypothesis"]
     subprocess.run([here, "-m", "pip", "install", "--quiet", *packages, "setuptools", wheel], check=True)
     shown = subprocess.run([here, "-c", SHOW], capture_output=True, text=True, check=True).stdout.split()
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
@@ -64,7 +64,7 @@ def run(folder: Path, wheel: Path, python: str, torch: str, numpy: str) -> tuple
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", default="", help="only versions of PyTorch that begin like this")
+    parser.add_argument("--torch", nargs="+", default=[""], help="only versions of PyTorch that begin like one of these")
     parser.add_argument("--folder", type=Path, help="keeps the environments there")
     options = parser.parse_args()
     rows, good = [], True
@@ -74,13 +74,13 @@ def main() -> int:
         subprocess.run([*pip, "--wheel-dir", temporary, ROOT], check=True)
         (wheel,) = Path(temporary).glob("*.whl")
         for version, torch, numpy in VERSIONS:
-            if not torch.startswith(options.torch):
+            if not torch.startswith(tuple(options.torch)):
                 continue
             python = interpreter(version)
             if python is None:
-                rows.append(f"| {version} | {torch or 'newest'} | {numpy} | left out: no Python {version} here | |")
+                rows.append(f"| {version} | {torch} | {numpy} | left out: no Python {version} here | |")
                 continue
-            environment = folder / f"python{version}-torch{torch or '-newest'}"
+            environment = folder / f"python{version}-torch{torch}"
             row, passed = run(environment, wheel, python, torch, numpy)
             rows.append(row)
             good = good and passed
