@@ -1,10 +1,9 @@
 """Times `flowdppo_ops.loss` and `flowdppo_ops.step_loss` beside what trainers do: eager, compiled, in Triton.
 
-    python benches/bench_policy_loss.py [--ops step_loss] [--sizes sd35 4x8] [--dtypes fp32] [--threads 2] [--json FILE]
+    python benches/bench_policy_loss.py [--ops step_loss] [--sizes small 16x65536] [--dtypes fp32] [--json FILE]
     python benches/bench_policy_loss.py --device cuda --json FILE
 
-`policy_loss` starts at the step's mean, `step_loss` at the model's output. Each provider's loss and gradient are
-compared with float64 before anything is timed. See README.md beside this file.
+`policy_loss` starts at the step's mean, `step_loss` at the model's output. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import trainer_chain
-from runner import Operation, Outputs, compiled, doubled, main, max_autotuned
+from harness import Operation, Outputs, Provider, compiled, doubled, main
 from torch import Tensor
 from trainer_chain import NOISE_LEVEL, wide
 
@@ -55,12 +54,26 @@ def draw_rows(shape: tuple[int, ...], std: Tensor, generator: torch.Generator) -
     return Rows(drift, wide(lean, shape) * drift + wide(std, shape) * noise, advantages)
 
 
-def log_prob_of(innovation: Tensor, std: Tensor, sampler: str) -> Tensor:
+def log_prob_of(innovation: Tensor, std: Tensor) -> Tensor:
     """Rows, formed in float64. `std`: rows."""
     q, std = innovation.double().square().flatten(1).mean(1), std.double()
-    if sampler == "cps":
-        return -q.float()
     return (-q / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)).float()
+
+
+class Minimal(torch.autograd.Function):
+    """The least that an autograd function costs: two saved tensors, an empty result, an empty gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, prev_sample: Tensor) -> Tensor:
+        ctx.save_for_backward(leaf, prev_sample)
+        return leaf.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _grad: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+YARDSTICKS: dict[str, Provider] = {"minimal": lambda inputs: (Minimal.apply(inputs[0], inputs.prev_sample),)}
 
 
 # ---- loss ----------------------------------------------------------------------------------------------------------
@@ -74,7 +87,8 @@ class LossInputs(NamedTuple):
     prev_sample: Tensor
     old_log_prob: Tensor  # rows
     advantages: Tensor  # rows
-    std: Tensor  # [rows, 1, ...]
+    std: Tensor  # [rows, 1, ...], of the transition; with this -dt is 1
+    dt: Tensor  # [rows, 1, ...]
 
 
 def make_loss_inputs(shape: tuple[int, ...], dtype: str, device: torch.device) -> LossInputs:
@@ -86,60 +100,50 @@ def make_loss_inputs(shape: tuple[int, ...], dtype: str, device: torch.device) -
     rows = draw_rows(shape, std, generator)
     latents = (old_mean + rows.drift, old_mean, old_mean + rows.action)
     mean, old_mean, prev_sample = (t.to(of_latents) for t in latents)
-    old_log_prob = log_prob_of(prev_sample.double() - old_mean.double(), std, "flow_sde")
-    return LossInputs(mean.requires_grad_(), old_mean, prev_sample, old_log_prob, rows.advantages, wide(std, shape))
+    old_log_prob = log_prob_of(prev_sample.double() - old_mean.double(), std)
+    std = wide(std, shape)
+    return LossInputs(
+        mean.requires_grad_(), old_mean, prev_sample, old_log_prob, rows.advantages, std, -torch.ones_like(std)
+    )
 
 
-def trainer_loss(i: LossInputs) -> Outputs:
-    """The trainers' chain from the step's mean to the loss, one PyTorch operation after the other.
-
-    Follows verl-omni at a1139baf: the log-prob of `FlowMatchSDEDiscreteScheduler.sample_previous_step` (per element,
-    in float32, then the mean over the latents) and `FlowDPPOLoss.compute_loss`, without its metrics and their 13 host
-    synchronisations; std is the transition's, which it multiplies together first. Both favour this side.
-    """
-    latent_dims = tuple(range(1, i.mean.ndim))
-    mean, old_mean, prev_sample = i.mean.float(), i.old_mean.float(), i.prev_sample.float()
-    log_prob = -((prev_sample - mean) ** 2) / (2 * i.std**2) - torch.log(i.std) - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob.mean(dim=latent_dims)
-
-    ratio = torch.exp(log_prob - i.old_log_prob)
-    kl = ((mean - old_mean).pow(2) / (2 * i.std.pow(2))).mean(dim=latent_dims)
-    high = kl >= KL_THRESHOLD
-    positive_blocked = high & (ratio > 1.0) & (i.advantages > 0)
-    negative_blocked = high & (ratio < 1.0) & (i.advantages < 0)
-    row_loss = -i.advantages * ratio
-    return (torch.where(positive_blocked | negative_blocked, torch.zeros_like(row_loss), row_loss).mean(),)
+def trainer_loss(inputs: LossInputs) -> Outputs:
+    """The trainers' chain from the step's mean to the loss, in float32. It has no metrics, and none of their waits."""
+    mean, old_mean, prev_sample = (t.float() for t in (inputs.mean, inputs.old_mean, inputs.prev_sample))
+    step = trainer_chain.Step(mean, inputs.std, inputs.dt)
+    log_prob, sqrt_dt = trainer_chain.log_prob(step, prev_sample)
+    policy = (inputs.old_log_prob, inputs.advantages, step, sqrt_dt, old_mean)
+    return (trainer_chain.dppo_loss(log_prob, *policy, KL_THRESHOLD)[0],)
 
 
-def package_loss(loss: Callable, i: LossInputs) -> Outputs:
+def package_loss(loss: Callable, inputs: LossInputs) -> Outputs:
     """`loss`: the package's, or its reference's."""
-    policy = {"std": i.std, "prev_sample": i.prev_sample, "old_log_prob": i.old_log_prob, "objective": OBJECTIVE}
-    return (loss(i.mean, i.old_mean, i.advantages, **policy).loss,)
+    policy = {"std": inputs.std, "prev_sample": inputs.prev_sample, "old_log_prob": inputs.old_log_prob}
+    return (loss(inputs.mean, inputs.old_mean, inputs.advantages, **policy, objective=OBJECTIVE).loss,)
 
 
-def triton_loss() -> Callable[[LossInputs], Outputs]:
+def triton_loss() -> Provider:
     from triton_policy_loss import triton_policy_loss
 
-    def loss(i: LossInputs) -> Outputs:
-        return (triton_policy_loss(i.mean, i.old_mean, i.prev_sample, i.advantages, i.std, KL_THRESHOLD),)
+    def loss(inputs: LossInputs) -> Outputs:
+        latents = (inputs.mean, inputs.old_mean, inputs.prev_sample)
+        return (triton_policy_loss(*latents, inputs.advantages, inputs.std, KL_THRESHOLD),)
 
     return loss
 
 
-def loss_truth(i: LossInputs, _provider: str) -> Outputs:
-    i = doubled(i)
-    (loss,) = package_loss(reference.loss, i)
+def loss_truth(inputs: LossInputs, _provider: str) -> Outputs:
+    inputs = doubled(inputs)
+    (loss,) = package_loss(reference.loss, inputs)
     loss.backward()
-    return loss.detach(), i.mean.grad
+    return loss.detach(), inputs.mean.grad
 
 
-def loss_bytes(i: LossInputs, provider: str, pass_: str) -> int:
-    """Forward reads mean, old mean and sample; backward reads mean and sample and writes the gradient.
-
-    Row vectors are left out: 4 bytes beside 65536 elements.
-    """
-    forward = i.mean.nbytes + i.old_mean.nbytes + i.prev_sample.nbytes
-    return forward if pass_ == "forward" else forward + 2 * i.mean.nbytes + i.prev_sample.nbytes
+def loss_bytes(inputs: LossInputs, _provider: str, pass_: str) -> int:
+    """Forward reads mean, old mean and sample; backward reads mean and sample and writes the gradient."""
+    mean, prev_sample = inputs.mean.nbytes, inputs.prev_sample.nbytes
+    forward = mean + inputs.old_mean.nbytes + prev_sample
+    return forward if pass_ == "forward" else forward + 2 * mean + prev_sample
 
 
 # ---- step_loss -----------------------------------------------------------------------------------------------------
@@ -159,35 +163,27 @@ class StepInputs(NamedTuple):
     old_residual: Tensor
     old_log_prob: Tensor  # rows
     advantages: Tensor  # rows
-    timestep: Tensor  # this and the next two: `trainer_chain.At`
+    sigmas: Tensor  # this and the rest: `trainer_chain.Schedule`
+    timesteps: Tensor
+    timestep: Tensor
     sigma: Tensor
     sigma_next: Tensor
-    sigmas: Tensor  # this and the next: `trainer_chain.Scheduler`
-    timesteps: Tensor
 
 
-# provider -> the form in which it gets the old policy; the others get its mean, as trainers do.
-OLD_FORMS = {"fused_output": "old_output", "fused_residual": "old_residual"}
-_KEYWORDS = {"old_mean": "old_prev_sample_mean", "old_output": "old_model_output", "old_residual": "old_residual"}
+# Provider to the field and the keyword of the old policy that it gets; the others get its mean, as trainers do.
+OLD_FORMS = {"fused_output": ("old_output", "old_model_output"), "fused_residual": ("old_residual", "old_residual")}
+OLD_MEAN = ("old_mean", "old_prev_sample_mean")
 
 
-def make_step_inputs(
-    sampler: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    device: torch.device,
-    model: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> StepInputs:
-    """`model`: sample and timestep to its output; random numbers stand in for one. The old policy is made around it."""
+def make_step_inputs(shape: tuple[int, ...], dtype: str, device: torch.device) -> StepInputs:
     of_output = {"fp32": torch.float32, "bf16+fp32": torch.bfloat16}[dtype]
     generator = torch.Generator(device).manual_seed(0)
-    schedule = trainer_chain.shifted_schedule(device)
-    at = trainer_chain.at_one_step(schedule, shape[0])
+    schedule = trainer_chain.schedule_of(shape[0], device)
     noise_level, sigma_max = schedule.sigmas.new_tensor(NOISE_LEVEL).double(), schedule.sigmas[1].double()
-    coefficients = reference.transition(sampler, at.sigma.double(), at.sigma_next.double(), noise_level, sigma_max)
-    a, b, std = (row.float() for row in coefficients)
+    sigmas = (schedule.sigma.double(), schedule.sigma_next.double())
+    a, b, std = (row.float() for row in reference.transition("flow_sde", *sigmas, noise_level, sigma_max))
     sample, output = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
-    output = (model(sample, at.timestep) if model else output).to(of_output)
+    output = output.to(of_output)
     rows = draw_rows(shape, std, generator)
     old_output = (output - rows.drift / wide(b, shape)).to(of_output)
     old_mean = wide(a, shape) * sample + wide(b, shape) * old_output
@@ -199,126 +195,83 @@ def make_step_inputs(
         old_mean=old_mean,
         old_output=old_output,
         old_residual=((prev_sample - old_mean) / wide(std, shape)).half(),
-        old_log_prob=log_prob_of(prev_sample.double() - old_mean.double(), std, sampler),
+        old_log_prob=log_prob_of(prev_sample.double() - old_mean.double(), std),
         advantages=rows.advantages,
-        **at._asdict(),
         **schedule._asdict(),
     )
 
 
-def trainer_tensors(
-    sampler: str, limit: float, i: StepInputs, sigma: Tensor, sigma_next: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def trainer_tensors(inputs: StepInputs, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The part of the trainers' step that waits for nothing: loss, and metrics not read. `sigma`: `[rows, 1, ...]`."""
-    velocity = i.model_output.float()
-    step = trainer_chain.SAMPLERS[sampler](i.sample, velocity, sigma, sigma_next, i.sigmas[1], NOISE_LEVEL)
-    log_prob, sqrt_dt = trainer_chain.log_prob(step, i.prev_sample, sampler)
-    return trainer_chain.dppo_loss(log_prob, i.old_log_prob, i.advantages, step, sqrt_dt, i.old_mean, limit)
+    velocity = inputs.model_output.float()
+    step = trainer_chain.flow_sde(inputs.sample, velocity, sigma, sigma_next, inputs.sigmas[1], NOISE_LEVEL)
+    log_prob, sqrt_dt = trainer_chain.log_prob(step, inputs.prev_sample)
+    policy = (inputs.old_log_prob, inputs.advantages, step, sqrt_dt, inputs.old_mean)
+    loss, of_rows = trainer_chain.dppo_loss(log_prob, *policy, KL_THRESHOLD)
+    return loss, trainer_chain.metrics(of_rows)
 
 
-def trainer_limit(sampler: str) -> float:
-    """The chain's KL threshold that blocks what `KL_THRESHOLD` should: but for sde, its KL is 1/-dt times too large."""
-    if sampler == "flow_sde":
-        return KL_THRESHOLD
-    at = trainer_chain.at_one_step(trainer_chain.shifted_schedule(torch.device("cpu")), 1)
-    return KL_THRESHOLD / (at.sigma - at.sigma_next).item()
+def trainer_step_loss(inputs: StepInputs) -> Outputs:
+    sigmas = trainer_chain.look_up(inputs.sigmas, inputs.timesteps, inputs.timestep, inputs.sample.shape)
+    loss, metrics = trainer_tensors(inputs, *sigmas)
+    trainer_chain.read(metrics)
+    return (loss,)
 
 
-def trainer_step_loss(sampler: str) -> Callable[[StepInputs], Outputs]:
-    limit = trainer_limit(sampler)
-
-    def loss(i: StepInputs) -> Outputs:
-        scheduler = trainer_chain.Scheduler(i.sigmas, i.timesteps)
-        sigmas = trainer_chain.look_up(scheduler, i.timestep, i.sample.shape)
-        value, metrics = trainer_tensors(sampler, limit, i, *sigmas)
-        trainer_chain.read(metrics)
-        return (value,)
-
-    return loss
-
-
-def compiled_step_loss(sampler: str, mode: str | None = None) -> Callable[[StepInputs], Outputs]:
+def compiled_step_loss() -> Provider:
     """The sigmas ready-made and the metrics never read: with the waits in it there would be a graph per metric."""
-    tensors = compiled(partial(trainer_tensors, sampler, trainer_limit(sampler)), mode)
+    tensors = compiled(trainer_tensors)
 
-    def loss(i: StepInputs) -> Outputs:
-        return (tensors(i, wide(i.sigma, i.sample.shape), wide(i.sigma_next, i.sample.shape))[0],)
+    def loss(inputs: StepInputs) -> Outputs:
+        shape = inputs.sample.shape
+        return (tensors(inputs, wide(inputs.sigma, shape), wide(inputs.sigma_next, shape))[0],)
 
     return loss
 
 
-def package_step_loss(step_loss: Callable, sampler: str, old_form: str, i: StepInputs) -> Outputs:
+def package_step_loss(step_loss: Callable, old_form: tuple[str, str], inputs: StepInputs) -> Outputs:
     """`step_loss`: the package's, or its reference's. The rows' sigmas stay on the device."""
-    policy = {
-        _KEYWORDS[old_form]: getattr(i, old_form),
-        "old_log_prob": i.old_log_prob,
-        "objective": OBJECTIVE,
-    }
-    sigmas = {"sigma": i.sigma, "sigma_next": i.sigma_next, "sigma_max": i.sigmas[1]}
-    schedule = {"sampler": sampler, "noise_level": NOISE_LEVEL, **sigmas}
-    return (step_loss(i.model_output, i.sample, i.prev_sample, i.advantages, **schedule, **policy).loss,)
+    field, keyword = old_form
+    policy = {keyword: getattr(inputs, field), "old_log_prob": inputs.old_log_prob, "objective": OBJECTIVE}
+    schedule = {"sigma": inputs.sigma, "sigma_next": inputs.sigma_next, "sigma_max": inputs.sigmas[1]}
+    latents = (inputs.model_output, inputs.sample, inputs.prev_sample)
+    return (step_loss(*latents, inputs.advantages, **schedule, noise_level=NOISE_LEVEL, **policy).loss,)
 
 
-def triton_step() -> Callable[[StepInputs], Outputs]:
+def triton_step() -> Provider:
     from triton_policy_loss import triton_step_loss
 
-    def loss(i: StepInputs) -> Outputs:
-        # sigma_max as a number: it stands in for a sigma of 1, which there is none of here.
-        schedule = (i.sigma, i.sigma_next, NOISE_LEVEL, 0.99)
-        latents = (i.model_output, i.sample, i.prev_sample, i.old_mean)
-        return (triton_step_loss(*latents, i.advantages, *schedule, KL_THRESHOLD),)
+    def loss(inputs: StepInputs) -> Outputs:
+        # sigma_max is a number here: it stands in for a sigma of 1, and no row has one.
+        schedule = (inputs.sigma, inputs.sigma_next, NOISE_LEVEL, 0.99)
+        latents = (inputs.model_output, inputs.sample, inputs.prev_sample, inputs.old_mean)
+        return (triton_step_loss(*latents, inputs.advantages, *schedule, KL_THRESHOLD),)
 
     return loss
 
 
-def step_truth(sampler: str, i: StepInputs, provider: str) -> Outputs:
-    i = doubled(i)
-    (loss,) = package_step_loss(reference.step_loss, sampler, OLD_FORMS.get(provider, "old_mean"), i)
+def step_truth(inputs: StepInputs, provider: str) -> Outputs:
+    inputs = doubled(inputs)
+    (loss,) = package_step_loss(reference.step_loss, OLD_FORMS.get(provider, OLD_MEAN), inputs)
     loss.backward()
-    return loss.detach(), i.model_output.grad
+    return loss.detach(), inputs.model_output.grad
 
 
-def step_bytes(i: StepInputs, provider: str, pass_: str) -> int:
+def step_bytes(inputs: StepInputs, provider: str, pass_: str) -> int:
     """Forward reads output, sample, next sample and old policy; backward the first three, and writes the gradient."""
-    source = i.model_output.nbytes + i.sample.nbytes + i.prev_sample.nbytes
-    forward = source + getattr(i, OLD_FORMS.get(provider, "old_mean")).nbytes
-    return forward if pass_ == "forward" else forward + source + i.model_output.nbytes
-
-
-def step_operation(name: str, sampler: str) -> Operation:
-    def fused(old_form: str) -> Callable[[], Callable[[StepInputs], Outputs]]:
-        return lambda: partial(package_step_loss, flowdppo_ops.step_loss, sampler, old_form)
-
-    return Operation(
-        name=name,
-        outputs=("loss",),
-        dtypes=("bf16+fp32", "fp32"),
-        make_inputs=partial(make_step_inputs, sampler),
-        providers={
-            "eager": partial(trainer_step_loss, sampler),
-            "compile": partial(compiled_step_loss, sampler),
-            "compile_max": max_autotuned(partial(compiled_step_loss, sampler)),
-            **({"triton": triton_step} if sampler == "flow_sde" else {}),
-            "fused": fused("old_mean"),
-            **{provider: fused(form) for provider, form in OLD_FORMS.items()},
-        },
-        expected=partial(step_truth, sampler),
-        bytes_moved=step_bytes,
-        copied="sample",
-        leaf="model_output",
-    )
+    source = inputs.model_output.nbytes + inputs.sample.nbytes + inputs.prev_sample.nbytes
+    forward = source + getattr(inputs, OLD_FORMS.get(provider, OLD_MEAN)[0]).nbytes
+    return forward if pass_ == "forward" else forward + source + inputs.model_output.nbytes
 
 
 OPERATIONS = {
     "policy_loss": Operation(
-        name="policy_loss",
         outputs=("loss",),
         dtypes=("fp32", "bf16"),
         make_inputs=make_loss_inputs,
         providers={
             "eager": lambda: trainer_loss,
             "compile": lambda: compiled(trainer_loss),
-            "compile_max": max_autotuned(partial(compiled, trainer_loss)),
             "triton": triton_loss,
             "fused": lambda: partial(package_loss, flowdppo_ops.loss),
         },
@@ -326,12 +279,28 @@ OPERATIONS = {
         bytes_moved=loss_bytes,
         copied="old_mean",
         leaf="mean",
+        yardsticks=YARDSTICKS,
     ),
-    "step_loss": step_operation("step_loss", "flow_sde"),
-    "step_loss_cps": step_operation("step_loss_cps", "cps"),
-    "step_loss_dance": step_operation("step_loss_dance", "dance_sde"),
+    "step_loss": Operation(
+        outputs=("loss",),
+        dtypes=("bf16+fp32", "fp32"),
+        make_inputs=make_step_inputs,
+        providers={
+            "eager": lambda: trainer_step_loss,
+            "compile": compiled_step_loss,
+            "triton": triton_step,
+            "fused": lambda: partial(package_step_loss, flowdppo_ops.step_loss, OLD_MEAN),
+            "fused_output": lambda: partial(package_step_loss, flowdppo_ops.step_loss, OLD_FORMS["fused_output"]),
+            "fused_residual": lambda: partial(package_step_loss, flowdppo_ops.step_loss, OLD_FORMS["fused_residual"]),
+        },
+        expected=step_truth,
+        bytes_moved=step_bytes,
+        copied="sample",
+        leaf="model_output",
+        yardsticks=YARDSTICKS,
+    ),
 }
 
 
 if __name__ == "__main__":
-    main("bench_policy_loss", __doc__.splitlines()[0], OPERATIONS, ("policy_loss", "step_loss"), None)
+    main(__doc__.splitlines()[0], OPERATIONS)

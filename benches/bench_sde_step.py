@@ -1,11 +1,11 @@
 """Times `flowdppo_ops.sde_step` beside the trainers' scheduler step: eager, compiled, in Triton.
 
-    python benches/bench_sde_step.py [--ops sde_step_replay] [--sizes sd35 4x8] [--threads 2] [--json FILE]
+    python benches/bench_sde_step.py [--ops sde_step_replay] [--sizes small image] [--json FILE]
     python benches/bench_sde_step.py --device cuda --json FILE
 
-`sde_step_sample` draws the next latent, as a rollout does, without autograd. The noise is given: `torch.randn` makes it
-for everybody, and takes longer than the step. `sde_step_replay` scores a stored latent and differentiates log-prob and
-mean together. Results are compared with float64 before anything is timed. See README.md beside this file.
+`sde_step_sample` draws the next latent, as a rollout does, without autograd. The noise is an input: `torch.randn` makes
+it for everybody, and takes longer than the step. `sde_step_replay` scores a stored latent and differentiates log-prob
+and mean together. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from typing import NamedTuple
 
 import torch
 import trainer_chain
-from runner import Operation, Outputs, compiled, doubled, main, max_autotuned
+from harness import Operation, Outputs, Provider, compiled, doubled, main
 from torch import Tensor
 from trainer_chain import NOISE_LEVEL, wide
 
 import flowdppo_ops
 from flowdppo_ops import reference
-
-SUFFIXES = {"": "flow_sde", "_cps": "cps", "_dance": "dance_sde"}
 
 
 class StepInputs(NamedTuple):
@@ -31,133 +29,132 @@ class StepInputs(NamedTuple):
 
     model_output: Tensor  # requires grad in a replay
     sample: Tensor
-    other: Tensor  # noise, or the next sample that is replayed
+    noise_or_next: Tensor  # the noise, or the next sample that is replayed
     grad_log_prob: Tensor  # rows
     grad_mean: Tensor  # latents
-    timestep: Tensor  # this and the next two: `trainer_chain.At`
+    sigmas: Tensor  # this and the rest: `trainer_chain.Schedule`
+    timesteps: Tensor
+    timestep: Tensor
     sigma: Tensor
     sigma_next: Tensor
-    sigmas: Tensor  # this and the next: `trainer_chain.Scheduler`
-    timesteps: Tensor
 
 
 def make_inputs(replay: bool, shape: tuple[int, ...], dtype: str, device: torch.device) -> StepInputs:
     of_output = {"fp32": torch.float32, "bf16+fp32": torch.bfloat16}[dtype]
     generator = torch.Generator(device).manual_seed(0)
-    schedule = trainer_chain.shifted_schedule(device)
-    output, sample, other, grad_mean = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
-    # What the backward is given: of a loss that is a mean over the rows, and, an element, over the latents.
-    numel = sample[0].numel()
+    output, sample, noise_or_next, grad_mean = (
+        torch.randn(shape, generator=generator, device=device) for _ in range(4)
+    )
+    # The gradients of a loss that is a mean over the rows and over the elements.
     return StepInputs(
         model_output=output.to(of_output).requires_grad_(replay),
         sample=sample,
-        other=other,
+        noise_or_next=noise_or_next,
         grad_log_prob=torch.linspace(0.5, 2.0, shape[0], device=device) / shape[0],
-        grad_mean=grad_mean / (shape[0] * numel),
-        **trainer_chain.at_one_step(schedule, shape[0])._asdict(),
-        **schedule._asdict(),
+        grad_mean=grad_mean / sample.numel(),
+        **trainer_chain.schedule_of(shape[0], device)._asdict(),
     )
 
 
-def trainer_tensors(sampler: str, replay: bool, i: StepInputs, sigma: Tensor, sigma_next: Tensor) -> Outputs:
-    velocity = i.model_output.float()
-    step = trainer_chain.SAMPLERS[sampler](i.sample, velocity, sigma, sigma_next, i.sigmas[1], NOISE_LEVEL)
-    prev_sample = i.other if replay else trainer_chain.sampled(step, i.other)
-    log_prob, _ = trainer_chain.log_prob(step, prev_sample, sampler)
+def trainer_tensors(replay: bool, inputs: StepInputs, sigma: Tensor, sigma_next: Tensor) -> Outputs:
+    velocity = inputs.model_output.float()
+    step = trainer_chain.flow_sde(inputs.sample, velocity, sigma, sigma_next, inputs.sigmas[1], NOISE_LEVEL)
+    prev_sample = inputs.noise_or_next if replay else step.mean + step.std * inputs.noise_or_next
+    log_prob, _ = trainer_chain.log_prob(step, prev_sample)
     return (log_prob, step.mean) if replay else (prev_sample, log_prob, step.mean)
 
 
-def trainer_step(sampler: str, replay: bool) -> Callable[[StepInputs], Outputs]:
-    def step(i: StepInputs) -> Outputs:
-        scheduler = trainer_chain.Scheduler(i.sigmas, i.timesteps)
-        sigmas = trainer_chain.look_up(scheduler, i.timestep, i.sample.shape)
-        return trainer_tensors(sampler, replay, i, *sigmas)
+def trainer_step(replay: bool) -> Provider:
+    def step(inputs: StepInputs) -> Outputs:
+        sigmas = trainer_chain.look_up(inputs.sigmas, inputs.timesteps, inputs.timestep, inputs.sample.shape)
+        return trainer_tensors(replay, inputs, *sigmas)
 
     return step
 
 
-def compiled_step(sampler: str, replay: bool, mode: str | None = None) -> Callable[[StepInputs], Outputs]:
+def compiled_step(replay: bool) -> Provider:
     """The sigmas ready-made: their look-up waits for the device, twice a row."""
-    tensors = compiled(partial(trainer_tensors, sampler, replay), mode)
-    return lambda i: tensors(i, wide(i.sigma, i.sample.shape), wide(i.sigma_next, i.sample.shape))
+    tensors = compiled(partial(trainer_tensors, replay))
+
+    def step(inputs: StepInputs) -> Outputs:
+        shape = inputs.sample.shape
+        return tensors(inputs, wide(inputs.sigma, shape), wide(inputs.sigma_next, shape))
+
+    return step
 
 
-def package_step(
-    sde_step: Callable, sampler: str, replay: bool, residual_dtype: torch.dtype | None, i: StepInputs
-) -> Outputs:
+def package_step(sde_step: Callable, replay: bool, residual_dtype: torch.dtype | None, inputs: StepInputs) -> Outputs:
     """`sde_step`: the package's, or its reference's. The rows' sigmas stay on the device."""
-    sigmas = {"sigma": i.sigma, "sigma_next": i.sigma_next, "sigma_max": i.sigmas[1]}
-    schedule = {"sampler": sampler, "noise_level": NOISE_LEVEL, **sigmas}
-    latent = {"prev_sample" if replay else "noise": i.other}
-    step = sde_step(i.model_output, i.sample, **latent, **schedule, residual_dtype=residual_dtype)
+    schedule = {"sigma": inputs.sigma, "sigma_next": inputs.sigma_next, "sigma_max": inputs.sigmas[1]}
+    options = {"noise_level": NOISE_LEVEL, "residual_dtype": residual_dtype}
+    options["prev_sample" if replay else "noise"] = inputs.noise_or_next
+    step = sde_step(inputs.model_output, inputs.sample, **schedule, **options)
     if replay:
         return step.log_prob, step.prev_sample_mean
     results = (step.prev_sample, step.log_prob, step.prev_sample_mean)
     return results if residual_dtype is None else (*results, step.residual)
 
 
-def triton_step(replay: bool) -> Callable[[StepInputs], Outputs]:
+def triton_step(replay: bool) -> Provider:
     from triton_sde_step import triton_sde_draw, triton_sde_replay
 
-    step = triton_sde_replay if replay else triton_sde_draw
-    # sigma_max as a number: it stands in for a sigma of 1, which there is none of here.
-    return lambda i: step(i.model_output, i.sample, i.other, i.sigma, i.sigma_next, NOISE_LEVEL, 0.99)
+    triton = triton_sde_replay if replay else triton_sde_draw
+
+    def step(inputs: StepInputs) -> Outputs:
+        # sigma_max is a number here: it stands in for a sigma of 1, and no row has one.
+        schedule = (inputs.sigma, inputs.sigma_next, NOISE_LEVEL, 0.99)
+        return triton(inputs.model_output, inputs.sample, inputs.noise_or_next, *schedule)
+
+    return step
 
 
-def truth(sampler: str, replay: bool, i: StepInputs, provider: str) -> Outputs:
-    wider = doubled(i)
+def truth(replay: bool, inputs: StepInputs, provider: str) -> Outputs:
+    inputs = doubled(inputs)
     residual_dtype = torch.float64 if provider == "fused_residual" else None
-    results = package_step(reference.sde_step, sampler, replay, residual_dtype, wider)
+    results = package_step(reference.sde_step, replay, residual_dtype, inputs)
     if replay:
-        torch.autograd.backward(results, (wider.grad_log_prob, wider.grad_mean))
-        results += (wider.model_output.grad,)
+        torch.autograd.backward(results, (inputs.grad_log_prob, inputs.grad_mean))
+        results += (inputs.model_output.grad,)
     return tuple(result.detach() for result in results)
 
 
-def bytes_moved(replay: bool, i: StepInputs, provider: str, pass_: str) -> int:
+def bytes_moved(replay: bool, inputs: StepInputs, provider: str, pass_: str) -> int:
     """Forward reads output, sample and noise or next sample, and writes the mean; what is drawn is written as well.
 
     Backward reads next sample, mean and the mean's gradient, and writes the output's.
     """
-    mean = i.grad_mean.nbytes  # float32 as well
-    forward = i.model_output.nbytes + i.sample.nbytes + i.other.nbytes + mean
+    output, latents = inputs.model_output.nbytes, inputs.sample.nbytes  # the mean is float32 as well
+    forward = output + 3 * latents
     if not replay:
-        residual = 2 * i.sample.numel() if provider == "fused_residual" else 0
-        return forward + i.sample.nbytes + residual
-    return forward if pass_ == "forward" else forward + i.other.nbytes + 2 * mean + i.model_output.nbytes
+        return forward + latents + (2 * inputs.sample.numel() if provider == "fused_residual" else 0)
+    return forward if pass_ == "forward" else forward + 3 * latents + output
 
 
-def operation(name: str, sampler: str, replay: bool) -> Operation:
-    def fused(residual_dtype: torch.dtype | None) -> Callable[[], Callable[[StepInputs], Outputs]]:
-        return lambda: partial(package_step, flowdppo_ops.sde_step, sampler, replay, residual_dtype)
+def operation(replay: bool) -> Operation:
+    def fused(residual_dtype: torch.dtype | None) -> Provider:
+        return partial(package_step, flowdppo_ops.sde_step, replay, residual_dtype)
 
     return Operation(
-        name=name,
         outputs=("log-prob", "mean") if replay else ("next sample", "log-prob", "mean", "residual"),
         dtypes=("bf16+fp32", "fp32"),
         make_inputs=partial(make_inputs, replay),
         providers={
-            "eager": partial(trainer_step, sampler, replay),
-            "compile": partial(compiled_step, sampler, replay),
-            "compile_max": max_autotuned(partial(compiled_step, sampler, replay)),
-            **({"triton": partial(triton_step, replay)} if sampler == "flow_sde" else {}),
-            "fused": fused(None),
-            **({} if replay else {"fused_residual": fused(torch.float16)}),
+            "eager": partial(trainer_step, replay),
+            "compile": partial(compiled_step, replay),
+            "triton": partial(triton_step, replay),
+            "fused": partial(fused, None),
+            **({} if replay else {"fused_residual": partial(fused, torch.float16)}),
         },
-        expected=partial(truth, sampler, replay),
+        expected=partial(truth, replay),
         bytes_moved=partial(bytes_moved, replay),
         copied="sample",
         leaf="model_output" if replay else None,
-        cotangents=lambda i: (i.grad_log_prob, i.grad_mean),
+        grad_outputs=lambda inputs: (inputs.grad_log_prob, inputs.grad_mean),
     )
 
 
-OPERATIONS = {
-    name + suffix: operation(name + suffix, sampler, replay=name == "sde_step_replay")
-    for suffix, sampler in SUFFIXES.items()
-    for name in ("sde_step_sample", "sde_step_replay")
-}
+OPERATIONS = {"sde_step_sample": operation(replay=False), "sde_step_replay": operation(replay=True)}
 
 
 if __name__ == "__main__":
-    main("bench_sde_step", __doc__.splitlines()[0], OPERATIONS, ("sde_step_sample", "sde_step_replay"), None)
+    main(__doc__.splitlines()[0], OPERATIONS)

@@ -11,34 +11,139 @@ For a row of `N` latent elements, with `mu` the new mean, `mu°` the old, `x'` t
 With STEP the mean is that of Flow-SDE, `mu = a x + b v`, formed from the model's output `v` and the sample `x` as they
 are read; `a`, `b` and `std` come from the row's sigmas in every program, and the gradient is multiplied by `b`.
 
-Forward, one launch: each program leaves (sum of d, sum of p), the last one ends with the loss (`triton_rows.py`).
+A row is split over SPLITS programs. Forward, one launch: each program leaves its sums of d and p in `partials`, and the
+program that draws the last ticket adds them up in a fixed order and ends with the loss. A second kernel for that would
+cost a launch, 1 to 2 us inside a CUDA graph, beside a forward of 3 us.
 Backward, one launch: reads `mu` (or `v` and `x`) and `x'`, writes the gradient in the dtype of `mu` or `v`; a blocked
 row is written without being read.
 
-For the benches alone. Against `flowdppo_ops` it leaves out the log-prob, all metrics, every check and every option. It
-needs contiguous latents and one stream at a time.
+For the benches alone. Against `flowdppo_ops` it leaves out log-prob, ratio, KL and mask of a row, all metrics, every
+check and every option. It needs contiguous latents, and one stream at a time: all calls on a device share the ticket.
 """
 
 from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_rows import (
-    BLOCKS,
-    MAX_SPLITS,
-    SPLIT,
-    Schedule,
-    flow_sde,
-    is_last,
-    need_contiguous,
-    share,
-    summed,
-    ticket_of,
-    tile_rows,
-    tuned,
-)
+
+# ---- shared with triton_sde_step.py: how a row is split, how its sums meet, which configurations are tried ----------
+
+MAX_SPLITS = 256
+_EPILOGUE_TILE = 4096  # partials that the last program adds up at once: 32 a thread
+
+# Blocks of 8 to 32 elements a thread: 1 to 8 loads of 16 bytes in flight per tensor. STAGES 3 loads ahead through
+# shared memory (cp.async), 1 leaves that to the occupancy. `worthwhile` leaves 24 of them for a size; to compile one
+# takes 0.4 s of cold start.
+SPLIT = [
+    triton.Config({"BLOCK": block, "SPLITS": splits, "STAGES": stages}, num_warps=warps)
+    for block, warps in ((1024, 4), (2048, 4), (4096, 8), (8192, 8))
+    for stages in (1, 3)
+    for splits in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+]
+BLOCKS = [
+    triton.Config({"BLOCK": block}, num_warps=warps)
+    for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8))
+]
+# L2-cold, as Triton's own; for a third of its time, as 24 candidates of 125 ms each are 3 s of cold start.
+_TIMED = functools.partial(triton.testing.do_bench, warmup=10, rep=30)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU nothing can be tuned: the first one is taken
+
+
+def worthwhile(configs, arguments, **_):
+    """Keeps the splits that make one, two or four programs per multiprocessor, none of them without work."""
+    rows, numel = arguments["rows"], arguments["numel"]
+    processors = torch.cuda.get_device_properties(arguments["partials"].device).multi_processor_count
+
+    def wanted(config) -> set[int]:
+        most = min(MAX_SPLITS, _power_of_2_up_to(triton.cdiv(numel, config.kwargs["BLOCK"])))
+        return {min(most, _power_of_2_up_to(max(1, waves * processors // rows))) for waves in (1, 2, 4)}
+
+    return [config for config in configs if config.kwargs["SPLITS"] in wanted(config)]
+
+
+def _power_of_2_up_to(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
+
+
+def tuned(configs: list[triton.Config], *flags: str) -> Callable:
+    """Decorator: the best of SPLIT or BLOCKS for each number and length of rows, and value of the constants `flags`.
+
+    Triton tells the dtypes of the arguments apart by itself.
+    """
+    return triton.autotune(
+        configs=configs[:1] if _INTERPRETED else configs,
+        key=["rows", "numel", *flags],
+        prune_configs_by={"early_config_prune": worthwhile} if configs is SPLIT else None,
+        do_bench=_TIMED,
+    )
+
+
+@triton.jit
+def flow_sde(sigma, sigma_next, noise_level, sigma_max):
+    """`a`, `b` and the variance of a step; its mean is `a` times the sample and `b` times the model's output."""
+    dt = sigma_next - sigma
+    q_squared = noise_level * noise_level * sigma / (1.0 - tl.where(sigma == 1.0, sigma_max, sigma))
+    a = 1.0 + q_squared / (2.0 * sigma) * dt
+    b = (1.0 + q_squared * (1.0 - sigma) / (2.0 * sigma)) * dt
+    return a, b, -q_squared * dt
+
+
+@triton.jit
+def share(program, numel, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """Row, its first element, and the columns from begin to end that are this program's: whole blocks but for the
+    row's last."""
+    row, split = program // SPLITS, program % SPLITS
+    span = tl.cdiv(tl.cdiv(numel, SPLITS), BLOCK) * BLOCK
+    begin = split * span
+    return row, row.to(tl.int64) * numel, begin, tl.minimum(begin + span, numel)
+
+
+@triton.jit
+def is_last(ticket, programs):
+    """Whether all other programs have stored their partials."""
+    tl.debug_barrier()  # the ticket is drawn by one thread: the others' stores must have been made before it
+    return tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def summed(partials, row, here, SPLITS: tl.constexpr):
+    """`[tile]`: the sum of each row's partials, 0 where not `here`."""
+    at = row[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+    # .cg: from the L2, where the other multiprocessors' stores are
+    return tl.sum(tl.load(partials + at, mask=here[:, None], other=0.0, cache_modifier=".cg"), axis=1)
+
+
+@functools.cache
+def ticket_of(device: torch.device) -> Tensor:
+    """`[1]` int32, 0 before and after every launch."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def tile_rows(rows: int) -> int:
+    """How many rows the last program takes at once."""
+    return min(triton.next_power_of_2(rows), _EPILOGUE_TILE // MAX_SPLITS)
+
+
+def need_contiguous(*latents: Tensor | None) -> None:
+    if not all(one is None or one.is_contiguous() for one in latents):
+        raise ValueError("the Triton rivals take contiguous latents only")
+
+
+class Schedule(NamedTuple):
+    sigma: Tensor  # [rows] fp32
+    sigma_next: Tensor
+    noise_level: float
+    sigma_max: float
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
 
 
 @tuned(SPLIT, "STEP")
@@ -56,7 +161,7 @@ def _forward_kernel(
     sigma_max,
     threshold,
     loss,  # [1] fp32, out
-    numbers,  # [4, rows] fp32, out: ratio, kl, keep, coefficient
+    coefficients,  # [rows] fp32, out: c, and with STEP b c
     partials,  # [2, rows, SPLITS] fp32, workspace
     ticket,  # [1] int32, 0 before and after
     rows,
@@ -110,10 +215,7 @@ def _forward_kernel(
             keep = low | (away == 0)
             row_loss = tl.where(keep, -advantage * ratio, 0.0)
             total += tl.where(here, row_loss, 0.0)
-            tl.store(numbers + r, ratio, mask=here)
-            tl.store(numbers + rows + r, kl, mask=here)
-            tl.store(numbers + 2 * rows + r, keep.to(tl.float32), mask=here)
-            tl.store(numbers + 3 * rows + r, slope * row_loss / (variance * rows * numel), mask=here)
+            tl.store(coefficients + r, slope * row_loss / (variance * rows * numel), mask=here)
         tl.store(loss, tl.sum(total, axis=0) / rows)
         tl.store(ticket, 0)
 
@@ -159,18 +261,15 @@ class _PolicyLoss(torch.autograd.Function):
     def forward(ctx, source, sample, prev_sample, old_mean, advantages, std, schedule, threshold):
         rows = advantages.numel()
         numel = source.numel() // rows
-        results = torch.empty(1 + 4 * rows, dtype=torch.float32, device=source.device)
-        loss, numbers = results[0], results[1:]
+        results = torch.empty(1 + rows, dtype=torch.float32, device=source.device)
+        loss, coefficients = results[0], results[1:]
         partials = torch.empty(2 * rows * MAX_SPLITS, dtype=torch.float32, device=source.device)
         # What a kernel does not read must be a tensor all the same.
         ctx.step = schedule is not None
         ctx.schedule = schedule or Schedule(advantages, advantages, 0.0, 0.0)
         ctx.sample = source if sample is None else sample
 
-        def grid(config):
-            return (rows * config["SPLITS"],)
-
-        _forward_kernel[grid](
+        _forward_kernel[lambda config: (rows * config["SPLITS"],)](
             source,
             ctx.sample,
             prev_sample,
@@ -180,7 +279,7 @@ class _PolicyLoss(torch.autograd.Function):
             *ctx.schedule,
             threshold,
             loss,
-            numbers,
+            coefficients,
             partials,
             ticket_of(source.device),
             rows,
@@ -188,47 +287,21 @@ class _PolicyLoss(torch.autograd.Function):
             TILE_ROWS=tile_rows(rows),
             STEP=ctx.step,
         )
-        ctx.save_for_backward(source, prev_sample, numbers)
-        ctx.mark_non_differentiable(numbers)
-        ctx.set_materialize_grads(False)
-        return loss, numbers
+        ctx.save_for_backward(source, prev_sample, coefficients)
+        return loss
 
     @staticmethod
-    def backward(ctx, grad_loss, _grad_numbers):
-        source, prev_sample, numbers = ctx.saved_tensors
-        rows = numbers.numel() // 4
+    def backward(ctx, grad_loss):
+        source, prev_sample, coefficients = ctx.saved_tensors
+        rows = coefficients.numel()
         numel = source.numel() // rows
         grad_source = torch.empty_like(source)
 
-        def grid(config):
-            return (rows * triton.cdiv(numel, config["BLOCK"]),)
-
-        coefficients = numbers[3 * rows :]
         latents = (source, ctx.sample, prev_sample)
-        _backward_kernel[grid](
+        _backward_kernel[lambda config: (rows * triton.cdiv(numel, config["BLOCK"]),)](
             *latents, *ctx.schedule, coefficients, grad_loss, grad_source, numel, rows, STEP=ctx.step
         )
         return grad_source, *(None,) * 7
-
-
-def loss_and_numbers(
-    source: Tensor,
-    sample: Tensor | None,
-    prev_sample: Tensor,
-    old_mean: Tensor,
-    advantages: Tensor,
-    std: Tensor | None,
-    schedule: tuple | None,
-    threshold: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss, and `[4, rows]`: ratio, kl, keep (1 or 0), gradient coefficient.
-
-    `source` is the mean, with `std`; or the model's output, with `sample` and `schedule`.
-    """
-    need_contiguous(source, sample, prev_sample, old_mean)
-    schedule = None if schedule is None else Schedule(*schedule)
-    loss, numbers = _PolicyLoss.apply(source, sample, prev_sample, old_mean, advantages, std, schedule, threshold)
-    return loss, numbers.view(4, -1)
 
 
 def triton_policy_loss(
@@ -241,14 +314,11 @@ def triton_policy_loss(
 ) -> Tensor:
     """Mean Flow-DPPO loss, differentiable in `prev_sample_mean`.
 
-    Args:
-        prev_sample_mean, old_prev_sample_mean, prev_sample: `[rows, ...]`, contiguous, fp32, bf16 or fp16 each.
-        advantages: `[rows]` fp32.
-        std: `[rows]` or `[rows, 1, ...]` fp32, of the transition.
-        threshold: nats per latent element; a row of a KL not below it may be blocked.
+    Latents `[rows, ...]`, contiguous, fp32, bf16 or fp16 each; `advantages` `[rows]` and `std` `[rows, 1, ...]` fp32.
     """
     latents = (prev_sample_mean, None, prev_sample, old_prev_sample_mean)
-    return loss_and_numbers(*latents, advantages, std.reshape(-1), None, threshold)[0]
+    need_contiguous(*latents)
+    return _PolicyLoss.apply(*latents, advantages, std.reshape(-1), None, threshold)
 
 
 def triton_step_loss(
@@ -263,13 +333,8 @@ def triton_step_loss(
     sigma_max: float,
     threshold: float,
 ) -> Tensor:
-    """The same from one Flow-SDE step, differentiable in `model_output`.
-
-    Args:
-        model_output, sample, prev_sample, old_prev_sample_mean: `[rows, ...]`, contiguous, fp32, bf16 or fp16 each.
-        advantages, sigma, sigma_next: `[rows]` fp32.
-        noise_level, sigma_max: as `flowdppo_ops.step_loss` takes them.
-        threshold: nats per latent element; a row of a KL not below it may be blocked.
-    """
+    """The same from one Flow-SDE step, differentiable in `model_output`. `sigma`, `sigma_next`: `[rows]` fp32."""
     latents = (model_output, sample, prev_sample, old_prev_sample_mean)
-    return loss_and_numbers(*latents, advantages, None, (sigma, sigma_next, noise_level, sigma_max), threshold)[0]
+    need_contiguous(*latents)
+    schedule = Schedule(sigma, sigma_next, noise_level, sigma_max)
+    return _PolicyLoss.apply(*latents, advantages, None, schedule, threshold)

@@ -7,7 +7,8 @@ For a row of `N` latent elements, with `v` the model's output, `x` the sample, `
     d / d v_j = b (grad_mu_j + grad_log_prob (x'_j - mu_j) / (N std^2))
 
 Forward, one launch: reads `v`, `x` and `z` or `x'`, writes `mu` in fp32 and a drawn `x'` in the dtype of `x`, scored as
-it is stored; each program leaves its sum of `(x' - mu)^2`, the last one ends with the log-probs (`triton_rows.py`).
+it is stored; each program leaves its sum of `(x' - mu)^2`, and as in `triton_policy_loss.py` the last one to end makes
+the log-probs.
 Backward, one launch: reads `x'`, `mu` and its gradient, writes the gradient in the dtype of `v`.
 
 For the benches alone. Against `flowdppo_ops` it leaves out the other samplers, the residual, the generator, every check
@@ -22,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_rows import (
+from triton_policy_loss import (
     BLOCKS,
     MAX_SPLITS,
     SPLIT,
@@ -131,10 +132,7 @@ def _forward(model_output: Tensor, sample: Tensor, other: Tensor, schedule: Sche
     log_prob = torch.empty(rows, dtype=torch.float32, device=sample.device)
     partials = torch.empty(rows * MAX_SPLITS, dtype=torch.float32, device=sample.device)
 
-    def grid(config):
-        return (rows * config["SPLITS"],)
-
-    _forward_kernel[grid](
+    _forward_kernel[lambda config: (rows * config["SPLITS"],)](
         model_output,
         sample,
         other,
@@ -168,9 +166,7 @@ class _Replay(torch.autograd.Function):
         grad_output = torch.empty_like(mean, dtype=ctx.dtype)
         grads = (grad_log_prob.contiguous(), grad_mean.contiguous())
 
-        def grid(config):
-            return (rows * triton.cdiv(numel, config["BLOCK"]),)
-
+        grid = lambda config: (rows * triton.cdiv(numel, config["BLOCK"]),)  # noqa: E731
         _backward_kernel[grid](prev_sample, mean, *ctx.schedule, *grads, grad_output, rows, numel)
         return grad_output, None, None, None
 
@@ -186,10 +182,7 @@ def triton_sde_draw(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Next sample in the dtype of `sample`, its log-prob `[rows]` and the step's mean, both fp32. Not differentiable.
 
-    Args:
-        model_output, sample, noise: `[rows, ...]`, contiguous, fp32, bf16 or fp16 each.
-        sigma, sigma_next: `[rows]` fp32.
-        noise_level, sigma_max: as `flowdppo_ops.sde_step` takes them.
+    Latents `[rows, ...]`, contiguous, fp32, bf16 or fp16 each; `sigma`, `sigma_next`: `[rows]` fp32.
     """
     need_contiguous(model_output, sample, noise)
     return _forward(model_output, sample, noise, Schedule(sigma, sigma_next, noise_level, sigma_max), draw=True)
@@ -204,9 +197,6 @@ def triton_sde_replay(
     noise_level: float,
     sigma_max: float,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob `[rows]` of the next sample given, and the step's mean, both fp32 and differentiable in `model_output`.
-
-    The other arguments as those of `triton_sde_draw`.
-    """
+    """Log-prob `[rows]` of `prev_sample` and the step's mean, both fp32 and differentiable in `model_output`."""
     need_contiguous(model_output, sample, prev_sample)
     return _Replay.apply(model_output, sample, prev_sample, Schedule(sigma, sigma_next, noise_level, sigma_max))

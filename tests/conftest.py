@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -98,46 +95,3 @@ def tsan(builds):
     server = start(builds / "tsan", "tsan")
     yield server
     server.close()
-
-
-# ---- the benches: modules of another folder --------------------------------------------------------------------------
-
-BENCHES = Path(__file__).parents[1] / "benches"
-
-
-@pytest.fixture
-def harness(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHES)
-    return importlib.import_module("harness")
-
-
-@pytest.fixture
-def runner(harness):
-    return importlib.import_module("runner")
-
-
-@pytest.fixture
-def chain(harness):
-    return importlib.import_module("trainer_chain")
-
-
-@pytest.fixture
-def bench(runner):
-    return importlib.import_module("bench_policy_loss")
-
-
-@pytest.fixture
-def sde_bench(runner):
-    return importlib.import_module("bench_sde_step")
-
-
-@pytest.fixture
-def case(runner):
-    """A function from a suite to its operation, inputs, right answer, and a right provider's function."""
-
-    def make(module, name, dtype):
-        operation = importlib.import_module(module).OPERATIONS[name]
-        i = operation.make_inputs((16, 256), dtype, torch.device("cpu"))
-        return operation, i, operation.expected(i, "eager"), operation.providers["eager"]()
-
-    return make

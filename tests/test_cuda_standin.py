@@ -131,7 +131,7 @@ def test_the_script_that_launches_every_kernel(driver, kernels, scenario):
 
 # ---- a rehearsal of the tests marked gpu -----------------------------------------------------------------------------
 
-REHEARSED = "any_alignment generator graph_capture host_sync metadata_errors two_launches"
+REHEARSED = "any_alignment clocks generator graph_capture host_sync metadata_errors two_launches"
 MISTAKES = """
 import pytest, torch, flowdppo_ops
 from cases import draw
@@ -176,7 +176,7 @@ def test_a_launch_too_many():  # assert 2 == 1
 @needs_images
 def test_what_a_gpu_is_to_show_is_rehearsed(driver, kernels):
     """Tests that were never run where they belong, without what is wrong with the tests themselves."""
-    files = [ROOT / f"test_gpu{name}.py" for name in ("", "_sde_step", "_step_loss")]
+    files = [ROOT / f"test_{name}.py" for name in ("gpu", "gpu_sde_step", "gpu_step_loss", "benches")]
     said = harness.rehearse(driver, kernels, "-k", " or ".join(REHEARSED.split()), *files)
     assert re.fullmatch(r"=+ \d+ passed, \d+ deselected.*", said.splitlines()[-1]), said
 

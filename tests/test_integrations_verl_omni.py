@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import counting
 import pytest
 import test_golden as golden
 import torch
@@ -861,14 +862,13 @@ def test_steps_that_are_not_served(strict, changes, reason):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss_mode", ["flow_dppo", "flow_grpo", "grpo_guard"])
-def test_a_micro_batch_waits_three_times_and_passes_the_latents_eight(either, monkeypatch, loss_mode, stored):
+def test_a_micro_batch_waits_three_times_and_passes_the_latents_eight(either, loss_mode, stored):
     """Adapter, worker's loss and backward. The trainer: 26 operators on latents and 29 waits, for `flow_dppo`.
 
     Copies: two latents out of the trajectory and, where the loss reads it, the old mean. Then step and loss, forward
     and backward; the loss reads no latents in its backward but for `grpo_guard`.
     """
-    monkeypatch.syspath_prepend(TESTS.parent / "benches")
-    seen = importlib.import_module("counting").count(_training(stored, loss_mode), ROWS * 4 * 40)
+    seen = counting.count(_training(stored, loss_mode), ROWS * 4 * 40)
     assert not either.ours.fallbacks()
     assert seen.latent_ops <= {"flow_dppo": 6, "flow_grpo": 4, "grpo_guard": 7}[loss_mode]
     assert seen.host_syncs <= 3  # metrics, loss, and on a CPU whether the timesteps are in the schedule

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -75,7 +76,7 @@ class Devices(TorchFunctionMode):
         name = function.__self__.__name__ if getter else function.__name__
         if getter and name == "device":
             return GPU if is_gpu(args[0]) else function(*args)
-        if name == "backward" and is_gpu(args[0]):
+        if name == "backward" and any(map(is_gpu, tensors_of(args[0]))):
             with backward():
                 return function(*args, **kwargs)
         if name in ("to", "cpu", "cuda"):
@@ -127,6 +128,18 @@ class Stream:
         self.cuda_stream = _driver.stream() if handle is None else handle
 
     def wait_stream(self, other: Stream) -> None: ...
+
+
+class Event:
+    """Happens when it is recorded: nothing runs at the same time."""
+
+    def __init__(self, **_options: Any) -> None: ...
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1000 * (end.at - self.at)
 
 
 @contextlib.contextmanager
@@ -259,15 +272,18 @@ for _name, _stand_in in {
     "device_count": lambda: 1,
     "mem_get_info": lambda: (0, 0),
     "_sleep": lambda cycles: None,
-    "synchronize": lambda: waits("synchronize"),
+    "get_device_name": lambda device=None: "stand-in",
+    "synchronize": lambda device=None: waits("synchronize"),
     "current_stream": lambda device=None: _now.stream,
     "set_sync_debug_mode": set_sync_debug_mode,
+    "Event": Event,
     "Stream": Stream,
     "stream": entered,
     "CUDAGraph": Graph,
     "graph": capture,
 }.items():
     setattr(torch.cuda, _name, _stand_in)
+torch.accelerator.synchronize = torch.cuda.synchronize
 Tensor.is_cuda, Tensor.is_cpu = property(is_gpu), property(lambda tensor: not is_gpu(tensor))
 Tensor.get_device = lambda tensor: 0 if is_gpu(tensor) else -1
 

@@ -2,7 +2,7 @@
 
 An operator that does device work is one launch or more, an `.item()` is a wait. Nothing is estimated: a dispatch mode
 sees every operator of forward and backward, with the tensors that go in and come out. It sees none inside a compiled
-graph or a Triton kernel: those are counted on a GPU alone, by the profiler (`devices.Costs`).
+graph or a Triton kernel.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ def _is_like(name: str) -> bool:
 
 
 class Counts(NamedTuple):
-    """Of one call; None where it cannot be counted. Latent-sized: with as many elements in memory as the latents."""
+    """Of one call. Latent-sized: with as many elements in memory as the latents."""
 
-    ops: int | None = None  # operators that do device work: no views, no allocations
-    latent_ops: int | None = None  # of them, those with a latent-sized tensor
-    host_syncs: int | None = None  # values that the host waits for
-    latent_allocations: int | None = None  # latent-sized tensors that did not exist before, the gradient included
-    bytes_moved: int | None = None  # of everything that goes into and comes out of the latent operators
+    ops: int  # operators that do device work: no views, no allocations
+    latent_ops: int  # of them, those with a latent-sized tensor
+    host_syncs: int  # values that the host waits for
+    latent_allocations: int  # latent-sized tensors that did not exist before, the gradient included
+    bytes_moved: int  # of everything that goes into and comes out of the latent operators
 
 
 def count(call: Callable[[], Any], latent_elements: int) -> Counts:
     """`call` is made once, with the dispatcher watched.
 
-    Operators of this package then take their registered road, where a Python number of a schedule becomes a 0-dim
+    Operators of this package then take their registered form, where a Python number of a schedule becomes a 0-dim
     tensor: an operator each, on no latents, that a call without a watcher does not have.
     """
     with _Waits() as waits, _Watch(latent_elements) as watch:
