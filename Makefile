@@ -44,16 +44,12 @@ $(VENV)/.test: $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install --quiet '.[demo,test]'
 	touch $@ $(VENV)/.demo
 
-$(VENV)/.gpu: $(SOURCES) | $(BIN)/python
-	$(BIN)/pip install --quiet '.[demo,test,bench]'
-	touch $@ $(VENV)/.demo $(VENV)/.test
-
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
-# On a machine with an NVIDIA GPU; compute-sanitizer and ncu for their stages. `benches/on_gpu.py --list` has them all.
-gpu: $(VENV)/.gpu
+# On a machine with an NVIDIA GPU, and compute-sanitizer for its stages. gpu-out has a log of each stage and the rows.
+gpu: $(VENV)/.test
 	$(BIN)/python benches/on_gpu.py gpu-out
 
 sanitize: $(VENV)/.test
