@@ -50,7 +50,13 @@ def run(folder: Path, wheel: Path, python: str, torch: str, numpy: str) -> tuple
     if not (folder / "bin" / "python").exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
     here = folder / "bin" / "python"
-    packages = ["torch" if torch == "newest" else f"torch=={torch}", f"numpy=={numpy}", "pytest", "pytest-timeout", "hypothesis"]
+    packages = [
+        "torch" if torch == "newest" else f"torch=={torch}",
+        f"numpy=={numpy}",
+        "pytest",
+        "pytest-timeout",
+        "hypothesis",
+    ]
     subprocess.run([here, "-m", "pip", "install", "--quiet", *packages, "setuptools", wheel], check=True)
     shown = subprocess.run([here, "-c", SHOW], capture_output=True, text=True, check=True).stdout.split()
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
@@ -64,7 +70,9 @@ def run(folder: Path, wheel: Path, python: str, torch: str, numpy: str) -> tuple
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", nargs="+", default=[""], help="only versions of PyTorch that begin like one of these")
+    parser.add_argument(
+        "--torch", nargs="+", default=[""], help="only versions of PyTorch that begin like one of these"
+    )
     parser.add_argument("--folder", type=Path, help="keeps the environments there")
     options = parser.parse_args()
     rows, good = [], True

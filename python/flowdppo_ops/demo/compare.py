@@ -22,6 +22,7 @@ from ..objectives import FlowDPPO, FlowGRPO, GRPOGuard, Objective
 from . import report
 from .data import CLASSES, NUMEL, TRAINED, digits
 from .model import Velocity, pretrain
+from .report import CONTROL, SYMMETRIC
 from .rollout import Schedule, path_kl, rollout, select, uniform_schedule
 from .score import Judge, symmetry
 from .train import LOSSES, Settings, finetune
@@ -31,28 +32,32 @@ NOISE_LEVEL = 0.7
 # Nats per latent element. The published setting, 1e-5 at the 65536 elements of an SD3.5 latent, allows 0.66 nats per
 # image and step; this allows as many over 64 elements.
 KL_THRESHOLD = 1e-5 * 65536 / NUMEL
+WIDTH = 1 / 4  # of the trust region, as a multiple of that: where the objectives differ (docs/claims.md)
 PER_CLASS = 100  # images per class that the scores are taken from
 SCORE_SEED = 1_000_000  # the noise behind the scores and pictures: one set, for every policy
 
 ROUNDS = 5  # of timing
 
-CONTROL = "no trust region"
 
+def objectives(schedule: Schedule, width: float) -> dict[str, Objective]:
+    """The three objectives with limits of about the same width, and two controls.
 
-def objectives(schedule: Schedule, std: Tensor) -> dict[str, Objective]:
-    """The three objectives with limits of about the same width, and the control.
-
-    When the new mean is `kl` nats per element away, the log-ratio, a mean over N elements, has a standard deviation of
-    sqrt(2 kl / N). FlowGRPO clips where that equals the KL threshold. GRPOGuard multiplies its log-ratio by
-    `c = mean(sqrt_dt) mean(std / sqrt_dt)`, so its clip range is `c` times as wide. `std`: `[1, steps]`.
+    width: the KL threshold as a multiple of the published one. When the new mean is `kl` nats per element away, the
+    log-ratio, a mean over N elements, has a standard deviation of sqrt(2 kl / N). FlowGRPO clips where that equals the
+    KL threshold. GRPOGuard multiplies its log-ratio by `c = mean(sqrt_dt) mean(std / sqrt_dt)`, so its clip range is
+    `c` times as wide. With CPS the log-ratio has no 1 / (2 std^2): both are `mean(2 std^2)` times as wide there.
     """
-    clip = math.sqrt(2 * KL_THRESHOLD / NUMEL)
+    threshold, std = width * KL_THRESHOLD, schedule.std
+    clip = math.sqrt(2 * threshold / NUMEL)
+    if schedule.sampler == "cps":
+        clip *= (2 * std**2).mean().item()
     scale = (schedule.sqrt_dt.mean() * (std / schedule.sqrt_dt).mean()).item()
     return {
-        "Flow-DPPO": FlowDPPO(KL_THRESHOLD),
+        "Flow-DPPO": FlowDPPO(threshold),
         "Flow-GRPO": FlowGRPO(clip),
         "GRPO-Guard": GRPOGuard(clip * scale),
-        CONTROL: FlowDPPO(KL_THRESHOLD, mask="none"),
+        SYMMETRIC: FlowDPPO(threshold, mask="symmetric"),
+        CONTROL: FlowDPPO(threshold, mask="none"),
     }
 
 
@@ -66,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
     data = digits()
     judge = Judge(data)
     pretrained = pretrain(data, args.pretrain_steps, args.device)
-    scores, images, std = _score(pretrained, pretrained, judge, schedule)
-    compared = objectives(schedule, std)
+    scores, images = score(pretrained, pretrained, judge, schedule)
+    compared = objectives(schedule, WIDTH)
     samples = {"pretrained": images}
     fixed = {"steps": STEPS, "noise_level": NOISE_LEVEL}
     results: dict[str, Any] = {
@@ -75,13 +80,13 @@ def run(args: argparse.Namespace) -> None:
         "function": function,
         "device": args.device,
         "threads": torch.get_num_threads(),
-        "settings": {"pretrain_steps": args.pretrain_steps, **asdict(settings), **fixed},
+        "settings": {"pretrain_steps": args.pretrain_steps, "width": WIDTH, **asdict(settings), **fixed},
         "pretrained": scores,
         "objectives": {},
     }
 
-    # The control shows that the limits bind; once is enough for that.
-    seeds = {name: args.seeds[:1] if name == CONTROL else args.seeds for name in compared}
+    # The controls show that the limits bind, and what the asymmetry does; once is enough for that.
+    seeds = {name: args.seeds[:1] if name in (SYMMETRIC, CONTROL) else args.seeds for name in compared}
     with tqdm(total=args.iterations * sum(map(len, seeds.values())), unit="rollout") as bar:
         for name, objective in compared.items():
             entry = {"objective": repr(objective), "seeds": seeds[name], "curves": [], "scores": []}
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
                     last = {key: f"{tuned.curves[key][-1]:.3g}" for key in ("reward", "kl")}
                     bar.set_postfix(last, refresh=False)
                     bar.update()
-                scores, images, _ = _score(tuned.policy, pretrained, judge, schedule)
+                scores, images = score(tuned.policy, pretrained, judge, schedule)
                 entry["curves"].append(tuned.curves)
                 entry["scores"].append(scores)
                 if seed == seeds[name][0]:
@@ -127,14 +132,12 @@ def _seconds_per_call(
     return {name: fmean(seconds) for name, seconds in medians.items()}
 
 
-def _score(
-    policy: Velocity, pretrained: Velocity, judge: Judge, schedule: Schedule
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Scores, `[10, PER_CLASS, 1, 8, 8]` images by class, and the schedule's std `[1, steps]`."""
+def score(policy: Velocity, pretrained: Velocity, judge: Judge, schedule: Schedule) -> tuple[dict[str, float], Tensor]:
+    """Scores, and the images they are of: `[10, PER_CLASS, 1, 8, 8]`, by class."""
     device = schedule.sigmas.device
     prompts = torch.arange(CLASSES, device=device).repeat_interleave(PER_CLASS)
     batch = rollout(policy, prompts, schedule, torch.Generator().manual_seed(SCORE_SEED))
     trained = torch.isin(prompts, torch.tensor(TRAINED, device=device)).nonzero()[:, 0]
     scores = judge.scores(batch.images, prompts)
     scores["kl"] = path_kl(select(batch, trained), pretrained, schedule)
-    return scores, batch.images.reshape(CLASSES, PER_CLASS, *batch.images.shape[1:]).cpu(), batch.std[:1]
+    return scores, batch.images.reshape(CLASSES, PER_CLASS, *batch.images.shape[1:]).cpu()

@@ -18,7 +18,10 @@ from matplotlib import pyplot as plt
 
 from .data import HELD_OUT, TRAINED
 
-COLOURS = {"Flow-DPPO": "#0072b2", "Flow-GRPO": "#d55e00", "GRPO-Guard": "#009e73"}  # distinct to colour-blind eyes
+SYMMETRIC = "symmetric mask"  # Flow-DPPO that also blocks an update on its way back
+CONTROL = "no trust region"
+# Distinct to colour-blind eyes.
+COLOURS = {"Flow-DPPO": "#0072b2", "Flow-GRPO": "#d55e00", "GRPO-Guard": "#009e73", SYMMETRIC: "#cc79a7"}
 OTHER = "0.55"
 REWARD = "reward: minus squared difference to the mirror image"
 
@@ -61,7 +64,7 @@ def _caption(results: dict[str, Any]) -> list[str]:
     seeds = next(iter(entries.values()))["seeds"]
     return [
         "Odd digits fine-tuned, even digits held out. Mean ± standard deviation over",
-        f"seeds {', '.join(map(str, seeds))}; the control runs on seed {seeds[0]} alone.",
+        f"seeds {', '.join(map(str, seeds))}; the last two lines are of seed {seeds[0]} alone.",
         "reward: minus the mean squared difference between image and mirror image.",
         "KL: from the pretrained model, summed over the whole trajectory.",
         "masked: share of rows that got no gradient, over all updates.",

@@ -9,38 +9,53 @@ from torch import Tensor
 
 import flowdppo_ops
 
+from ..reference import transition
 from .data import SHAPE
 from .model import Velocity
 
 
 class Schedule(NamedTuple):
-    """sigmas: `[steps + 1]`, from 1 down to 0. noise_level: the samplers' eta."""
+    """sigmas: `[steps + 1]`, from 1 down to 0. noise_level: the samplers' eta. sampler: of `sde_step`."""
 
     sigmas: Tensor
     noise_level: float
+    sampler: str = "flow_sde"
 
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
     @property
+    def noisy(self) -> int:
+        """The steps that draw noise, and have a log-prob: CPS ends in a step without."""
+        return self.steps - (self.sampler == "cps")
+
+    @property
     def sqrt_dt(self) -> Tensor:
-        """`[1, steps]`, a row vector for rows `[batch, steps]`."""
-        return (self.sigmas[:-1] - self.sigmas[1:]).sqrt()[None]
+        """`[1, noisy]`, a row vector for rows `[batch, noisy]`."""
+        return (self.sigmas[:-1] - self.sigmas[1:]).sqrt()[None, : self.noisy]
+
+    @property
+    def std(self) -> Tensor:
+        """Of the noise of each step, `[1, noisy]`."""
+        noise_level = torch.tensor(self.noise_level)
+        every = self.arguments()
+        return transition(self.sampler, every["sigma"], every["sigma_next"], noise_level, every["sigma_max"])[2]
 
     def arguments(self, step: int | None = None) -> dict[str, Any]:
-        """What `sde_step` and `step_loss` want to know of a step, or of all of them at once: row vectors `[1, steps]`.
+        """What `sde_step` and `step_loss` want to know of a step, or of all noisy ones: row vectors `[1, noisy]`.
 
         Nothing is read on the host. Flow-GRPO's choice of `sigma_max`: the second sigma stands in for 1.
         """
         now, following = self.sigmas[:-1], self.sigmas[1:]
-        sigma, sigma_next = (now[None], following[None]) if step is None else (now[step], following[step])
+        every = (now[None, : self.noisy], following[None, : self.noisy])
+        sigma, sigma_next = every if step is None else (now[step], following[step])
         sigmas = {"sigma": sigma, "sigma_next": sigma_next, "sigma_max": self.sigmas[1]}
-        return {"sampler": "flow_sde", "noise_level": self.noise_level, **sigmas}
+        return {"sampler": self.sampler, "noise_level": self.noise_level, **sigmas}
 
 
 class Rollout(NamedTuple):
-    """Rows are `[batch, steps]`; latents the rows, then `[1, 8, 8]`; float32 unless said.
+    """Rows are `[batch, noisy steps]`; latents the rows, then `[1, 8, 8]`; float32 unless said.
 
     samples: x, where the step started. prev_samples: x', where it went. residuals: float16, `(x' - mean) / std` under
     the policy that drew it: all that an update needs of that policy beside the log-probs, at half the size of the
@@ -58,21 +73,22 @@ class Rollout(NamedTuple):
     images: Tensor
 
 
-def uniform_schedule(steps: int, noise_level: float, device: str) -> Schedule:
-    return Schedule(torch.linspace(1, 0, steps + 1, device=device), noise_level)
+def uniform_schedule(steps: int, noise_level: float, device: str, sampler: str = "flow_sde") -> Schedule:
+    return Schedule(torch.linspace(1, 0, steps + 1, device=device), noise_level, sampler)
 
 
 @torch.no_grad()
 def rollout(policy: Velocity, prompts: Tensor, schedule: Schedule, generator: torch.Generator) -> Rollout:
-    """Draws one image per prompt with Flow-SDE. `generator` is a CPU one, so that a GPU draws the same noise."""
+    """Draws one image per prompt. `generator` is a CPU one, so that a GPU draws the same noise."""
     x = torch.randn(len(prompts), *SHAPE, generator=generator).to(prompts.device)
     samples, steps = [], []
     for number in range(schedule.steps):
         arguments = schedule.arguments(number)
         model_output = policy(x, arguments["sigma"][None], prompts)
         step = flowdppo_ops.sde_step(model_output, x, generator=generator, residual_dtype=torch.float16, **arguments)
-        samples.append(x)
-        steps.append(step)
+        if number < schedule.noisy:
+            samples.append(x)
+            steps.append(step)
         x = step.prev_sample
     prev_samples, log_probs, means, std, residuals = (torch.stack(field, 1) for field in zip(*steps, strict=True))
     return Rollout(torch.stack(samples, 1), prev_samples, residuals, means, std, log_probs, prompts, x)
@@ -80,7 +96,7 @@ def rollout(policy: Velocity, prompts: Tensor, schedule: Schedule, generator: to
 
 def model_outputs(policy: Velocity, batch: Rollout, schedule: Schedule) -> Tensor:
     """What `policy` says at the recorded steps, all steps in one pass; differentiable. Latents."""
-    return policy(batch.samples, schedule.sigmas[None, :-1], batch.prompts[:, None])
+    return policy(batch.samples, schedule.sigmas[None, : schedule.noisy], batch.prompts[:, None])
 
 
 def replayed_means(policy: Velocity, batch: Rollout, schedule: Schedule) -> Tensor:

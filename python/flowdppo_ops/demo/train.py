@@ -25,6 +25,7 @@ class Settings:
     """One fine-tuning. `iterations` rollouts; `epochs` passes over each, in `minibatches` updates per pass.
 
     fused: "step", the loss starts at the model's output; "loss", at the mean that `sde_step` makes of it.
+    keep_calls: for timing, of the first and last epoch of the first, middle and last rollout.
     """
 
     iterations: int
@@ -34,6 +35,7 @@ class Settings:
     group_size: int = 32  # images per prompt and rollout
     learning_rate: float = 2e-4
     max_grad_norm: float = 1.0
+    keep_calls: bool = True
 
 
 @dataclass
@@ -76,12 +78,13 @@ def finetune(
     settings: Settings,
     seed: int,
     loss: Callable[..., PolicyLoss],
+    after_epoch: Callable[[Velocity, int], None] = lambda policy, epochs: None,
 ) -> Iterator[Run]:
     """Fine-tunes a copy of `pretrained` on the prompts `classes` towards `reward` (images in, `[batch]` out).
 
     `loss` is what `LOSSES[settings.fused]` names, in `flowdppo_ops` or in its reference. All randomness comes from
     `seed`, so objectives that share it see the same noise until their policies part. Yields the run so far after each
-    iteration.
+    iteration; `after_epoch` gets the policy, and the number of passes over this rollout that it has seen.
     """
     run = Run(copy.deepcopy(pretrained))
     policy, curves = run.policy, run.curves
@@ -93,12 +96,12 @@ def finetune(
     for iteration in range(settings.iterations):
         batch = rollout(policy, prompts, schedule, generator)
         rewards = reward(batch.images)
-        advantages = group_advantages(rewards, prompts)[:, None].expand(-1, schedule.steps)
+        advantages = group_advantages(rewards, prompts)[:, None].expand(-1, schedule.noisy)
         curves["reward"].append(rewards.mean().item())
         curves["kl"].append(path_kl(batch, pretrained, schedule))
 
         masked, grad_norm = [], []
-        for _ in range(settings.epochs):
+        for epoch in range(settings.epochs):
             order = torch.randperm(len(prompts), generator=generator).to(device)
             for rows in order.chunk(settings.minibatches):
                 old = select(batch, rows)
@@ -113,8 +116,10 @@ def finetune(
                 masked.append(out.metrics()["masked_fraction"])
                 grad_norm.append(norm.item())
                 run.updates += 1
-                if iteration in (0, settings.iterations // 2, settings.iterations - 1):
+                rollouts, passes = (0, settings.iterations // 2, settings.iterations - 1), (0, settings.epochs - 1)
+                if settings.keep_calls and iteration in rollouts and epoch in passes:
                     run.calls.append((of_policy.detach(), arguments))
+            after_epoch(policy, epoch + 1)
         curves["masked"].append(fmean(masked))
         curves["grad_norm"].append(fmean(grad_norm))
         yield run
