@@ -1,6 +1,7 @@
 """Fused policy losses and sampler steps for flow-matching RL: Flow-DPPO, Flow-GRPO and GRPO-Guard.
 
-Importing this package imports neither PyTorch nor CUDA; the functions that take tensors do, when first used.
+Importing this package imports neither PyTorch nor CUDA. The functions that take tensors import PyTorch when they are
+first used.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ __all__ = [
     "step_loss",
 ]
 
-# name -> module that holds it; a module listed under its own name is the attribute itself.
+# Names that are imported when they are first used -> the modules that hold them. A name equal to that of its module is
+# the module itself.
 _LAZY = {
     "PolicyLoss": "result",
     "SdeStep": "_sde_step",

@@ -1,4 +1,5 @@
-"""`python -m flowdppo_ops COMMAND`. A command is a module with `add_command`; its parser sets `run(args) -> int`."""
+"""`python -m flowdppo_ops COMMAND`. A command is a module whose `add_command(subparsers)` adds a parser. The parser's
+default `run(args)` does the work and returns the exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From a public function to its operator: what has been seen goes straight there, the rest through the checks."""
+"""What the public functions share: a call whose metadata was checked before runs at once, any other is checked
+first."""
 
 from __future__ import annotations
 
@@ -15,10 +16,14 @@ from ._torch import FAMILY
 
 
 class PublicFunction:
-    """Of one public function: its arguments' names, its checks, and the calls that have passed them.
+    """The argument names of a public function, its checks, and a native memory of the calls that passed them.
 
-    `check`: metadata. `memo`: of names, the native one. `run`: a checked call, with the memo and the arguments.
-    `check_values`: for `FLOWDPPO_OPS_CHECK=1`.
+    Args:
+        function: the public function; its name and its parameters are read.
+        check: takes the public name, the array library and the arguments by name; returns the checked call or raises.
+        memo: a native class; made from the argument names, it remembers calls.
+        run: takes a checked call, the memo and the arguments; runs the call and adds it to the memo.
+        check_values: raises if a checked call has values that are out of range; for `FLOWDPPO_OPS_CHECK=1`.
     """
 
     def __init__(
@@ -33,11 +38,11 @@ class PublicFunction:
         self.names = tuple(signature(function).parameters)
         self.check, self.run, self.check_values = check, run, check_values
         self.memo = memo(list(self.names))
-        # Of a call like one that has been checked before; None of any other.
+        # The result of a call whose metadata was checked before; None for any other call.
         self.forward = self.memo.forward
 
     def checked(self, arguments: tuple) -> Any:
-        """The result, after all checks."""
+        """Checks the arguments, runs the call and returns its result."""
         call = self.check(f"flowdppo_ops.{self.name}", FAMILY, dict(zip(self.names, arguments, strict=True)))
         if not torch.compiler.is_compiling():
             if _environment.wants_reference():

@@ -1,14 +1,16 @@
-"""Argument checks, on metadata alone: which argument, what came, what was wanted.
+"""Argument checks. A message says which argument is wrong, what came and what was wanted.
 
-Nothing here reads a value (that would synchronise a GPU) or allocates. The same checks serve PyTorch and NumPy: a
-`Family` names the array type and the dtypes it may have. Shapes: *rows* are the shape of `advantages`; *latents* are
-the rows followed by any latent dimensions; a *row vector* is a number, or an array that broadcasts to the rows from
-the left, with the rank of the rows or of the latents.
+The checks read metadata alone, because reading a value would synchronise a GPU. PyTorch and NumPy share them: a
+`Family` holds what differs between the two libraries.
 
-PyTorch 2.6 traces these functions and those of `_operators` only if dictionaries are joined by `{**a, **b}`.
+*Rows* have the shape of `advantages`. *Latents* have the shape of the rows, followed by any latent dimensions. A *row
+vector* is a number, or an array that broadcasts to the rows from the left and has the rank of the rows or of the
+latents.
 
-The native module remembers calls that passed (`src/boundary/memo.rs`) by the types, dtypes, shapes, devices and options
-of their arguments, and by which numbers are 0: a check must not depend on anything else.
+The native module (`src/boundary/memo.rs`) remembers which calls have passed. It compares the types, dtypes, shapes,
+devices and options of the arguments, and whether a number is 0. So a check must not depend on anything else.
+
+`torch.compile` traces these functions. PyTorch 2.6 can trace `{**a, **b}` but not `a | b`.
 """
 
 from __future__ import annotations
@@ -26,31 +28,32 @@ Shape = tuple[int, ...]
 
 
 class Call(NamedTuple):
-    """A checked call: what the operator takes, by the names of `src/call.rs`."""
+    """A call that has passed its checks. Its fields and settings have the names of the operator's arguments."""
 
-    where: str  # the public function, for messages
+    where: str  # the name of the public function, for messages
     row_shape: Shape
-    fields: Arguments  # latents and row vectors that are read; none is None
-    settings: Arguments
-    objective: Any = None  # of the losses, and so is the next
-    process_group: Any = None
+    fields: Arguments  # latents and row vectors that the operator reads; none is None
+    settings: Arguments  # everything else that the operator takes
+    objective: Any = None  # of `loss` and `step_loss`
+    process_group: Any = None  # of `loss` and `step_loss`
     generator: Any = None  # of `sde_step`
 
 
 class Family(NamedTuple):
-    """An array library: its type, how that type is called, and `dtype -> name` for the dtypes allowed."""
+    """An array library, PyTorch or NumPy, as the checks see it."""
 
     type: type
-    name: str
-    dtypes: dict[Any, str]
+    name: str  # of the type, for messages
+    dtypes: dict[Any, str]  # that an array may have, with their names
     float64: Any
-    layout: Any  # the dense one, None where there is no other
+    layout: Any  # that an array must have; None if the library has a single layout
     has_devices: bool
-    expand: Callable[[Any, Shape], Any]  # an array and a shape that it broadcasts to
+    expand: Callable[[Any, Shape], Any]  # returns a view of an array in a shape that it broadcasts to
 
 
 class Checks(NamedTuple):
-    """Of the arguments `given` to the public function `where`. An argument is checked by its name."""
+    """Checks of a call of the public function `where` with the arguments `given`. Methods take the names of
+    arguments."""
 
     where: str
     family: Family
@@ -92,7 +95,7 @@ class Checks(NamedTuple):
             raise ValueError(f"{self.where}: {name} is on {came.device}, wanted {wanted.device}, where {like} is")
 
     def array_like(self, name: str, like: str) -> None:
-        """An array of the same shape, on the same device."""
+        """Checks that `name` is an array of the shape of `like`, on its device."""
         self.array(name)
         came, wanted = tuple(self.given[name].shape), tuple(self.given[like].shape)
         if came != wanted:
@@ -100,7 +103,7 @@ class Checks(NamedTuple):
         self.same_device(name, like)
 
     def rows(self) -> Shape:
-        """Their shape: that of `advantages`."""
+        """Checks `advantages` and returns its shape, which is that of the rows."""
         self.array("advantages")
         row_shape = tuple(self.given["advantages"].shape)
         if 0 in row_shape:
@@ -108,7 +111,7 @@ class Checks(NamedTuple):
         return row_shape
 
     def latents(self, row_shape: Shape, leader: str, *others: str) -> None:
-        """All are arrays of the first one's shape, on its device; rows first, and at least one element each."""
+        """Checks that `leader` has the rows' shape first and at least one element per row, and `others` its shape."""
         self.array(leader)
         shape = tuple(self.given[leader].shape)
         if shape[: len(row_shape)] != row_shape:
@@ -120,8 +123,8 @@ class Checks(NamedTuple):
             self.array_like(name, leader)
 
     def row_vector(self, name: str, like: str, row_shape: Shape, latent_rank: int | None) -> Any:
-        """None, a number, or an array of rank 0, of the rank of the rows, or of the rank of the latents. Returned, or a
-        view that the native module can index: one where the dimensions that vary are neighbours."""
+        """Checks a row vector, which may be None, and returns it. The native module finds the element of a row by one
+        division and one remainder, so an array whose varying dimensions are not neighbours is expanded to all rows."""
         value = self.given[name]
         if value is None:
             return None
@@ -144,7 +147,7 @@ class Checks(NamedTuple):
             )
         varying = [at for at, have in enumerate(leading) if have > 1]
         if varying and any(shape[at] != row_shape[at] for at in range(varying[0], varying[-1])):
-            return self.family.expand(value.reshape(leading), row_shape)  # [A, 1, C] of rows [A, B, C]
+            return self.family.expand(value.reshape(leading), row_shape)  # [A, 1, C] for rows [A, B, C]
         return value
 
     def row_vectors(self, names: Iterable[str], *like: Any) -> Arguments:
@@ -164,7 +167,7 @@ class Checks(NamedTuple):
             self.require("uncond_output", "guidance_scale is given")
 
     def only(self, of: str, names: tuple[str, ...], *, needed: bool) -> None:
-        """At most one of `names` is given, and one if it is needed."""
+        """Checks that at most one of `names` is given, and exactly one if it is `needed`."""
         came = list(self.present(*names))
         if len(came) > 1 or (needed and not came):
             given, wanted = " and ".join(came) or "none", ", ".join(names)
@@ -178,7 +181,7 @@ class Checks(NamedTuple):
         return objective
 
     def settings(self, sampler: str, density: str) -> Arguments:
-        """Of a loss, beside its objective's."""
+        """Checks and returns the settings of a loss that do not belong to its objective."""
         self.option("latent_reduction", LATENT_REDUCTIONS)
         self.option("reduction", REDUCTIONS)
         return {
@@ -191,14 +194,14 @@ class Checks(NamedTuple):
 
 
 def check_process_group(where: str, name: str, value: Any) -> None:
-    """None, or a `torch.distributed.ProcessGroup`; whoever has one has imported torch.distributed."""
+    """Checks that `value` is None or a `torch.distributed.ProcessGroup` that this process is a member of."""
     if value is None:
         return
-    distributed = sys.modules.get("torch.distributed")
+    distributed = sys.modules.get("torch.distributed")  # a process that has a group has imported it
     if isinstance(value, getattr(distributed, "ProcessGroup", ())):
         return
-    # What `torch.distributed.new_group` gives to the processes that are not in it, -100: a collective over it does
-    # nothing, and says so in a warning.
+    # `torch.distributed.new_group` returns -100 to the processes that are not members. A collective over -100 warns and
+    # does nothing.
     outside = getattr(getattr(distributed, "GroupMember", None), "NON_GROUP_MEMBER", None)
     if type(value) is type(outside) and value == outside:
         raise ValueError(f"{where}: {name} is a group that this process is not a member of")
@@ -206,7 +209,7 @@ def check_process_group(where: str, name: str, value: Any) -> None:
 
 
 def check_loss(where: str, family: Family, given: Arguments) -> Call:
-    """The contract of `flowdppo_ops.loss`."""
+    """Checks the arguments of `flowdppo_ops.loss`; its docstring states what is wanted."""
     checks = Checks(where, family, given)
     check_process_group(where, "process_group", given["process_group"])
     objective = checks.objective()
@@ -219,7 +222,6 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
         )
     row_shape = checks.rows()
 
-    # Which log-prob source, and what is needed with it.
     replay, has_ref = given["prev_sample"] is not None, ref_kl_weight != 0
     if replay == (given["log_prob"] is not None):
         came = "both" if replay else "neither"
@@ -227,7 +229,7 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
     if not replay:
         checks.require("old_log_prob", "it is compared with log_prob")
     if replay or has_ref or objective._needs_kl:
-        checks.require("prev_sample_mean", "the statistics are taken from it")
+        checks.require("prev_sample_mean", "log-prob, KL or penalty are computed from it")
         if replay or objective._needs_kl or given["ref_std"] is None:
             checks.require("std", "the standard deviation of the transition")
     if objective._needs_kl or (replay and given["old_log_prob"] is None):
@@ -237,8 +239,8 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
     if has_ref:
         checks.require("ref_prev_sample_mean", "ref_kl_weight is not 0")
 
-    # All latents that are given are checked. An old mean that nothing needs is read for the KL, as long as there is all
-    # that a KL takes; a reference mean without a weight is not read.
+    # Every latent that is given is checked, but two may not be read: a reference mean of weight 0, and an old mean
+    # where no KL can be computed, for lack of `std` or `prev_sample_mean`.
     mean = given["prev_sample_mean"]
     fields = checks.present("prev_sample_mean", "prev_sample", "old_prev_sample_mean", "ref_prev_sample_mean")
     if fields:
@@ -248,7 +250,7 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
         fields.pop("ref_prev_sample_mean", None)
     if given["std"] is None or mean is None:
         fields.pop("old_prev_sample_mean", None)
-    if len(fields) == 1 and not replay:  # log-probs alone: the mean is not read
+    if len(fields) == 1 and not replay:  # `prev_sample_mean` alone: nothing is computed from it
         fields = {}
     of_rows = checks.present("advantages", "log_prob", "old_log_prob")
     for name in of_rows:
@@ -259,7 +261,7 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
 
 
 def check_step_loss(where: str, family: Family, given: Arguments) -> Call:
-    """The contract of `flowdppo_ops.step_loss`."""
+    """Checks the arguments of `flowdppo_ops.step_loss`; its docstring states what is wanted."""
     checks, sampler = Checks(where, family, given), given["sampler"]
     check_process_group(where, "process_group", given["process_group"])
     objective = checks.objective()
@@ -286,7 +288,8 @@ def check_step_loss(where: str, family: Family, given: Arguments) -> Call:
 
 
 def check_sde_step(where: str, family: Family, given: Arguments) -> Call:
-    """The contract of `flowdppo_ops.sde_step`. Without `prev_sample` and `noise` the noise is still to be drawn."""
+    """Checks the arguments of `flowdppo_ops.sde_step`; its docstring states what is wanted. If there is neither
+    `prev_sample` nor `noise` among the fields, the caller draws the noise."""
     checks, generator, row_dims = Checks(where, family, given), given["generator"], given["row_dims"]
     checks.option("sampler", SAMPLERS)
     if given["prev_sample"] is not None and (given["noise"] is not None or generator is not None):

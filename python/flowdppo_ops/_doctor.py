@@ -1,7 +1,7 @@
-"""`python -m flowdppo_ops doctor`: what is installed, what runs where, and whether it computes the right thing.
+"""`python -m flowdppo_ops doctor`: prints what is installed and which backends run, and tests each of them.
 
-`flowdppo_ops.doctor()` says the same of a running process: there a trainer's integration shows as active. Nothing of a
-trainer is imported, and no CUDA context is opened unless PyTorch sees a GPU to test.
+`flowdppo_ops.doctor()` prints the same about the running process, and with it which integrations are active there. It
+imports no trainer, and opens a CUDA context only to test a GPU that PyTorch sees.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 from . import _native, _self_test
 from .numpy import default_threads
 
-# Of the trainers' packages, and of our modules for them.
+# Names of the trainers' packages, and of the modules in `integrations` for them.
 INTEGRATIONS = ("verl_omni", "unirl", "flow_factory", "flow_grpo")
 
-# Set by others, and decide what is seen or how fast it is.
+# Variables of CUDA and OpenMP: which GPUs a process sees, and how many threads it uses.
 OTHER_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 Line = tuple[str, str]
@@ -38,12 +38,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def doctor() -> bool:
-    """Prints versions, backends, GPUs and the kernels they would load, environment and integrations, and runs a
-    self-test of about a second on every backend there is.
+    """Prints versions, backends, GPUs and the kernels that they would load, environment variables and integrations, and
+    tests every backend that can run here, which takes about a second each.
 
     Returns:
-        Whether the self-test passed: results and gradients of `loss`, `step_loss` and `sde_step` (`numpy.loss` without
-        PyTorch) in float32 against float64.
+        True if every test passed. A test compares results and gradients of `loss`, `step_loss` and `sde_step` (without
+        PyTorch, of `numpy.loss`) in float32 with those in float64.
     """
     try:
         torch = import_module("torch")
@@ -82,7 +82,7 @@ def _backends(torch: ModuleType | None) -> Iterator[Line]:
     yield "images", _by_unit(images) or "none: built without kernels (FLOWDPPO_KERNELS=none)"
     try:
         driver = _native.cuda_driver()
-    except RuntimeError as error:  # cuInit fails where there is a driver and no GPU that it can use
+    except RuntimeError as error:  # cuInit fails if there is a driver but no GPU that it can use
         yield "cuda", f"not usable: {error}"
         return
     if driver is None:
@@ -104,7 +104,7 @@ def _seen_by(torch: ModuleType | None) -> str:
 
 
 def _by_unit(images: list[tuple[str, int, bool]]) -> str:
-    """policy_loss sm_80 sm_90, sde_step sm_80 sm_90"""
+    """For example "policy_loss sm_80 sm_90, sde_step sm_80 sm_90"."""
     named: dict[str, list[str]] = {}
     for unit, capability, is_ptx in images:
         named.setdefault(unit, []).append(f"{'compute' if is_ptx else 'sm'}_{capability}")
@@ -152,7 +152,7 @@ def _passes(where: str, run: _self_test.Run) -> bool:
     start = time.perf_counter()
     try:
         errors = run()
-    except Exception as error:  # whatever it is, it is what a user's call would meet
+    except Exception as error:  # any: a user's call would raise the same
         print(f"  {where:<14} FAILED: {type(error).__name__}: {error}")
         return False
     passed = all(error <= _self_test.LIMIT for error in errors.values())

@@ -1,4 +1,4 @@
-"""The environment variables of the package: read here, and refused where their value means nothing."""
+"""Reads the environment variables of the package. An unknown value raises ValueError."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ def wants_reference() -> bool:
 
 
 def wants_checks() -> bool:
-    """`FLOWDPPO_OPS_CHECK=1`: values are checked too, which synchronises a GPU."""
+    """`FLOWDPPO_OPS_CHECK=1`: every eager call checks values too, which synchronises a GPU."""
     return _value("FLOWDPPO_OPS_CHECK", ("0", "1")) == "1"
 
 
 def wants_strict() -> bool:
-    """Unless `FLOWDPPO_OPS_STRICT=0`: integrations reproduce their trainer to rounding."""
+    """`FLOWDPPO_OPS_STRICT=1`, or not set: integrations reproduce their trainer's numbers to rounding."""
     return _value("FLOWDPPO_OPS_STRICT", ("0", "1")) != "0"
 
 
 def _value(name: str, allowed: tuple[str, ...]) -> str:
-    """Read at every call, so that a debugger's shell or a test can switch. Empty is as good as not set."""
+    """The value of a variable, "" if it is not set. It is read at every call, so that a running process can change
+    it."""
     value = os.environ.get(name, "")
     if value and value not in allowed:
         wanted = " or ".join(map(repr, allowed))

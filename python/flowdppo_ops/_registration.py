@@ -1,7 +1,7 @@
-"""Registers the operators with PyTorch: at once if it is imported, else as soon as it is.
+"""Registers the operators with PyTorch: at once if PyTorch is imported, otherwise when it is imported.
 
-A program that `torch.export.load` reads names them, and whoever loads it may have imported this package and PyTorch in
-either order, and nothing of the package that imports PyTorch.
+`torch.export.load` finds operators by name. So they must be registered in a process that has imported PyTorch and this
+package, in either order, even if no function of this package has been used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import ModuleType
 def register_operators() -> None:
     if sys.modules.get("torch") is not None:
         _register()
-    elif "torch" not in sys.modules:  # else somebody has barred it
+    elif "torch" not in sys.modules:  # None in `sys.modules` forbids the import
         sys.meta_path.insert(0, _AfterPyTorch())
 
 
@@ -25,7 +25,8 @@ def _register() -> None:
 
 
 class _AfterPyTorch:
-    """Finds PyTorch as Python's own finder does, and registers the operators when it has been executed."""
+    """A finder of modules that finds PyTorch as Python's own finder does, and registers the operators after its
+    import."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != "torch":

@@ -1,4 +1,4 @@
-"""What both operators need: who may be called directly, what is not supported, and the parts of a schema."""
+"""What both operators share: which calls bypass the dispatcher, what is refused, saved tensors, and schemas."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Private, so looked up with care: without them every call goes through the dispatcher.
+# Both are private to PyTorch and may disappear. Without the first every call goes through the dispatcher; without the
+# second a `torch.func` transform is not recognised.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def is_plain(values: Iterable[Any]) -> bool:
-    """Whether a call may pass the dispatcher by: real memory, and nobody watching. `FakeTensor.data_ptr()` is 0 and its
-    device says cpu; subclasses and modes must see the operator."""
+    """Whether a call may bypass the dispatcher: all tensors are of PyTorch's own classes, and no dispatch mode is
+    active. Subclasses and modes must see the operator. A `FakeTensor` has no memory, although its device may be cpu."""
     if torch.compiler.is_compiling() or _dispatch_modes():
         return False
     return all(type(value) in (Tensor, torch.nn.Parameter) for value in values if isinstance(value, Tensor))
 
 
 def refuse_transforms(where: str, values: Iterable[Any]) -> None:
-    """Of what would give 0 or None instead of a derivative."""
+    """Raises NotImplementedError under `torch.func` transforms and for tensors with a forward-mode tangent: without
+    this their derivative would silently be 0 or None."""
     if torch.compiler.is_compiling():
         return
     if _functorch_is_active():
@@ -41,8 +43,8 @@ def not_supported(where: str, what: str) -> NoReturn:
 
 
 class Once(torch.autograd.Function):
-    """A backward whose graph is being built (`create_graph=True`): the result depends on `tensors`, and differentiating
-    it must fail rather than give 0."""
+    """Runs a backward under `create_graph=True`, where `tensors` are the inputs. Differentiating the result raises;
+    without this a second derivative would silently be 0."""
 
     @staticmethod
     def forward(ctx: Any, where: str, run: Callable[[], tuple], *tensors: Tensor | None) -> tuple:
@@ -55,23 +57,26 @@ class Once(torch.autograd.Function):
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """For the backward. Autograd refuses to save what was made under `inference_mode`, as rollouts are: that is kept
-    beside, which loses nothing but the check that nobody writes to it."""
+    """Saves tensors for the backward. Autograd refuses to save those that were made under `inference_mode`, as rollouts
+    are, so `ctx` holds these itself. For them autograd does not check that nobody has written to them since."""
     ctx.kept = {at: tensor for at, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
     ctx.save_for_backward(*(None if at in ctx.kept else tensor for at, tensor in enumerate(tensors)))
 
 
 def saved(ctx: Any) -> list[Tensor | None]:
+    """The tensors that `save` saved."""
     return [ctx.kept.get(at, tensor) for at, tensor in enumerate(ctx.saved_tensors)]
 
 
 def restored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the forward left, which a hook may have given back in another float dtype."""
+    """A saved tensor in the dtype that the forward gave it. Hooks (`torch.autograd.graph.saved_tensors_hooks`) may
+    return it in another float dtype."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def check_devices(like_name: str, arguments: dict[str, Any]) -> None:
-    """In a fake: the dispatcher takes a call for it as soon as one tensor is on the meta device."""
+    """Raises ValueError unless all tensors are on one device. Fakes need this check, because the dispatcher calls the
+    fake if any tensor is on the meta device."""
     like = arguments[like_name]
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.device != like.device:
@@ -79,7 +84,7 @@ def check_devices(like_name: str, arguments: dict[str, Any]) -> None:
 
 
 def as_tensors(fields: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
-    """An operator's schema knows tensors alone: numbers become 0-dim ones."""
+    """Fields with 0-dim float64 tensors in the place of numbers, because the operators' schemas take tensors."""
     return {
         name: value if isinstance(value, Tensor) else like.new_full((), value, dtype=torch.float64)
         for name, value in fields.items()
@@ -87,10 +92,10 @@ def as_tensors(fields: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
 
 
 def schema(names: Iterable[str], needed: Iterable[str]) -> str:
-    """Tensor arguments; those that are not `needed` are optional."""
+    """The text of these tensor arguments in an operator's schema. Those that are not `needed` are optional."""
     return ", ".join(f"Tensor{'' if name in needed else '?'} {name}" for name in names)
 
 
 def without_none(tensors: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """A schema cannot return an optional tensor: what is not made comes back empty."""
+    """The tensors with empty ones in the place of None, because a schema cannot return an optional tensor."""
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)

@@ -29,10 +29,11 @@ FIELDS = LATENTS + tuple(_native.ROW_VECTORS) + tuple(_native.SCHEDULE)
 
 
 def run_checked(call: Call, memo: _native.PolicyLossMemo, arguments: tuple) -> PolicyLoss:
-    """A call that has not been seen before, or that needs more than the short way."""
+    """Runs a checked call of `loss` or `step_loss`. The memo will recognise the next call with these arguments'
+    metadata, unless the call goes through the dispatcher or has a process group."""
     fields = call.fields
     refuse_transforms(call.where, fields.values())
-    # Log-probs alone are whole on every rank.
+    # Without latents nothing is sharded: every rank has all log-probs.
     group = call.process_group if any(name in fields for name in LATENTS) else None
     if not is_plain(fields.values()):
         loss, numbers = _through_the_dispatcher(call, group)
@@ -50,13 +51,13 @@ def run_checked(call: Call, memo: _native.PolicyLossMemo, arguments: tuple) -> P
 
 
 def memo(names: list[str]) -> _native.PolicyLossMemo:
-    """Of a public function with these arguments."""
+    """The memo of a public function with these argument names."""
     return _native.PolicyLossMemo(names, _apply, PolicyLoss)
 
 
 class _Loss(torch.autograd.Function):
-    """The loss, already computed, of `output` (`prev_sample_mean` or `model_output`), `uncond_output` and `log_prob`.
-    The numbers stay outside: a second output costs 2 us."""
+    """Ties the loss, already computed, to what it is differentiated in: `output` (`prev_sample_mean` or
+    `model_output`), `uncond_output` and `log_prob`. The row numbers are not an output: a second output costs 2 us."""
 
     @staticmethod
     def forward(ctx, output, uncond_output, log_prob, forward):
@@ -75,14 +76,14 @@ class _Loss(torch.autograd.Function):
         not_supported("flowdppo_ops.loss", "forward-mode differentiation is")
 
 
-# Without what `Function.apply` does first for `torch.func`, whose tensors never come here.
+# `Function.apply` without its handling of `torch.func` transforms, which `refuse_transforms` has refused.
 _apply = super(torch.autograd.Function, _Loss).apply
 
 
 def _gradients(ctx, grad_loss: Tensor) -> tuple:
     _, numbers, *tensors = ctx.saved_tensors
     layout, kept, formed = ctx.state
-    ctx.state = layout, kept, None  # gradients are handed out once: whoever gets them may write to them
+    ctx.state = layout, kept, None  # a gradient may be used once: the code that receives it may write to it
     wants = list(ctx.needs_input_grad[:3])
     latents = dict(zip(layout.saved, tensors, strict=True)) | (kept or {})
     wants[0] = wants[0] and bool(latents)
@@ -128,7 +129,8 @@ def _through_the_dispatcher(call: Call, process_group: Any) -> tuple[Tensor, Ten
     arguments = {**dict.fromkeys(FIELDS), **as_tensors(call.fields, call.fields["advantages"]), **call.settings}
     sums = None
     if process_group is not None:
-        from torch.distributed._functional_collectives import all_reduce  # traceable, unlike the one in place
+        # `torch.compile` can trace this one; it cannot trace the in-place `torch.distributed.all_reduce`.
+        from torch.distributed._functional_collectives import all_reduce
 
         sums = all_reduce(torch.ops.flowdppo_ops.policy_loss_shard_sums(**arguments), "sum", process_group)
     return torch.ops.flowdppo_ops.policy_loss(**arguments, shard_sums=sums)
@@ -160,7 +162,7 @@ def _policy_loss_shard_sums_fake(*args):
 torch.library.register_autograd(
     "flowdppo_ops::policy_loss_shard_sums",
     lambda ctx, _: (None,) * len(_ARGUMENTS),
-    # The gradient is `policy_loss`'s, which takes the same latents.
+    # `policy_loss` takes the same latents and gives their gradient.
     setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(output),
 )
 

@@ -28,12 +28,14 @@ from .common import (
 FIELDS = tuple(_native.SDE_STEP_LATENTS) + tuple(_native.SCHEDULE)
 WHERE = "flowdppo_ops.sde_step"
 
-# `(prev_sample, log_prob, prev_sample_mean, std, residual)`; differentiable through the second and the third.
+# `(prev_sample, log_prob, prev_sample_mean, std, residual)`, of which `log_prob` and `prev_sample_mean` are
+# differentiable.
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 def run_checked(call: Call, memo: _native.SdeStepMemo, arguments: tuple) -> Results:
-    """A call that has not been seen before, or that needs more than the short way."""
+    """Runs a checked call of `sde_step`. The memo will recognise the next call with these arguments' metadata, unless
+    the call goes through the dispatcher."""
     refuse_transforms(call.where, call.fields.values())
     if is_plain(call.fields.values()):
         draw = partial(draw_noise, generator=call.generator)
@@ -51,7 +53,8 @@ def run_checked(call: Call, memo: _native.SdeStepMemo, arguments: tuple) -> Resu
 
 
 def results(outputs: list, leaves: list | None) -> Results:
-    """Of a forward of the native module; ties log-prob and mean to what they are differentiated in."""
+    """The results of a native forward. `leaves`, None if nothing is differentiated, are `model_output` and
+    `uncond_output`; log-prob and mean are tied to them."""
     prev_sample, log_prob, mean, std, residual, _ = outputs
     if leaves is not None:
         log_prob, mean = _Step.apply(*leaves, outputs)
@@ -59,7 +62,7 @@ def results(outputs: list, leaves: list | None) -> Results:
 
 
 class _Step(torch.autograd.Function):
-    """Ties log-prob and mean, already computed, to the two outputs of the model."""
+    """Ties log-prob and mean, already computed, to `model_output` and `uncond_output`."""
 
     @staticmethod
     def forward(ctx, model_output, uncond_output, outputs):
@@ -74,7 +77,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx, *grads):
         if not torch.is_grad_enabled():
             return _gradients(ctx, grads)
-        # The mean, an output, ties the gradients to what it was made of.
+        # The saved mean is an output of this function: through it the gradients depend on the model outputs.
         return Once.apply(WHERE, lambda: _gradients(ctx, grads), *grads, *ctx.saved_tensors)
 
     @staticmethod
@@ -89,13 +92,15 @@ def _gradients(ctx, grads: tuple[Tensor | None, Tensor | None]) -> tuple:
 
 
 def _saved(ctx) -> tuple[Tensor, Tensor, Tensor]:
-    """Next latent, mean and numbers; a hook may have given them back in another dtype."""
+    """Next latent, mean and numbers, as the forward saved them. The native backward takes the next latent in any
+    dtype."""
     stored, mean, numbers = saved(ctx)
     return stored, restored(mean, ctx.dtype), restored(numbers, ctx.dtype)
 
 
 def _wanted_dtypes(ctx) -> list[torch.dtype | None]:
-    """Of the two gradients; the first two arguments of both ways are what they go to."""
+    """Dtypes of the gradients of `model_output` and `uncond_output`, None where one is not wanted. These are the first
+    two arguments of `_Step` and of the operator."""
     return [dtype if wanted else None for dtype, wanted in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
 
 
@@ -120,7 +125,7 @@ torch.library.define(
 
 
 def _is_as_stored(arguments: dict[str, Any]) -> bool:
-    """Whether the next latent is given, and in the dtype that it is stored in: there is none to write."""
+    """Whether `prev_sample` is given in the dtype of `sample`, so that the operator need not write the next latent."""
     given = arguments["prev_sample"]
     return given is not None and given.dtype == arguments["sample"].dtype
 
