@@ -1,6 +1,7 @@
-"""`sde_step`: one step of a sampler, drawn or scored, fused; and `encode_residual`.
+"""`sde_step`, one fused step of a sampler, which draws or scores the next latent; and `encode_residual`.
 
-Underscored, since a submodule `sde_step` would take the function's place in the package when it is imported.
+The module's name begins with `_`, because importing a submodule `sde_step` would replace the function of that name in
+the package.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ __all__ = ["SdeStep", "encode_residual", "sde_step"]
 
 
 class SdeStep(NamedTuple):
-    """One stochastic denoising step, or one for each row.
+    """The stochastic denoising step of every row. "float32" stands for float64 where a latent is float64.
 
-    prev_sample: latents in the dtype of `sample`; the next latent. log_prob: rows, float32 (float64 for float64
-    latents); nats per latent element. prev_sample_mean: latents, float32 (float64). std: rows, float32 (float64); the
-    standard deviation of the transition, sqrt(-dt) included. residual: latents in `residual_dtype`, `(prev_sample -
-    prev_sample_mean) / std`, or None.
+    Attributes:
+        prev_sample: latents in the dtype of `sample`; the next latent.
+        log_prob: rows, float32; nats per latent element.
+        prev_sample_mean: latents, float32; the mean of the transition.
+        std: rows, float32; the standard deviation of the transition, which contains sqrt(-dt).
+        residual: latents in `residual_dtype`; `(prev_sample - prev_sample_mean) / std`. None if not asked for.
     """
 
     prev_sample: Tensor
@@ -57,35 +60,37 @@ def sde_step(
 ) -> SdeStep:
     """One step of a sampler, in one pass: draws the next latent, or scores a given one.
 
-    Latents are float32, bfloat16 or float16, mixed freely, with any strides; arithmetic is float32. Float64 latents are
-    computed in float64, on the CPU. Row vectors are as in `loss`, for the rows that `row_dims` makes.
+    Latents are float32, bfloat16 or float16, each with its own dtype and any strides; arithmetic is float32. If a
+    latent is float64, arithmetic is float64, on the CPU only. Row vectors are as in `loss`; `row_dims` says what the
+    rows are.
 
     Args:
-        model_output, sample: latents; the velocity `v` and the sample `x`.
-        sigma, sigma_next, noise_level, sampler, sigma_max, uncond_output, guidance_scale: as in `step_loss`. Nothing of
-            them is read on the host.
-        prev_sample: latents; score this next latent instead of drawing one (replay).
-        noise: standard normal latents to use instead of drawing them.
-        generator: draws the noise, on its own device: a CPU generator gives latents on a GPU the noise it gives on a
-            CPU. A list has one for each sample, the first dimension, whose noise then does not depend on the batch.
-            None takes PyTorch's own for the device.
-        log_prob_normalizer: False leaves out `log std + log(2 pi)/2` (verl-omni's `include_logprob_normalizer`); no
-            effect for "cps", which has none.
-        residual_dtype: also return the standardised residual in this dtype, float16 for `old_residual` of `step_loss`.
+        model_output, sample: latents; the velocity `v` that the model predicts, and its sample `x`.
+        sigma, sigma_next, noise_level, sampler, sigma_max, uncond_output, guidance_scale: as in `step_loss`. Tensors
+            among them are not read on the host.
+        prev_sample: latents; the next latent, which is then scored (replay). None draws one.
+        noise: latents; the standard normal noise to use. None draws it.
+        generator: a `torch.Generator`, or a list of one per sample (first dimension), which draws the noise; None takes
+            the default generator of the device. A generator draws on its own device: with a CPU generator the noise is
+            the same for latents on a CPU and on a GPU. With a list a sample's noise does not depend on the batch.
+        log_prob_normalizer: False leaves out the term `-log(std) - log(2 pi)/2` of `log_prob` (verl-omni's
+            `include_logprob_normalizer`). The log-prob of "cps" has no such term.
+        residual_dtype: dtype of the standardised residual; float16 suits `old_residual` of `step_loss`. None returns
+            no residual.
         row_dims: how many leading dimensions are rows: 1 for `[B, ...]`, 2 for a trajectory's `[B, S, ...]`.
 
-    The next latent is rounded to the dtype of `sample` before it is scored, drawn or given, so that a replay of the
-    stored one gives the same log-prob. Where the step is deterministic (`std == 0`: the last step of "cps", or
-    `noise_level` 0) the residual is 0 and a Gaussian log-prob is 0 with gradient 0: nothing was random, so the ratio of
-    two policies there is 1.
+    A next latent, drawn or given, is rounded to the dtype of `sample` before it is scored. So a replay of the stored
+    latent gives the same log-prob. Where the step is deterministic (`std == 0`: `noise_level` 0, or the last step of
+    "cps") the residual is 0, and a Gaussian log-prob is 0 with gradient 0: the ratio of two policies there is 1.
 
     Returns:
-        `SdeStep`, differentiable in `model_output` and `uncond_output` through `log_prob` and `prev_sample_mean`
-        together, once; `prev_sample` is a constant.
+        `SdeStep`. `log_prob` and `prev_sample_mean` are differentiable in `model_output` and `uncond_output`, once. The
+        others are constants, `prev_sample` too.
 
     Raises:
         ValueError: shapes, different devices, an unknown option, `noise` or `generator` together with `prev_sample`.
         TypeError: not a tensor, a dtype that is not supported.
+        NotImplementedError: forward-mode or second derivatives, `torch.func` transforms.
         RuntimeError: a device without a backend; `flowdppo_ops.reference.sde_step` runs there.
 
     Environment: as `loss`; `FLOWDPPO_OPS_CHECK=1` checks the ranges that `step_loss` names.
@@ -105,8 +110,8 @@ _sde_step = PublicFunction(sde_step, check_sde_step, SdeStepMemo, operator.run_c
 
 
 def standardised(innovation: Tensor, std: Tensor) -> Tensor:
-    """The innovation times 1/std, formed in float64 and rounded: the same bits everywhere. 0 where std is 0, also for a
-    latent that has overflowed as it was stored."""
+    """`innovation / std`, as a product with 1/std, which is computed in float64 and rounded so that every backend gives
+    the same bits. It is 0 where `std` is 0, even if the latent overflowed when it was stored."""
     per_std = std.double().reciprocal().to(std.dtype)
     per_std = per_std.reshape(per_std.shape + (1,) * (innovation.ndim - per_std.ndim))
     return torch.where(per_std.isinf(), torch.zeros_like(innovation), innovation * per_std.nan_to_num(posinf=0.0))
@@ -115,21 +120,24 @@ def standardised(innovation: Tensor, std: Tensor) -> Tensor:
 def encode_residual(
     prev_sample: Tensor, mean: Tensor, std: float | Tensor, dtype: torch.dtype = torch.float16
 ) -> Tensor:
-    """The old policy in its compact form, `(x' - mu) / std`, for the `old_residual` of `step_loss`.
+    """The old policy's mean as the residual `(x' - mu) / std`, which `step_loss` takes as `old_residual`.
 
-    Two bytes per latent element, whose rounding alone makes a KL of 2e-8 at every std; that of a bfloat16 mean makes
-    5e-4 at std 0.05, and trips a threshold of 1e-5. `sde_step(residual_dtype=...)` gives the same without another pass.
+    A float16 residual takes two bytes per latent element, and its rounding adds 2e-8 to the KL at every std. Rounding
+    the mean to bfloat16 adds 5e-4 at std 0.05, far above a threshold of 1e-5. `sde_step(residual_dtype=...)` returns
+    the same residual without another pass over the latents.
 
     Args:
-        prev_sample: latents; the next latent as stored, `x'`.
-        mean: latents; its mean under the old policy, `mu`, better in float32: what it was rounded to is encoded.
+        prev_sample: latents; the next latent `x'`, as it is stored.
+        mean: latents; its mean `mu` under the old policy. Pass it in float32: the residual keeps its rounding error.
         std: a number, or a tensor that broadcasts to the latents from the left, dimension by dimension, with or without
-            trailing ones: `[B]`, `[1, S]` or `[B, 1, 1, 1]`. Standard deviation of the transition, sqrt(-dt) included.
-        dtype: float16, or any other floating dtype of latents.
+            trailing ones: `[B]`, `[1, S]` or `[B, 1, 1, 1]`. Standard deviation of the transition, with sqrt(-dt) in
+            it.
+        dtype: float16, or any other dtype of latents.
 
     Returns:
-        Latents in `dtype`, without gradient; 0 where `std` is 0 (there `step_loss` takes `mu° = x'`). Plain PyTorch on
-        every device, in float32 (float64 for float64 latents), with temporaries of the latents' size.
+        Latents in `dtype`, without gradient; 0 where `std` is 0, which `step_loss` takes for `mu = x'`. PyTorch's own
+        operators compute it, on every device that has float64, in float32 (float64 if a latent is float64), with
+        temporaries of the latents' size.
 
     Raises:
         ValueError, TypeError: as `loss`.

@@ -1,4 +1,4 @@
-"""The doctor's check that a backend computes the right thing: float32 there against float64 formulas."""
+"""The doctor's tests: a backend's float32 results and gradients against the same formulas in float64."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 Run = Callable[[], dict[str, float]]
 
-# Relative to the largest value. float32 is at 1e-7 to 1e-6 here; a row that is blocked and should not be, or a gradient
-# of the wrong sign, is at 1e-1 and more.
+# Of an error relative to the largest value. Rounding to float32 gives 1e-7 to 1e-6 here; a row that is wrongly blocked,
+# or a gradient of the wrong sign, gives 1e-1 or more.
 LIMIT = 1e-5
 
-ROWS, LATENT = 6, (3, 5, 17)  # no multiple of any vector width
+ROWS, LATENT = 6, (3, 5, 17)  # the elements of a row are no multiple of a vector width
 THRESHOLD = 1e-3
 
 
@@ -60,7 +60,8 @@ def of_torch(device: str) -> dict[str, float]:
 
 
 def of_numpy() -> dict[str, float]:
-    """The same of `flowdppo_ops.numpy.loss`, where PyTorch is not installed; the formulas are written out."""
+    """The largest error of `flowdppo_ops.numpy.loss` and its gradient, without PyTorch: the formulas are written
+    out."""
     from flowdppo_ops import FlowDPPO
     from flowdppo_ops import numpy as ours
 
@@ -83,7 +84,7 @@ def of_numpy() -> dict[str, float]:
 
 
 def _error(got, want) -> float:
-    """Of the largest value; NaN where one is NaN, which is no error that passes."""
+    """The largest difference relative to the largest value; NaN, which fails the test, if a difference is NaN."""
     got, want = (np.asarray(one.detach().cpu() if hasattr(one, "detach") else one, np.float64) for one in (got, want))
     difference = np.abs(got - want).max()
     return math.nan if np.isnan(difference) else float(difference / np.abs(want).max())

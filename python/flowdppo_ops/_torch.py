@@ -1,4 +1,4 @@
-"""What the checks and the reference need to know of PyTorch."""
+"""PyTorch as the checks see it, row vectors as tensors, and random noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Generator = torch.Generator | Sequence[torch.Generator] | None
 def row_tensor(
     value: float | torch.Tensor, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """A checked row vector as a tensor of exactly the rows' shape, detached."""
+    """A checked row vector as a detached tensor of the rows' shape."""
     if not isinstance(value, torch.Tensor):
         return torch.full(row_shape, value, dtype=dtype, device=device)
     value = value.detach().to(dtype)
@@ -33,8 +33,9 @@ def row_tensor(
 
 
 def draw_noise(like: torch.Tensor, dtype: torch.dtype, generator: Generator = None) -> torch.Tensor:
-    """Standard normal latents. A generator draws on its own device, as diffusers has it: a CPU generator gives the same
-    noise for latents on any GPU. Of several generators each draws one sample, whatever the batch."""
+    """Standard normal noise in the shape of `like`, on its device. As in diffusers, a generator draws on its own
+    device, so that a CPU generator gives the same noise for every GPU; and each of several generators draws one sample
+    (first dimension). Raises TypeError and ValueError."""
     if generator is None or isinstance(generator, torch.Generator):
         return _randn(like.shape, dtype, generator, like.device)
     where = "flowdppo_ops.sde_step"

@@ -1,4 +1,4 @@
-"""`FLOWDPPO_OPS_CHECK=1`: checks of values, for debugging. They synchronise a GPU, so they are off otherwise."""
+"""Checks of values, which `FLOWDPPO_OPS_CHECK=1` turns on for debugging. They synchronise a GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ._checks import Call
 from ._native import LATENTS, SDE_STEP_LATENTS
 from ._torch import row_tensor
 
-Values = dict[str, Tensor]  # [rows, elements] each
-Range = tuple[str, str, Callable[[Values], Tensor]]  # name, what is wanted, where it holds
+Values = dict[str, Tensor]  # each [rows, elements]
+Range = tuple[str, str, Callable[[Values], Tensor]]  # name, wanted range, function that says where a value is in range
 
 _LOSS_RANGES: tuple[Range, ...] = (
     ("std", "> 0", lambda given: given["std"] > 0),
@@ -31,8 +31,7 @@ _STEP_RANGES: tuple[Range, ...] = (
 
 
 def check_values(call: Call) -> None:
-    """Raises ValueError naming the argument and the rows unless all is finite, every deviation positive, and a schedule
-    within its ranges."""
+    """Raises ValueError, which names an argument and its rows, unless every value is finite and in its range."""
     if not math.isfinite(call.settings["ref_kl_weight"]):
         raise ValueError(f"{call.where}: ref_kl_weight is {call.settings['ref_kl_weight']}, wanted a finite number")
     is_step = "model_output" in call.fields

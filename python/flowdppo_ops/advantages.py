@@ -13,19 +13,18 @@ from .objectives import check_option, not_negative
 def group_advantages(
     rewards: Tensor, group_ids: Tensor | Iterable, *, std: str | None = "global", eps: float = 1e-4
 ) -> Tensor:
-    """Rewards centred on their group's mean, and divided by a standard deviation.
+    """Advantages: rewards minus their group's mean, divided by a standard deviation.
 
     Args:
-        rewards: `[B]` or `[B, T]`, float; a group's statistics run over its members and all their columns.
-        group_ids: `[B]`, which group each row belongs to (the prompt): an integer tensor, or any sequence or array of
-            hashable values.
-        std: "global" divides by the standard deviation of all rewards, "group" by that of the row's group, None not
-            at all. Unbiased, as in the trainers.
-        eps: added to the standard deviation, a number >= 0.
+        rewards: `[B]` or `[B, T]`, a float dtype. A group's mean is that of all columns of its rows.
+        group_ids: `[B]`, the group (prompt) of each row: an integer tensor, or a sequence or array of hashable values.
+        std: "global" divides by the standard deviation of all rewards, "group" by that of the row's group; None does
+            not divide. Standard deviations are unbiased, as in the trainers.
+        eps: a number >= 0, which is added to the standard deviation.
 
     Returns:
-        `rewards.shape`, in the dtype of `rewards`. A row alone in its group has nothing to be compared with: its
-        advantage is exactly 0, whatever `std` is and whatever the other rewards are.
+        A tensor of the shape, dtype and device of `rewards`, without gradient. The advantage of a row that is alone in
+        its group is exactly 0 for every `std`, even if other rewards are NaN.
 
     Raises:
         TypeError: `rewards` is no dense float tensor, `group_ids` are neither integers nor hashable values, or `eps` is
@@ -46,7 +45,7 @@ def group_advantages(
         raise ValueError(f"{where}: rewards has shape {tuple(rewards.shape)}, wanted [B] or [B, T], not empty")
     index, groups = _group_index(where, group_ids, rewards)
 
-    # float64 sums: a group's deviations from its mean are small beside the mean.
+    # Sums are float64, because the deviations from a group's mean may be small beside the mean.
     table = rewards.detach().double().reshape(rewards.shape[0], -1)
     columns = table.shape[1]
 
@@ -61,14 +60,14 @@ def group_advantages(
     elif std == "group":
         variance = per_group((result**2).sum(1)) / (members * columns - 1)
         result = result / (variance.sqrt()[index, None] + eps)
-    # Selected at the end: the statistics of a row alone, and those of all rows beside a NaN, may be NaN.
+    # Last, because a NaN among the rewards, or the standard deviation of a single reward, makes the quotient NaN.
     alone = (members == 1)[index, None]
     result = torch.where(alone, torch.zeros_like(result), result)
     return result.reshape(rewards.shape).to(rewards.dtype)
 
 
 def _group_index(where: str, group_ids: Tensor | Iterable, rewards: Tensor) -> tuple[Tensor, int]:
-    """`group_ids` as `0..groups-1` on the device of `rewards`."""
+    """`group_ids` as numbers from 0 on, on the device of `rewards`, and the number of groups."""
     if isinstance(group_ids, Tensor):
         if group_ids.is_floating_point() or group_ids.is_complex():
             raise TypeError(f"{where}: group_ids has dtype {group_ids.dtype}, wanted an integer dtype")

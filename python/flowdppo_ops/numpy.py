@@ -50,19 +50,22 @@ def loss(
     """`flowdppo_ops.loss` on NumPy arrays (float32, float16 or float64), with the gradient.
 
     Args:
-        threads: how many to use at most; None takes the processors this process may run on. Once the process has
-            imported PyTorch, no more than `torch.get_num_threads()` are used. The result does not depend on it.
-        The others: as in `flowdppo_ops.loss`, with `numpy.ndarray` for tensors.
+        threads: the largest number of threads to use; None takes the number of processors this process may run on. In
+            a process that has imported PyTorch, at most `torch.get_num_threads()` are used. Results do not depend on
+            the number of threads.
+        The others: as in `flowdppo_ops.loss`, with `numpy.ndarray` for tensors; bfloat16 does not exist in NumPy, and
+            `process_group` must be None.
 
     Returns:
         `(loss, grad)`. `loss` is a NumPy scalar, or an array of the rows' shape with `reduction="none"`; float32, or
-        float64 for float64 inputs. `grad` is the derivative of the loss (of the sum of the row losses with "none"):
-        with `prev_sample`, in `prev_sample_mean`, in its shape and dtype; with `log_prob`, in `log_prob`. Where both
-        have one (`log_prob` with `GRPOGuard` or a reference KL) it is the pair `(grad_log_prob,
+        float64 for float64 inputs. `grad` is the derivative of the loss (with "none" of the sum of the row losses):
+        with `prev_sample` the derivative in `prev_sample_mean`, with `log_prob` that in `log_prob`, in its shape and
+        dtype. If both have a gradient (`log_prob` with `GRPOGuard` or a reference KL) it is the pair `(grad_log_prob,
         grad_prev_sample_mean)`.
 
     Raises:
-        ValueError, TypeError: as `flowdppo_ops.loss`.
+        ValueError: as `flowdppo_ops.loss`; `threads` is neither None nor a whole number from 1 on.
+        TypeError: as `flowdppo_ops.loss`; a masked array.
     """
     given, where = locals(), "flowdppo_ops.numpy.loss"
     for name, array in given.items():

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# The numbers of a call are one flat tensor: these fields first, one value per row each; the metrics last. The operators
-# put the gradient coefficients, which only the backward reads, between them.
+# The numbers of a call are one flat tensor. First come these fields, each with one value per row, then coefficients of
+# the gradient, which only the backward reads, and last the metrics.
 _LOG_PROB, _LOG_RATIO, _RATIO, _KL, _KEEP = range(5)
 
 _KL_METRICS = ("kl_new_old_mean", "kl_new_old_max", "kl_mask_fraction")
@@ -25,7 +25,7 @@ _REF_METRICS = ("kl_loss",)
 
 
 class Layout(NamedTuple):
-    """What a result knows of its call. (The native module's `Layout` has these and more.)"""
+    """What a result needs to know about its call. The native module's `Layout` has these attributes too."""
 
     row_shape: tuple[int, ...]
     has_kl: bool
@@ -80,7 +80,7 @@ class PolicyLoss:
         return self._field(_KEEP) != 0
 
     def metrics(self, prefix: str = "", group: ProcessGroup | None = None) -> dict[str, float]:
-        """The trainers' logging values, as Python floats; the one device-to-host copy happens here.
+        """The values that trainers log, as Python floats. This makes the only device-to-host copy, and waits for it.
 
         `ratio_mean ratio_std ratio_min ratio_max approx_kl ppo_kl`; `kl_new_old_mean kl_new_old_max
         kl_mask_fraction` (share of rows of high KL) when there is a KL; `pos_rm_fraction neg_rm_fraction
@@ -90,13 +90,14 @@ class PolicyLoss:
         `ratio_std` is unbiased, and 0 for a single row.
 
         Args:
-            prefix: put before every name, as in `"actor/"`.
-            group: a `torch.distributed` group of data-parallel ranks, all of which must call: the values are those of
-                all their rows together, not averages of each rank's. One collective of 19 float64 a rank. (Ranks that
-                hold shards of the same rows have the same metrics already.)
+            prefix: what every name begins with, such as `"actor/"`.
+            group: a `torch.distributed` group of data-parallel ranks, all of which must call. The values are then those
+                of all ranks' rows together, not averages of the ranks' values; one collective gathers 19 float64 per
+                rank. Ranks that hold shards of the same rows have the same metrics without it.
 
         Raises:
             TypeError: a `prefix` that is no string, a `group` that is no process group.
+            ValueError: a `group` that this process is not a member of.
         """
         _check_prefix("metrics", prefix)
         check_process_group("PolicyLoss.metrics", "group", group)
@@ -106,8 +107,8 @@ class PolicyLoss:
         return self._named(prefix, _over_ranks(values, math.prod(self._layout.row_shape), group))
 
     def metric_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """`metrics` before they are copied: 0-dim tensors on the device, views of one, for a trainer that keeps its
-        logging values there and reads them later."""
+        """`metrics` as 0-dim tensors on the device, without a copy or a wait: views of one tensor, in the dtype of the
+        loss. For a trainer that reads its logging values later."""
         _check_prefix("metric_tensors", prefix)
         return self._named(prefix, self._numbers[-len(METRICS) :].unbind())
 
@@ -140,8 +141,8 @@ def _over_ranks(numbers: torch.Tensor, rows: int, group: ProcessGroup) -> list[f
         return sum(n * value for n, value in zip(counts, values, strict=True)) / total
 
     merged = {name: mean(values) for name, values in of_ranks.items()}
-    # The variance is the mean within the ranks plus that between them. (A product overflows to infinity, as in the
-    # tensors; Python's `**` raises.)
+    # The variance is the mean variance within ranks plus the variance between ranks. Products instead of `**`: a
+    # product that overflows is infinite, Python's `**` raises.
     distances = [value - merged["ratio_mean"] for value in of_ranks["ratio_mean"]]
     within = [(n - 1) / n * std * std for n, std in zip(counts, of_ranks["ratio_std"], strict=True)]
     variance = mean(within) + mean(distance * distance for distance in distances)

@@ -38,7 +38,7 @@ def refuse_transforms(where: str, values: Iterable[Any]) -> None:
 def not_supported(where: str, what: str) -> NoReturn:
     name = where.rpartition(".")[2]
     raise NotImplementedError(
-        f"{where}: {what} not supported, reverse mode once is; flowdppo_ops.reference.{name} has them all"
+        f"{where}: {what} not supported, only reverse mode once; flowdppo_ops.reference.{name} supports all of these"
     )
 
 
