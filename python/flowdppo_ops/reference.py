@@ -1,14 +1,14 @@
-"""The executable specification: every function of the package in plain PyTorch.
+"""The executable specification: every function of the package in plain PyTorch, with autograd's gradients.
 
-Any float dtype and any device (one with float64, for the coefficients of a step); half precision is widened to float32,
-float64 stays. Gradients are autograd's. The native backends are tested against this module, and this module against
-numbers recorded from the public trainers.
+Arithmetic is float64 where a latent or a log-prob is float64, else float32. `loss` runs on every device; `step_loss`
+and `sde_step` on every device with float64, because the coefficients of a step are computed in float64. Tests compare
+the native backends with this module, and this module with numbers that the public trainers computed.
 
 Notation, for a row (one sample at one denoising step) with `N` latent elements: `x` sample, `v` model output, `x'`
 next sample, `mu` its mean, `mu°` the old policy's mean, `std` the transition's standard deviation, `A` advantage.
 
 Sources: Flow-DPPO (arXiv 2606.11025); Flow-GRPO (arXiv 2505.05470); GRPO-Guard (arXiv 2510.22319); DanceGRPO (arXiv
-2505.07818); coefficients-preserving sampling (arXiv 2509.05952). The trainers' functions are named where they decide.
+2505.07818); coefficients-preserving sampling (arXiv 2509.05952). A trainer's function is named where it defines more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["SdeStep", "encode_residual", "group_advantages", "loss", "sde_step",
 
 
 class _Inputs:
-    """The tensors of a checked call in its arithmetic dtype: float64 where a latent or a log-prob is, else float32."""
+    """The tensors of a checked call, converted to the dtype of its arithmetic. An absent one is None."""
 
     def __init__(self, call: Call) -> None:
         wide = (call.fields.get(name) for name in (*_native.LATENTS, "noise", "log_prob", "old_log_prob"))
@@ -48,14 +48,14 @@ class _Inputs:
         return self.call.fields[name].detach().to(self.dtype) if name in self.call.fields else None
 
     def rows(self, name: str) -> Tensor | None:
-        """A row vector, of the rows' shape."""
+        """A row vector as a constant tensor of the rows' shape."""
         if name not in self.call.fields:
             return None
         return row_tensor(self.call.fields[name], self.call.row_shape, self.dtype, self.device)
 
 
 def _wide(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows against latents."""
+    """`rows` with trailing dimensions of 1, so that they broadcast to the latents `like`."""
     return rows.reshape(rows.shape + (1,) * (like.ndim - rows.ndim))
 
 
@@ -69,12 +69,13 @@ def transition(
 
     Args:
         sampler: "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO) or "cps".
-        sigma, sigma_next: noise levels now and next, in [0, 1], `sigma_next < sigma`.
-        noise_level: the trainers' `eta`.
-        sigma_max: stands in for `sigma` in `1 - sigma` where `sigma == 1` exactly.
+        sigma, sigma_next: noise levels now and next, in [0, 1], `sigma_next < sigma`; of any one shape and float dtype,
+            as is the rest.
+        noise_level: the trainers' `eta`, >= 0.
+        sigma_max: replaces `sigma` in `1 - sigma` where `sigma == 1` exactly; < 1.
 
     Returns:
-        `a, b, std`, elementwise. Follows UniRL's `FlowSDEStrategy`, `DanceSDEStrategy` and `CPSSDEStrategy`.
+        `a, b, std` of each element. Follows UniRL's `FlowSDEStrategy`, `DanceSDEStrategy` and `CPSSDEStrategy`.
     """
     if sampler == "cps":
         std = sigma_next * torch.sin(noise_level * (math.pi / 2))
@@ -91,7 +92,7 @@ def transition(
 
 
 class _Step(NamedTuple):
-    """A step's mean, and what it is made of; rows but for the two latents."""
+    """The mean of a step, and what it was computed from. All are rows, but velocity and mean are latents."""
 
     a: Tensor
     b: Tensor
@@ -101,18 +102,18 @@ class _Step(NamedTuple):
     mean: Tensor
 
 
-def _step(given: _Inputs) -> _Step:
-    """The coefficients are formed in float64 from values rounded to the arithmetic dtype, then rounded to it: half an
-    ulp, where float32 all the way is up to 5 times as far (the terms of CPS's `b` cancel), and every backend comes to
-    the same."""
+def _step(inputs: _Inputs) -> _Step:
+    """The step of a call. Its coefficients are computed in float64, from values that are rounded to the dtype of the
+    arithmetic, and are then rounded to it. So their error is half an ulp, and every backend gets the same; in float32
+    the error would be up to 5 times as large, because the terms of CPS's `b` cancel."""
     schedule = ("sigma", "sigma_next", "noise_level", "sigma_max")
-    sigma, sigma_next, noise_level, sigma_max = (given.rows(name).double() for name in schedule)
-    formed = transition(given.call.settings["sampler"], sigma, sigma_next, noise_level, sigma_max)
-    a, b, std, sqrt_dt = (rows.to(given.dtype) for rows in (*formed, torch.sqrt(sigma - sigma_next)))
-    x, velocity = given.constant("sample"), given.differentiable("model_output")
-    uncond = given.differentiable("uncond_output")
+    sigma, sigma_next, noise_level, sigma_max = (inputs.rows(name).double() for name in schedule)
+    coefficients = transition(inputs.call.settings["sampler"], sigma, sigma_next, noise_level, sigma_max)
+    a, b, std, sqrt_dt = (rows.to(inputs.dtype) for rows in (*coefficients, torch.sqrt(sigma - sigma_next)))
+    x, velocity = inputs.constant("sample"), inputs.differentiable("model_output")
+    uncond = inputs.differentiable("uncond_output")
     if uncond is not None:
-        velocity = uncond + _wide(given.rows("guidance_scale"), x) * (velocity - uncond)
+        velocity = uncond + _wide(inputs.rows("guidance_scale"), x) * (velocity - uncond)
     return _Step(a, b, std, sqrt_dt, velocity, _wide(a, x) * x + _wide(b, x) * velocity)
 
 
@@ -120,7 +121,7 @@ def _step(given: _Inputs) -> _Step:
 
 
 class _Differences(NamedTuple):
-    """The latents that the statistics are taken of; None where nothing asks for it."""
+    """Differences of latents, from which the statistics are computed. None if the call does not need one."""
 
     innovation: Tensor | None  # x' - mu
     drift: Tensor | None  # mu - mu°
@@ -128,9 +129,9 @@ class _Differences(NamedTuple):
 
 
 class _Statistics(NamedTuple):
-    """Each reduced over the latents of a row; None where nothing asks for it."""
+    """Rows: sums or means over the latents. None if the call does not need one. The comments are for means."""
 
-    scale: float | Tensor = 1.0  # the weight of a constant per element: 1, or N with latent_reduction="sum"
+    scale: float | Tensor = 1.0  # the sum or mean of the constant 1: N or 1
     innovation_sq: Tensor | None = None  # mean (x' - mu)^2
     drift_sq: Tensor | None = None  # mean (mu - mu°)^2
     drift_dot: Tensor | None = None  # mean (mu - mu°)(x' - mu°)
@@ -140,7 +141,8 @@ class _Statistics(NamedTuple):
 def _statistics(
     differences: _Differences, row_shape: tuple[int, ...], latent_reduction: str = "mean", process_group: Any = None
 ) -> _Statistics:
-    """Of the latents of all ranks: their sums and their number of elements come together in one all-reduce."""
+    """The statistics of the latents. If these are sharded over a process group, one all-reduce adds up the ranks' sums
+    and numbers of elements."""
     innovation, drift, ref_drift = differences
     products = {}
     if innovation is not None:
@@ -164,7 +166,8 @@ def _statistics(
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """With this rank's gradient alone: the loss is one number that all ranks have, not one for each."""
+    """The sum over ranks, whose backward passes the gradient on unchanged: the ranks compute one common loss, so their
+    gradients must not be summed."""
 
     @staticmethod
     def forward(ctx, value, process_group):
@@ -178,10 +181,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _divide_or_zero(dividend: Tensor, divisor: Tensor) -> Tensor:
-    """0 with gradient 0 where the divisor is 0. A step of standard deviation 0 is deterministic: its log-prob and KL
-    are 0. (`loss` wants `std > 0`, and divides.)"""
+    """The quotient, but 0 with gradient 0 where the divisor is 0. This defines log-prob and KL of a deterministic step.
+    (`loss`, which wants `std > 0`, divides by `torch.div`.)"""
     zero = divisor == 0
-    # Selected before the division as well: autograd would multiply the infinite slope by the 0 of the other branch.
+    # The divisor is replaced too. Otherwise autograd would multiply the infinite derivative of the quotient by 0: NaN.
     return torch.where(
         zero, torch.zeros_like(dividend), dividend / torch.where(zero, torch.ones_like(divisor), divisor)
     )
@@ -203,14 +206,15 @@ def _log_prob(
 
 
 def _log_ratio(stats: _Statistics, std: Tensor, density: str, divide: Divide) -> Tensor:
-    """`log_prob - old_log_prob` without its cancellation; exactly 0 when `mu == mu°`."""
+    """`log_prob - old_log_prob` from the means, without cancellation: exactly 0 if `mu == mu°`."""
     if density == "cps":
         return 2 * stats.drift_dot - stats.drift_sq
     return divide(stats.drift_dot, std**2) - divide(stats.drift_sq, 2 * std**2)
 
 
 def _kl_divisor(kind: str, std: Tensor, b: Tensor | None) -> Tensor:
-    """What `mean (mu - mu°)^2` is divided by; with "velocity" the KL is `mean (v - v°)^2`, with no factor."""
+    """The divisor of `mean (mu - mu°)^2` in the KL. With "velocity" it is `b^2`, so that the KL is `mean (v -
+    v°)^2`."""
     if kind == "velocity":
         return b**2
     return 2 * std**2 if kind == "gaussian" else torch.full_like(std, 2.0)
@@ -220,17 +224,18 @@ def _kl_divisor(kind: str, std: Tensor, b: Tensor | None) -> Tensor:
 
 
 class _Verdict(NamedTuple):
-    """Rows; booleans but for the loss."""
+    """What an objective decides for each row. All are booleans but `blocked_loss`."""
 
-    blocked: Tensor  # no gradient to the policy
-    blocked_loss: Tensor  # the loss of such a row
+    blocked: Tensor  # the row gives the policy no gradient
+    blocked_loss: Tensor  # the loss of a blocked row
     high_kl: Tensor
-    above: Tensor  # the ratio is above, or below, the clip range
-    below: Tensor
+    above: Tensor  # the ratio is above the clip range
+    below: Tensor  # the ratio is below the clip range
 
 
 def _trust_region(settings: dict[str, Any], ratio: Tensor, kl: Tensor, advantages: Tensor) -> _Verdict:
-    """FlowDPPO."""
+    """FlowDPPO: blocks rows whose KL is not below the threshold and, with the asymmetric mask, would move further
+    away."""
     nowhere = torch.zeros_like(ratio, dtype=torch.bool)
     threshold = kl.new_full((), settings["kl_mask_threshold"])  # compared in the arithmetic dtype
     high = kl >= threshold if settings["keep_nan_kl"] else ~(kl < threshold)
@@ -243,14 +248,14 @@ def _clip(settings: dict[str, Any], ratio: Tensor, advantages: Tensor) -> _Verdi
     """FlowGRPO and GRPOGuard: the larger of the surrogates `-A ratio` and `-A clip(ratio)`."""
     low, high = settings["clip_low"], settings["clip_high"]
     clipped = ratio.clamp(1 - low, 1 + high)
-    # The larger one is the clipped one exactly when the ratio left the range on the side that A favours.
+    # The clipped surrogate is the larger one if and only if the ratio left the range on the side that A favours.
     blocked = ((ratio > clipped) & (advantages > 0)) | ((ratio < clipped) & (advantages < 0))
     nowhere = torch.zeros_like(blocked)
     return _Verdict(blocked, -advantages * clipped, nowhere, ratio - 1 > high, 1 - ratio > low)
 
 
 def _block_gradient(latents: Tensor | None, rows: Tensor) -> None:
-    """Makes the gradient of these rows exactly 0."""
+    """Makes the gradient of these rows of `latents` exactly 0, also where it would be 0 times infinity."""
 
     def without(grad: Tensor | None) -> Tensor | None:
         return None if grad is None else torch.where(_wide(rows, grad), torch.zeros_like(grad), grad)
@@ -260,7 +265,7 @@ def _block_gradient(latents: Tensor | None, rows: Tensor) -> None:
 
 
 def _policy_loss(
-    given: _Inputs,
+    inputs: _Inputs,
     differences: _Differences,
     *,
     std: Tensor | None,
@@ -268,18 +273,18 @@ def _policy_loss(
     b: Tensor | None = None,
     divide: Divide,
 ) -> PolicyLoss:
-    """From the differences to the result. `b`: the coefficient of the model output, for `kl_space="velocity"`."""
-    call, settings = given.call, given.call.settings
+    """The result of a call, from its differences of latents. `b` is needed for `kl_space="velocity"`."""
+    call, settings = inputs.call, inputs.call.settings
     stats = _statistics(differences, call.row_shape, settings["latent_reduction"], call.process_group)
-    log_prob, old_log_prob = given.differentiable("log_prob"), given.rows("old_log_prob")
+    log_prob, old_log_prob = inputs.differentiable("log_prob"), inputs.rows("old_log_prob")
     if log_prob is None:
         log_prob = _log_prob(stats, std, settings["density"], divide)
     log_ratio = _log_ratio(stats, std, settings["density"], divide) if old_log_prob is None else log_prob - old_log_prob
 
-    # The logarithm of what the objective calls the ratio.
+    # The ratio is `exp(exponent)`.
     exponent, row_scale = log_ratio, 1.0
     if settings["objective"] == "grpo_guard":
-        # verl-omni GRPOGuardLoss.compute_loss; std_dev_t there is std / sqrt_dt here.
+        # verl-omni's `GRPOGuardLoss.compute_loss`, whose `std_dev_t` is `std / sqrt_dt`.
         if settings["per_row_scale"]:
             guard_scale, row_scale = std, 1 / sqrt_dt**2
         else:
@@ -291,25 +296,25 @@ def _policy_loss(
     if stats.drift_sq is not None and std is not None:
         kl = divide(stats.drift_sq, _kl_divisor(settings["kl_divisor"], std, b)).detach()
 
-    advantages = given.rows("advantages").clamp(-settings["adv_clip_max"], settings["adv_clip_max"])
+    advantages = inputs.rows("advantages").clamp(-settings["adv_clip_max"], settings["adv_clip_max"])
     if settings["objective"] == "flow_dppo":
         verdict = _trust_region(settings, ratio, kl, advantages)
     else:
         verdict = _clip(settings, ratio, advantages)
     blocked = verdict.blocked
 
-    # A blocked row's gradient is 0, also where 0 meets an infinite ratio or latent on the way back. Not that of the
-    # reference drift: blocking a row's update does not lift its penalty.
+    # The gradient of a blocked row is exactly 0, even if its ratio or a latent is infinite. Its reference penalty, and
+    # so the gradient of the reference drift, stays.
     _block_gradient(differences.innovation, blocked)
     _block_gradient(differences.drift, blocked)
     exponent = torch.where(blocked, torch.zeros_like(exponent), exponent)
     row_loss = torch.where(blocked, verdict.blocked_loss, -advantages * torch.exp(exponent)) * row_scale
     if "weights" in call.fields:
-        row_loss = row_loss * given.rows("weights")
+        row_loss = row_loss * inputs.rows("weights")
     loss = _reduced(row_loss, settings["reduction"], ~blocked)
     ref_kl = None
     if stats.ref_drift_sq is not None:
-        ref_std = given.rows("ref_std") if "ref_std" in call.fields else std
+        ref_std = inputs.rows("ref_std") if "ref_std" in call.fields else std
         ref_kl = divide(stats.ref_drift_sq, 2 * ref_std**2)
         everywhere = torch.ones_like(blocked)
         loss = loss + settings["ref_kl_weight"] * _reduced(ref_kl, settings["reduction"], everywhere)
@@ -339,7 +344,7 @@ def _metrics(
     verdict: _Verdict,
     ref_kl: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Every name of `METRICS`, as the trainers define them."""
+    """The value of every name in `METRICS`, as the trainers define them; 0 where there is no KL."""
     absent = torch.zeros((), dtype=ratio.dtype, device=ratio.device)
 
     def share(rows: Tensor) -> Tensor:
@@ -369,59 +374,59 @@ def _metrics(
     }
 
 
-# ---- the functions, of checked calls -------------------------------------------------------------------------------
+# ---- checked calls -------------------------------------------------------------------------------------------------
 
 
 def checked_loss(call: Call) -> PolicyLoss:
-    given = _Inputs(call)
-    mean, next_sample = given.differentiable("prev_sample_mean"), given.constant("prev_sample")
-    old_mean, ref_mean = given.constant("old_prev_sample_mean"), given.constant("ref_prev_sample_mean")
+    inputs = _Inputs(call)
+    mean, next_sample = inputs.differentiable("prev_sample_mean"), inputs.constant("prev_sample")
+    old_mean, ref_mean = inputs.constant("old_prev_sample_mean"), inputs.constant("ref_prev_sample_mean")
     differences = _Differences(
         None if next_sample is None else next_sample - mean,
         None if old_mean is None else mean - old_mean,
         None if ref_mean is None else mean - ref_mean,
     )
-    return _policy_loss(given, differences, std=given.rows("std"), sqrt_dt=given.rows("sqrt_dt"), divide=torch.div)
+    return _policy_loss(inputs, differences, std=inputs.rows("std"), sqrt_dt=inputs.rows("sqrt_dt"), divide=torch.div)
 
 
 def checked_step_loss(call: Call) -> PolicyLoss:
-    given = _Inputs(call)
-    step = _step(given)
-    innovation = given.constant("prev_sample") - step.mean
+    inputs = _Inputs(call)
+    step = _step(inputs)
+    innovation = inputs.constant("prev_sample") - step.mean
     b, std = _wide(step.b, innovation), _wide(step.std, innovation)
 
     def drift(policy: str) -> Tensor | None:
-        """`mu` minus the mean of another policy, in whichever form that is given."""
+        """`mu` minus the mean of another policy, "old" or "ref", which is given in one of three forms."""
         mean, output, residual = (
-            given.constant(f"{policy}_{form}") for form in ("prev_sample_mean", "model_output", "residual")
+            inputs.constant(f"{policy}_{form}") for form in ("prev_sample_mean", "model_output", "residual")
         )
         if mean is not None:
             return step.mean - mean
-        if output is not None:  # no cancellation between two means
+        if output is not None:  # a difference of two means would lose digits
             return b * (step.velocity - output)
         if residual is None:
             return None
-        # mu° = x' - std e. A residual stored from this very mean gives its rounding error and no more.
+        # mu° = x' - std e. If e was encoded from the same mu, the drift is its rounding error times std.
         drifted = -std * (standardised(innovation, step.std) - residual)
         return torch.where(std == 0, -innovation, drifted)
 
     differences = _Differences(innovation, drift("old"), drift("ref"))
-    return _policy_loss(given, differences, std=step.std, sqrt_dt=step.sqrt_dt, b=step.b, divide=_divide_or_zero)
+    return _policy_loss(inputs, differences, std=step.std, sqrt_dt=step.sqrt_dt, b=step.b, divide=_divide_or_zero)
 
 
 def checked_sde_step(call: Call) -> SdeStep:
-    given, settings = _Inputs(call), call.settings
-    step, dtype = _step(given), call.fields["sample"].dtype
+    inputs, settings = _Inputs(call), call.settings
+    step, dtype = _step(inputs), call.fields["sample"].dtype
     mean, std, next_sample = step.mean, step.std, call.fields.get("prev_sample")
     if next_sample is None:
-        noise = given.constant("noise")
+        noise = inputs.constant("noise")
         if noise is None:
-            noise = draw_noise(call.fields["sample"], given.dtype, call.generator)
+            noise = draw_noise(call.fields["sample"], inputs.dtype, call.generator)
         next_sample = mean.detach() + _wide(std, mean) * noise
     elif next_sample.dtype != dtype:
-        next_sample = next_sample.to(given.dtype)
+        next_sample = next_sample.to(inputs.dtype)
     stored = next_sample.detach().to(dtype)
-    innovation = stored.to(given.dtype) - mean
+    innovation = stored.to(inputs.dtype) - mean
     density = "cps" if settings["sampler"] == "cps" else "gaussian"
     stats = _statistics(_Differences(innovation, None), call.row_shape)
     log_prob = _log_prob(stats, std, density, normalizer=settings["log_prob_normalizer"])
@@ -440,13 +445,14 @@ R = TypeVar("R")
 def _like(
     public: Callable[P, R], check: Callable[[str, Family, dict[str, Any]], Call], run: Callable[[Call], R]
 ) -> Callable[P, R]:
-    """`run`, with the arguments and the checks of the package's function."""
+    """The function that checks its arguments as `public` does and then calls `run`; it has the signature of
+    `public`."""
     parameters, where = signature(public), f"flowdppo_ops.{public.__name__}"
 
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = parameters.bind(*args, **kwargs)
-        given.apply_defaults()
-        return run(check(where, FAMILY, given.arguments))
+        bound = parameters.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return run(check(where, FAMILY, bound.arguments))
 
     function.__name__ = function.__qualname__ = public.__name__
     function.__doc__ = f"`{where}` in plain PyTorch: same arguments, same results, same errors."
