@@ -1,7 +1,7 @@
-"""The trainers' own entry points, run by this package: one module per trainer, and what `strict` decides.
+"""Integrations: one module per trainer, whose functions replace the trainer's own and run fused.
 
-With `strict=True`, the default here, a trainer's numbers are reproduced to rounding, its defects included; with
-`strict=False` the fused functions do what the maths says. `DEFECTS` lists every difference.
+With `strict=True`, the default, they reproduce the trainer's numbers to rounding, its defects included. With
+`strict=False` they compute what the formulas say. `DEFECTS` lists every difference.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["DEFECTS", "Defect", "Incompatible"]
 
 
 class Defect(NamedTuple):
-    """A behaviour of a trainer that is not what the maths says, and what each setting does about it."""
+    """A trainer's deviation from the formulas, and what either setting of `strict` computes there."""
 
     name: str
-    trainer: str  # and until when
+    trainer: str  # and the versions that have it, if not all
     behaviour: str
     effect: str  # with a number
-    strict: str  # what `strict=True` does
-    fixed: str  # what `strict=False` does
+    strict: str  # what `strict=True` computes
+    fixed: str  # what `strict=False` computes
 
 
 # fmt: off

@@ -1,4 +1,5 @@
-"""What an integration replaces in a trainer: checked first, put in place once, taken back exactly."""
+"""Replacing attributes of a trainer: `enable` checks the trainer and replaces them, `disable` puts the originals
+back."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ log = logging.getLogger("flowdppo_ops")
 
 
 class Incompatible(RuntimeError):
-    """A trainer's surface is not the one an integration was written for. Nothing has been replaced."""
+    """The trainer has other names or parameters than the integration was written for. Nothing has been replaced."""
 
 
 class Replacement(NamedTuple):
-    """`owner` is a module, a class or a dict; `name` an attribute or a key that it has itself."""
+    """The new value of an attribute of a module or class, or of a key of a dict."""
 
     owner: Any
     name: str
@@ -28,7 +29,7 @@ class Replacement(NamedTuple):
 
 
 def wants_strict(strict: bool | None) -> bool:
-    """`strict`, or for None what FLOWDPPO_OPS_STRICT says: "1" or not set is True, "0" False."""
+    """`strict`; None reads FLOWDPPO_OPS_STRICT, where "0" means False, "1" or nothing True."""
     return _environment.wants_strict() if strict is None else bool(strict)
 
 
@@ -36,12 +37,12 @@ class Patch:
     """The replacements of one integration. Its module's `enable`, `disable`, `enabled` and `fallbacks` are methods.
 
     Args:
-        trainer: its name, as users write it.
-        tested: the versions or commits the integration was tested with; every `Incompatible` names them.
+        trainer: the trainer's name, for messages.
+        tested: the versions or commits that the integration was tested with, for messages.
 
     Attributes:
-        strict: of the replacements in place; None while there are none.
-        fallbacks: reason -> how often a call went to the trainer's own function.
+        strict: the setting of the replacements in place; None while nothing is replaced.
+        fallbacks: reason -> number of calls that the trainer's own function ran.
     """
 
     def __init__(self, trainer: str, tested: str) -> None:
@@ -53,19 +54,20 @@ class Patch:
         self._said: set[str] = set()
 
     def replaces(self, replacements: Callable[[bool], Iterable[Replacement]]) -> Callable[[bool], Any]:
-        """Decorator of the function that says, by `strict`, what `enable` replaces."""
+        """Decorator. The function takes `strict` and returns the replacements that `enable` makes."""
         self._replacements = replacements
         return replacements
 
     def enable(self, strict: bool | None = None) -> None:
-        """Replaces what this module names. Twice is once; the other `strict` replaces the first.
+        """Makes the trainer call the fused functions. A second call with another `strict` changes the setting.
 
         Args:
-            strict: True reproduces the trainer to rounding, False does what the maths says where the two differ
-                (`flowdppo_ops.integrations.DEFECTS`); None reads FLOWDPPO_OPS_STRICT, "1" where it is not set.
+            strict: True reproduces the trainer's numbers to rounding, False computes what the formulas say where the
+                two differ (`flowdppo_ops.integrations.DEFECTS`). None reads FLOWDPPO_OPS_STRICT, by default "1".
 
         Raises:
-            Incompatible: the trainer cannot be imported, or is not what this was written for; nothing is replaced then.
+            Incompatible: the trainer cannot be imported, or has other names or parameters than those tested. Nothing is
+                replaced then.
         """
         strict = wants_strict(strict)
         if self.strict == strict:
@@ -79,7 +81,7 @@ class Patch:
         self.say_once(logging.INFO, f"flowdppo_ops: {self.trainer} runs fused, strict={strict} ({len(found)} replaced)")
 
     def disable(self) -> None:
-        """Puts back exactly what was there. What somebody else has replaced since stays, with a warning."""
+        """Puts the originals back. If other code has replaced one since, that stays, and a warning is logged."""
         while self._replaced:
             one, before = self._replaced.pop()
             if _held(one.owner).get(one.name) is one.value:
@@ -93,7 +95,7 @@ class Patch:
         return self.strict is not None
 
     def count_fallbacks(self) -> dict[str, int]:
-        """Why a call went to the trainer's own function, or took a number as it does -> how many calls did."""
+        """Reason -> number of calls for which the trainer's own function ran, or for which a value was assumed."""
         return dict(self.fallbacks)
 
     def incompatible(self, what: str, found: object, wanted: object) -> Incompatible:
@@ -116,7 +118,7 @@ class Patch:
         return found
 
     def original(self, owner: Any, name: str) -> Any:
-        """What a replacement has displaced, or what is there when nothing has."""
+        """The trainer's own attribute or key, whether or not it is replaced now."""
         for one, before in self._replaced:
             if one.owner is owner and one.name == name:
                 return before
@@ -127,8 +129,8 @@ class Patch:
     def check_parameters(
         self, what: str, function: Callable[..., Any], wanted: Iterable[str], later: tuple[str, ...] = ()
     ) -> None:
-        """The names of a function's parameters, in order; all of them, for an unknown one would be lost on the way.
-        Those in `later` came with a later version of the trainer."""
+        """Raises Incompatible unless the function has the parameters `wanted`, in this order, and no other: the
+        replacement would ignore an unknown one. Those in `later` may be absent: later versions added them."""
         found = tuple(inspect.signature(function).parameters)
         wanted = tuple(name for name in wanted if name in found or name not in later)
         if found != wanted:
@@ -137,7 +139,7 @@ class Patch:
     def replacement(
         self, owner: Any, name: str, function: Callable[..., Any], prefix: str = "", later: tuple[str, ...] = ()
     ) -> Replacement:
-        """By a function with the same parameters, which may leave calls to the trainer's: see `with_fallback`. `later`:
+        """The replacement of `owner.name` by `function`, which has the same parameters; see `with_fallback`. `later`:
         see `check_parameters`."""
         own = self.original(owner, name)
         self.check_parameters(_name(owner, name), own, inspect.signature(function).parameters, later)
@@ -146,9 +148,10 @@ class Patch:
     def with_fallback(
         self, own: Callable[..., Any], function: Callable[..., Any], prefix: str = ""
     ) -> Callable[..., Any]:
-        """`function`; and where that returns a string, the reason why it does not serve a call, the trainer's own.
+        """A function that calls `function` and, if that returns a string, the trainer's `own`.
 
-        Such calls are counted, the reason after `prefix`; the first of each reason is logged.
+        The string is the reason why `function` cannot run the call. Such calls are counted under `prefix + reason`, and
+        the first of each reason is logged.
         """
 
         @functools.wraps(own)
@@ -172,7 +175,7 @@ class Patch:
 
 
 def _held(owner: Any) -> Mapping[str, Any]:
-    """What the owner itself holds, descriptors as they are."""
+    """The owner's own attributes or keys; a `staticmethod` or property is not unwrapped."""
     return owner if isinstance(owner, dict) else vars(owner)
 
 

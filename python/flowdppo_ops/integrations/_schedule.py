@@ -1,4 +1,4 @@
-"""What the trainers' schedulers do on the host, on the device: finding sigmas by timestep. And the noise they draw."""
+"""What trainers' schedulers do around a step: finding the sigmas of a timestep, drawing noise, shaping row vectors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .._torch import Generator, draw_noise
 
 
 def look_up(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """sigma now and next of each timestep `[rows]`, as diffusers' `index_for_timestep` finds them.
+    """The sigma of each timestep `[rows]` and the sigma after it, as diffusers' `index_for_timestep` finds them.
 
-    That one waits for the device twice per sample. Here nothing does: a timestep that the schedule does not have is an
-    error for tensors on the CPU, as it is there, and a sigma of NaN on other devices. Where a schedule has a timestep
-    twice, diffusers takes the second.
+    diffusers waits for the device twice per sample; this function does not wait. So a timestep that the schedule does
+    not have raises IndexError only on the CPU; on other devices its sigma is NaN. If a schedule has a timestep twice,
+    the second one counts, as in diffusers.
     """
     found = scheduler.timesteps.to(timestep.device) == timestep.reshape(-1, 1)
     if found.device.type == "cpu" and not bool(found.any(1).all()):
@@ -27,12 +27,13 @@ def look_up(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(like: Tensor, generator: Generator) -> Tensor:
-    """float32 noise in the shape of `like`, as diffusers' `randn_tensor` draws it: of several generators one a row."""
+    """float32 noise in the shape of `like`, as diffusers' `randn_tensor` draws it: a list has one generator per row,
+    but the generator of a list of one draws all rows."""
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
-        generator = generator[0]  # draws all rows
+        generator = generator[0]
     return draw_noise(like, torch.float32, generator)
 
 
 def wide(rows: Tensor, rank: int) -> Tensor:
-    """`[rows]` as `[rows, 1, ...]`, of the rank of the latents: the form in which trainers keep row vectors."""
+    """`[rows]` as `[rows, 1, ...]` of this rank, the form in which trainers keep row vectors."""
     return rows.reshape(-1, *(1,) * (rank - 1))

@@ -1,4 +1,4 @@
-"""What the trainers' losses have and `loss` has no option for, and their metrics."""
+"""Parts of trainers' losses for which `loss` has no option, and the names of the metrics that trainers log."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ CLIP_METRICS = ("clip_fraction", "clipfrac_gt_one", "clipfrac_lt_one")
 
 
 def gaussian_kl(mean: Tensor, other: Tensor, std: float | Tensor) -> Tensor:
-    """`[B]`: mean over the latents of `(mean - other)^2 / (2 std^2)`, differentiable in `mean`, in one pass each way.
+    """`[B]`: the mean over the latents of `(mean - other)^2 / (2 std^2)`, differentiable in `mean`.
 
-    It is the reference term of `loss`, whose policy is given advantages of 0.
+    `loss` computes it as its reference KL, in one pass each way. The policy's own loss is 0, because its advantages
+    are.
     """
     no_policy = torch.zeros(len(mean), dtype=torch.promote_types(mean.dtype, torch.float32), device=mean.device)
     return loss(
@@ -43,10 +44,11 @@ def gaussian_kl(mean: Tensor, other: Tensor, std: float | Tensor) -> Tensor:
 def policy_loss(strict: bool, log_prob: Tensor, means: Means = (None, None), **more: Any) -> PolicyLoss:
     """`loss` of a log-prob that the trainer has computed.
 
-    With `strict` a blocked row of infinite ratio has the trainers' gradient, that of their exp: 0 times infinity.
+    With `strict` the gradient of a blocked row of infinite ratio is NaN, as in the trainers, whose autograd multiplies
+    0 by infinity.
     """
     if strict:
-        log_prob = log_prob.view_as(log_prob)  # for the hook: it is not to see the gradients of other losses
+        log_prob = log_prob.view_as(log_prob)  # a tensor whose hook sees the gradient of this loss alone
     result = loss(*means, log_prob=log_prob, **more)
     if strict and log_prob.requires_grad:
         ratio = result.ratio
