@@ -275,7 +275,7 @@ def test_penalty_over_the_variance_of_the_step(name):
     rows = [given[one].double().flatten() for one in ("std_dev_t", "sqrt_dt")]
     assert torch.allclose(fixed.double(), (drift / (2 * (rows[0] * rows[1]) ** 2)).mean(), rtol=1e-5)
     assert torch.allclose(strict.double(), (drift / (2 * rows[0] ** 2)).mean(), rtol=1e-5)
-    with pytest.raises(ValueError, match="sqrt_dt is missing"):
+    with pytest.raises(ValueError, match="sqrt_dt is None"):
         flow_grpo.grpo_loss(
             *(given[one] for one in ("log_prob", "old_log_prob", "advantages")),
             clip_range=0.1,

@@ -1,7 +1,7 @@
 """The loss helpers of UniRL's algorithms, fused.
 
-Each has the parameters of UniRL's after `strict` and `penalty`, and returns what that returns: the loss of each element
-(with the penalty) and the metrics; or a string, the reason why UniRL's own has to run.
+After `strict` and `penalty`, each takes the parameters of UniRL's own helper. It returns what that returns, the loss of
+each element (with the penalty) and the metrics; or a string, the reason why UniRL's own helper must run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Result = tuple[Tensor, Mapping[str, Tensor]]
 
 
 class Penalty(NamedTuple):
-    """UniRL's since September 2026: `beta` times the KL from a reference policy."""
+    """`beta` times the KL from a reference policy, which UniRL has since September 2026."""
 
     beta: float
     means: Tensor
     ref_means: Tensor
-    sigma: Tensor  # of the transition, `[1, S, 1, ...]`
+    sigma: Tensor  # the standard deviation of the transition, `[1, S, 1, ...]`
 
 
 def flowdppo_kl_adv_loss(
@@ -48,7 +48,7 @@ def flowdppo_kl_adv_loss(
     std = _row_sigma(sigma_t, tuple(new_logp.shape))
     if std is None:
         return f"a sigma of shape {tuple(sigma_t.shape)}, which is not one per row"
-    # Every KL is high for a threshold below 0 and for NaN, as for 0.
+    # `FlowDPPO` refuses thresholds below 0 and NaN. For these, as for 0, every KL is high.
     objective = FlowDPPO(kl_mask_threshold=kl_mask_threshold if kl_mask_threshold > 0 else 0.0)
     return _per_element(strict, penalty, rows, objective, DPPO_METRICS, means, std=std)
 
@@ -63,7 +63,7 @@ def grpo_clip_loss(
     clip_range: float,
     clip_range_high: float | None = None,
 ) -> Result | str:
-    """For rows of any shape: steps or tokens."""
+    """Rows may have any shape: `FlowGRPO` has steps, `GRPO` has tokens."""
     rows, high = (new_logp, old_logp, advantages), clip_range if clip_range_high is None else clip_range_high
     if reason := _unserved_rows(rows):
         return reason
@@ -92,7 +92,7 @@ def _per_element(
         ref_std = _row_sigma(penalty.sigma, tuple(new_logp.shape))
         if ref_std is None:
             return f"a sigma of shape {tuple(penalty.sigma.shape)}, which is not one per row"
-        if not strict:  # nothing is random there: no KL
+        if not strict:  # a deterministic step has KL 0
             ref_std = ref_std.masked_fill(ref_std == 0, math.inf)
         means = (penalty.means, means[1])
         more |= {"ref_prev_sample_mean": penalty.ref_means, "ref_kl_weight": penalty.beta, "ref_std": ref_std}
@@ -104,8 +104,8 @@ def _per_element(
 class Late(UserDict[str, Tensor]):
     """A helper's metrics: name -> 0-dim tensor on the host.
 
-    They are copied there, at once, when one is first asked for. UniRL reads them after its backward; copied here they
-    would hold up the launch of the model's.
+    All are copied from the device when one is first read. UniRL reads them after it has launched the backward: a copy
+    before that would delay the launch.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Late(UserDict[str, Tensor]):
 
 
 def _unserved_rows(rows: _Rows) -> str:
-    """Why the fused loss cannot take these rows, or not with the result's dtype; empty if it can."""
+    """Why the fused loss cannot take these rows, or would return another dtype than UniRL; empty if it can."""
     first, *others = rows
     double = first.dtype == torch.float64 and first.device.type == "cpu"
     if first.device.type not in ("cpu", "cuda"):
@@ -161,7 +161,8 @@ def _unserved_means(new_logp: Tensor, means: tuple[Tensor, Tensor], strict: bool
 
 
 def _row_sigma(sigma_t: Tensor, row_shape: tuple[int, ...]) -> Tensor | None:
-    """UniRL's `[1, S, 1, 1, 1]` as `[1, S]`, which fits means of any rank; None for a sigma that is not one per row."""
+    """UniRL's sigma `[1, S, 1, 1, 1]` as `[1, S]`, which fits means of any rank; None if it is not one number per
+    row."""
     if sigma_t.numel() == 1:
         return sigma_t.reshape(())
     rank = len(row_shape)

@@ -12,8 +12,8 @@ from .._sde_step import sde_step
 from .._torch import Generator
 from ._schedule import draw
 
-SAMPLERS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps"}  # a strategy's canonical_name -> ours
-_DETERMINISTIC = 1e-7  # UniRL scores no step of a smaller eta
+SAMPLERS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps"}  # `canonical_name` of a strategy -> `sampler`
+_SMALLEST_SCORED_ETA = 1e-7
 
 
 def denoise(
@@ -29,16 +29,24 @@ def denoise(
     sigma_max: float | Tensor = 0.99,
     step_index: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor] | str:
-    """UniRL's: draws the next latent, or scores `prev_sample`; a string, the reason, where UniRL's own has to run.
+    """Replaces `denoise` of UniRL's strategies: draws the next latent, or scores `prev_sample`.
 
-    Latents `[B, *latent]`; a sigma is 0-dim or `[B]`, with or without trailing ones. Below `eta` 1e-7 nothing is
-    scored. `generator` (since September 2026; one, or one for each sample; None is PyTorch's own) draws the noise that
-    UniRL draws. All results are float32, the next latent rounded to the dtype of `sample` if it is scored. `step_index`
-    is of no effect, in UniRL's strategies too.
+    Args:
+        noise_pred, sample, prev_sample: latents `[B, *latent]`.
+        sigma, sigma_next: 0-dim or `[B]`, with or without trailing ones.
+        eta: the noise level. Below 1e-7 the step is not scored.
+        generator: one, or a list of one per sample; None takes PyTorch's default. It draws the noise that UniRL draws.
+            UniRL has this parameter since September 2026.
+        sigma_max: as in `flowdppo_ops.step_loss`.
+        step_index: not read, as in UniRL's strategies.
+
+    Returns:
+        `(next latent, log_prob or None, mean)` in float32. A next latent that is scored is rounded to the dtype of
+        `sample`. Or a string, the reason why UniRL's own method must run.
     """
     if reason := _unserved(noise_pred, sample, prev_sample, sigma, sigma_next, sigma_max, eta):
         return reason
-    scored = not eta < _DETERMINISTIC
+    scored = not eta < _SMALLEST_SCORED_ETA
     if not scored or sample.dtype == torch.float64:
         sample = sample.float()
     step = sde_step(
@@ -56,12 +64,12 @@ def denoise(
 
 
 def _at_most_float(latents: Tensor) -> Tensor:
-    """UniRL computes a step in float32 whatever it is given; half precision is widened in the pass itself."""
+    """Float64 latents as float32, because UniRL computes a step in float32. `sde_step` widens half precision itself."""
     return latents.float() if latents.dtype == torch.float64 else latents
 
 
 def _row_vector(value: float | Tensor, latents: Tensor) -> float | Tensor:
-    """`value` where the latents are, padded with trailing ones as UniRL does."""
+    """`value` on the device of the latents; a tensor gets trailing dimensions of 1 up to their rank, as in UniRL."""
     if not isinstance(value, Tensor):
         return value
     if value.numel() == 1:

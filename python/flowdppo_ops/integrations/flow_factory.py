@@ -1,9 +1,12 @@
-"""Flow-Factory: its scheduler's step, replaced by `enable()`, and the losses that its trainers compute inline.
+"""Flow-Factory: its scheduler's step, which `enable()` replaces, and the losses that its trainers compute inline.
 
-No plug-in point reaches a trainer's `optimize`, so a few lines of it change, as docs/trainers.md shows. The losses take
-what is in scope there, and return the loss with what the trainer logs. `strict=None` takes what `enable` was told, and
-else FLOWDPPO_OPS_STRICT; the step has no defect. Tested with Flow-Factory at a0b2bc5a; `dppo_loss` against the formulas
-of its trainer of July 2026, which was read and not run.
+A trainer computes its loss inside `optimize`, where nothing can be replaced. So a few lines of it must be edited, as
+docs/trainers.md shows, to call the functions below. They take the variables of `optimize`, and return the loss and the
+values that the trainer logs. `strict=None` takes the setting of `enable` or, before that, FLOWDPPO_OPS_STRICT. The step
+has no defect and gives the same numbers with either setting.
+
+Tested with Flow-Factory at a0b2bc5a. `dppo_loss` was tested against the formulas of Flow-Factory's trainer of July
+2026, not against the trainer itself.
 """
 
 from __future__ import annotations
@@ -59,8 +62,8 @@ def _step(
 ) -> Any:
     """`FlowMatchEulerDiscreteSDEScheduler.step` in one pass, without waiting for the device.
 
-    `std_dev_t` is the transition's standard deviation for "CPS" alone, and without sqrt(-dt) for the others. A noise
-    level of 0 (evaluation) gives log-prob 0 where the original has NaN.
+    As in the original, `std_dev_t` is the standard deviation of the transition for "CPS", and lacks sqrt(-dt) for the
+    other dynamics. At noise level 0 (evaluation) log-prob is 0, where the original returns NaN.
     """
     dynamics = dynamics_type or self.dynamics_type
     if reason := _unserved(dynamics, timestep, timestep_next, latents):
@@ -75,8 +78,8 @@ def _step(
         noise_level = self.get_noise_level_for_sigma(sigma)
     sigma, sigma_next, noise_level = (_rows(one, latents) for one in (sigma, sigma_next, noise_level))
     given = {"noise": draw(latents, generator)} if next_latents is None else {"prev_sample": next_latents}
-    # A next sample is scored in the dtype of the sample: one that is drawn is rounded to it, here as there, a given one
-    # must not be.
+    # `sde_step` rounds the next latent to the dtype of `sample`. The original does so for a latent that it draws, but
+    # not for one that is given.
     rounds = next_latents is None or next_latents.dtype == latents.dtype
     fused = sde_step(
         noise_pred,
@@ -120,8 +123,8 @@ def _unserved(dynamics: str, timestep: float | Tensor, timestep_next: float | Te
 
 
 def _rows(value: float | Sequence[float] | Tensor, latents: Tensor) -> Tensor:
-    """float32 on the latents' device, `[rows]` or 0-dim, however many trailing ones it came with."""
-    if isinstance(value, Real):  # filled there: a copy from the host would wait
+    """`value` as float32 on the latents' device: 0-dim, or `[rows]` without trailing dimensions."""
+    if isinstance(value, Real):  # filled on the device: copying from the host would wait for it
         return torch.full((), value, dtype=torch.float32, device=latents.device)
     value = torch.as_tensor(value).to(latents.device, torch.float32)
     return value.reshape(()) if value.numel() == 1 else value.reshape(-1)
@@ -139,20 +142,21 @@ def grpo_loss(
     ref_kl_latents: Tensor | None = None,
     strict: bool | None = None,
 ) -> tuple[Tensor, Info]:
-    """`GRPOTrainer.optimize` from "Compute loss" to the last `loss_info[...]`.
+    """Replaces `GRPOTrainer.optimize` from "Compute loss" to the last `loss_info[...]`.
 
     Args:
-        log_prob, old_log_prob, advantage: `[B]`; the advantage as it is, before it is clamped.
-        clip_range, adv_clip_range: of `training_args`, (low, high) with a negative low.
-        kl_beta, kl_latents, ref_kl_latents: the penalty `kl_beta * mean (kl_latents - ref_kl_latents)^2`, on
-            `noise_pred` with `kl_type` "v-based", on `next_latents_mean` with "x-based".
-        strict: True gives a blocked row of infinite ratio the trainer's gradient, NaN, and has the penalty in
-            `policy_loss`, as it is logged there; False 0, and not. None: see above.
+        log_prob, old_log_prob, advantage: `[B]`; the advantage before it is clamped.
+        clip_range, adv_clip_range: (low, high) of `training_args`, with a negative low.
+        kl_beta, kl_latents, ref_kl_latents: the penalty `kl_beta * mean (kl_latents - ref_kl_latents)^2`. The latents
+            are `noise_pred` with `kl_type` "v-based", `next_latents_mean` with "x-based".
+        strict: True gives a blocked row of infinite ratio the trainer's gradient, NaN, and logs `policy_loss` with the
+            penalty, as the trainer does. False gives gradient 0, and `policy_loss` without the penalty. None: see the
+            module.
 
     Returns:
-        `(loss, info)`: 0-dim, and detached `ratio unclipped_loss clipped_loss` `[B]`, `policy_loss loss clip_frac_high
-        clip_frac_low clip_frac_total` 0-dim, and `kl_div kl_loss` with a penalty. Differentiable in `log_prob` and
-        `kl_latents`.
+        `(loss, info)`. `loss` is 0-dim, differentiable in `log_prob` and `kl_latents`. `info` has detached tensors:
+        `ratio unclipped_loss clipped_loss` `[B]`; 0-dim `policy_loss loss clip_frac_high clip_frac_low
+        clip_frac_total`; with a penalty 0-dim `kl_div kl_loss`.
     """
     strict = wants_strict(_patch.strict if strict is None else strict)
     advantage = torch.clamp(advantage, *adv_clip_range)
@@ -178,24 +182,25 @@ def guard_loss(
     ref_kl_latents: Tensor | None = None,
     strict: bool | None = None,
 ) -> tuple[Tensor, Info]:
-    """`GRPOGuardTrainer.optimize` from "Compute loss" to the last `loss_info[...]`.
+    """Replaces `GRPOGuardTrainer.optimize` from "Compute loss" to the last `loss_info[...]`.
 
     Args:
-        next_latents_mean, std_dev_t, dt: as the step returns them; `old_next_latents_mean` is what the rollout kept.
-        strict: True pairs the scale of every row with the log-prob of every row, as the trainer does: its ratio is
-            `[B, 1, ..., B]`. The same as False, each row with its own, while all rows are at one step. The
-            rest as in `grpo_loss`.
+        next_latents_mean, std_dev_t, dt: as the step returns them.
+        old_next_latents_mean: the mean that the rollout kept.
+        strict: True combines the scale of every row with the log-prob of every row, as the trainer does, which gives a
+            ratio of shape `[B, 1, ..., B]`. False takes each row's own scale. Both give the same loss if all rows are
+            at the same step. Otherwise as in `grpo_loss`.
         The others: as in `grpo_loss`.
 
     Returns:
-        As `grpo_loss`, with `ratio unclipped_loss clipped_loss` in the shape of the ratio. Differentiable in
-        `log_prob`, `next_latents_mean` and `kl_latents`.
+        As `grpo_loss`; `ratio unclipped_loss clipped_loss` have the shape of the ratio, and the loss is differentiable
+        in `next_latents_mean` too.
     """
     strict = wants_strict(_patch.strict if strict is None else strict)
     advantage = torch.clamp(advantage, *adv_clip_range)
     scale = torch.sqrt(-dt) * std_dev_t
     if strict:
-        # Rows of numbers from here on; the latents are read once, for their mean squares.
+        # The fused call reads the latents once and returns a number per row; the rest is arithmetic on rows.
         squares = 2 * gaussian_kl(next_latents_mean, old_next_latents_mean, 1.0)
         ratio = torch.exp((log_prob - old_log_prob) * scale + squares / (2 * scale))
         unclipped, clipped = _surrogates(ratio, advantage, clip_range)
@@ -207,7 +212,7 @@ def guard_loss(
             (next_latents_mean, old_next_latents_mean),
             advantages=advantage,
             std=scale,
-            sqrt_dt=1.0,  # no final division by -dt here
+            sqrt_dt=1.0,  # the trainer does not divide by -dt
             old_log_prob=old_log_prob,
             objective=GRPOGuard((-clip_range[0], clip_range[1]), per_row_scale=True),
         )
@@ -230,23 +235,24 @@ def dppo_loss(
     ref_kl_latents: Tensor | None = None,
     strict: bool | None = None,
 ) -> tuple[Tensor, Info]:
-    """`DPPOTrainer.optimize` (July 2026) from "Compute loss" to the last `loss_info[...]`, with latents of one tensor.
+    """Replaces `DPPOTrainer.optimize` (July 2026) from "Compute loss" to the last `loss_info[...]`, for latents that
+    are one tensor.
 
     Args:
-        mask_latents, old_mask_latents: what the KL mask compares, of the policy and of the rollout: velocities with
-            `kl_mask_type` "v-based", means of the next latent with "x-based".
+        mask_latents, old_mask_latents: latents of the policy and of the rollout, whose KL the mask compares: velocities
+            with `kl_mask_type` "v-based", means of the next latent with "x-based".
         kl_mask_threshold, adv_clip_range: of `training_args`.
-        mask_std: `[B]` or `[B, 1, ...]`, the standard deviation of the transition, for "x-based": the KL is then
-            `mean (p - q)^2 / (2 mask_std^2)`. None, for "v-based": `mean (p - q)^2`.
+        mask_std: `[B]` or `[B, 1, ...]`, the standard deviation of the transition, for "x-based": the KL is
+            `mean (p - q)^2 / (2 mask_std^2)`. None for "v-based": the KL is `mean (p - q)^2`.
         The others: as in `grpo_loss`.
 
     Returns:
-        As `grpo_loss`, with `ratio kl_new_old unclipped_loss` `[B]` and 0-dim `policy_loss loss keep_ratio
-        masked_ratio`. A NaN KL blocks no row, as in the trainer.
+        As `grpo_loss`, but `info` has `ratio kl_new_old unclipped_loss` `[B]` and 0-dim `policy_loss loss keep_ratio
+        masked_ratio`, with a penalty `kl_div kl_loss`. A row whose KL is NaN is not blocked, as in the trainer.
     """
     strict = wants_strict(_patch.strict if strict is None else strict)
     advantage = torch.clamp(advantage, *adv_clip_range)
-    # Without `mask_std` the squares are divided by 2 in the KL, and so is the threshold: both exactly.
+    # Without `mask_std`, `loss` divides the mean square by 2. So the threshold is divided by 2 here, which is exact.
     halved = 1.0 if mask_std is not None else 0.5
     result = policy_loss(
         strict,
@@ -284,10 +290,10 @@ def _penalised(
 ) -> tuple[Tensor, Info]:
     total, logged = policy_loss, policy_loss.detach()
     if kl_beta > 0:
-        kl_div = 2 * gaussian_kl(latents, ref_latents, 1.0).mean()  # the plain mean of squares
+        kl_div = 2 * gaussian_kl(latents, ref_latents, 1.0).mean()  # the mean of squares
         kl_loss = kl_beta * kl_div
         total = policy_loss + kl_loss
         info |= {"kl_div": kl_div.detach(), "kl_loss": kl_loss.detach()}
-        if strict:  # the trainer's `loss += kl_loss` adds to the tensor that it logs as policy_loss
+        if strict:  # the trainer's `loss += kl_loss` changes the tensor that it logs as policy_loss
             logged = total.detach()
     return total, info | {"policy_loss": logged, "loss": total.detach()}

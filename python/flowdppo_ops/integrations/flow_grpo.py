@@ -1,12 +1,11 @@
 """flow_grpo, its fork with GRPO-Guard, and miles: scheduler steps, and the losses that their scripts compute inline.
 
-No plug-in point reaches the scripts: an import and a few lines of `main` change, as docs/trainers.md shows. The steps
-have the arguments and results of the functions they stand in for, and find their sigmas without waiting for the device.
-The losses take what is in scope where a script computes its own, and return it with the values that the script logs:
-0-dim tensors that stay on the device.
+A script computes its loss inside `main`, where nothing can be replaced. So an import and a few lines of it must be
+edited, as docs/trainers.md shows. The steps have the arguments and results of the functions that they replace, and find
+their sigmas without waiting for the device. The losses take the variables of `main`, and return the loss and the values
+that the script logs, as 0-dim tensors on the device.
 
-`strict=None` asks the environment, FLOWDPPO_OPS_STRICT. Tested with flow_grpo at ac4c86e8 and miles_diffusion at
-2929e491.
+`strict=None` reads FLOWDPPO_OPS_STRICT. Tested with flow_grpo at ac4c86e8 and miles_diffusion at 2929e491.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Info = dict[str, Tensor]
 
 
 def enabled() -> bool:
-    """Whether this process has used one of the functions below."""
+    """Whether this process has called one of the functions below."""
     return _announce.cache_info().currsize > 0
 
 
@@ -65,20 +64,22 @@ def sde_step_with_logprob(
     *,
     strict: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """flow_grpo's `sde_step_with_logprob` (`diffusers_patch/sd3_sde_with_logprob.py`); `self` is the scheduler.
+    """Replaces flow_grpo's `sde_step_with_logprob` (`diffusers_patch/sd3_sde_with_logprob.py`).
 
     Args:
-        model_output, sample, prev_sample: latents `[B, ...]`; without `prev_sample` it is drawn.
+        self: the scheduler.
+        model_output, sample, prev_sample: latents `[B, ...]`. If `prev_sample` is None it is drawn.
         timestep: `[B]`, or `[1]` for all rows.
+        noise_level, generator: as in `flowdppo_ops.sde_step`.
         strict: True mixes the samples of token latents `[B, N, C]`, as the original does: its sigmas are always
-            `[B, 1, 1, 1]`, so that everything becomes `[B, B, N, C]`. False scores each sample by itself.
+            `[B, 1, 1, 1]`, which broadcasts everything to `[B, B, N, C]`. False scores each sample by itself.
 
     Returns:
-        `(prev_sample, log_prob [B], mean, std_dev_t [B, 1, 1, 1])` in float32; `std_dev_t` is without sqrt(-dt).
-        Differentiable in `model_output` through log-prob and mean.
+        `(prev_sample, log_prob [B], mean, std_dev_t [B, 1, 1, 1])` in float32. `std_dev_t` lacks sqrt(-dt). Log-prob
+        and mean are differentiable in `model_output`.
 
     Raises:
-        IndexError: a timestep that is not the scheduler's (on a GPU the results are NaN instead).
+        IndexError: a timestep that the scheduler does not have, on the CPU. On a GPU the results are NaN.
     """
     mixes = _strict(strict) and sample.ndim == 3
     latents = (model_output, sample, prev_sample)
@@ -96,10 +97,11 @@ def guard_sde_step_with_logprob(
     sde_type: str = "sde",
     return_sqrt_dt: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The function of that name in the fork with GRPO-Guard, for latents of any rank.
+    """Replaces `sde_step_with_logprob` of the fork with GRPO-Guard, for latents of any rank.
 
-    As `sde_step_with_logprob`, and: `sde_type` "sde" or "cps"; with `return_sqrt_dt` a fifth result, `[B, 1, ...]` as
-    `std_dev_t` is. `std_dev_t` of "cps" is the transition's standard deviation.
+    It differs from flow_grpo's in this: `sde_type` is "sde" or "cps", and for "cps" `std_dev_t` is the standard
+    deviation of the transition. `std_dev_t` is `[B, 1, ...]`, of the rank of the latents. With `return_sqrt_dt` there
+    is a fifth result, `sqrt(sigma - sigma_next)`, in the shape of `std_dev_t`.
     """
     _strict(None)
     latents = (model_output, sample, prev_sample)
@@ -115,7 +117,7 @@ def miles_sde_step_with_logprob(
     prev_sample: Tensor,
     noise_level: float = 0.7,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sde_step_with_logprob` of miles (`miles/utils/sde_log_prob.py`), which only scores."""
+    """Replaces `sde_step_with_logprob` of miles (`miles/utils/sde_log_prob.py`), which scores and does not draw."""
     _strict(None)
     return _step(scheduler, model_output, sample, prev_sample, timestep, noise_level)[:4]
 
@@ -132,14 +134,14 @@ def _step(
     rank: int | None = None,
     mixes: bool = False,
 ) -> tuple[Tensor, ...]:
-    """prev_sample, log_prob, mean, std_dev_t, sqrt_dt; the last two `[timesteps, 1, ...]`, of `rank` or the latents'.
-
-    `mixes`: every timestep with every sample, `[timesteps, B, ...]`.
+    """`(prev_sample, log_prob, mean, std_dev_t, sqrt_dt)`. The last two are `[timesteps, 1, ...]`, of this `rank` or,
+    if it is None, of the rank of the latents. `mixes`: every timestep is combined with every sample, `[timesteps, B,
+    ...]`.
     """
     if sde_type not in _SAMPLERS:
         raise ValueError(f"flowdppo_ops: sde_type is {sde_type!r}, wanted one of {', '.join(_SAMPLERS)}")
     sigma, sigma_next = (one.to(sample.device) for one in look_up(scheduler, timestep))
-    # What is drawn has the dtype of the sample, and the originals do not round it.
+    # `sde_step` rounds the next latent to the dtype of `sample`; the originals do not round it.
     latents = {"model_output": model_output, "sample": sample.float()}
     latents |= {"noise": draw(sample, generator)} if prev_sample is None else {"prev_sample": prev_sample}
     if mixes:
@@ -175,20 +177,24 @@ def grpo_loss(
     sqrt_dt: Tensor | None = None,
     strict: bool | None = None,
 ) -> tuple[Tensor, Info]:
-    """`scripts/train_sd3.py` from "grpo logic" to the last `info[...]`; also the fork's without `rationorm`.
+    """Replaces `scripts/train_sd3.py` from "grpo logic" to the last `info[...]`; also in the fork, without `rationorm`.
 
     Args:
-        log_prob, old_log_prob, advantages: `[B]`; advantages as they are, before they are clamped.
+        log_prob, old_log_prob, advantages: `[B]`; the advantages before they are clamped.
         clip_range, adv_clip_max, beta: of `config.train`.
         prev_sample_mean, ref_prev_sample_mean, std_dev_t: as the step returns them; needed if `beta > 0`.
-        sqrt_dt: row vector, `sqrt(sigma - sigma_next)`; needed with `strict=False` if `beta > 0`.
-        strict: True divides the reference penalty by `2 std_dev_t^2`, as the script does, and gives a blocked row of
-            infinite ratio the script's gradient, NaN. False divides by the transition's variance, `2 std_dev_t^2
-            sqrt_dt^2`, and the gradient of a blocked row is 0.
+        sqrt_dt: row vector, `sqrt(sigma - sigma_next)`; needed if `beta > 0` with `strict=False`.
+        strict: True divides the reference penalty by `2 std_dev_t^2` and gives a blocked row of infinite ratio the
+            gradient NaN, as the script does. False divides by `2 std_dev_t^2 sqrt_dt^2`, twice the variance of the
+            transition, and gives a blocked row the gradient 0.
 
     Returns:
-        `(loss, info)`: 0-dim, and the script's logging values `approx_kl clipfrac clipfrac_gt_one clipfrac_lt_one
-        policy_loss loss`, and `kl_loss` if `beta > 0`. Differentiable in `log_prob` and `prev_sample_mean`.
+        `(loss, info)`. `loss` is 0-dim, differentiable in `log_prob` and `prev_sample_mean`. `info` has the script's
+        values, 0-dim: `approx_kl clipfrac clipfrac_gt_one clipfrac_lt_one policy_loss loss`, and `kl_loss` if `beta >
+        0`.
+
+    Raises:
+        ValueError: `sqrt_dt` is needed and None.
     """
     strict = _strict(strict)
     objective = FlowGRPO(clip_range, adv_clip_max)
@@ -211,13 +217,14 @@ def guard_loss(
     ref_prev_sample_mean: Tensor | None = None,
     strict: bool | None = None,
 ) -> tuple[Tensor, Info]:
-    """`train_sd3_GRPO_Guard.py` with `rationorm`, from "grpo logic" to the last `info[...]`.
+    """Replaces `train_sd3_GRPO_Guard.py` with `rationorm`, from "grpo logic" to the last `info[...]`.
 
     Args:
-        prev_sample_mean, std_dev_t, sqrt_dt: as the step returns them; `old_prev_sample_mean` is what the rollout kept.
-        strict: True re-centres every log-ratio by the mean of the batch's drifts, as the script does, whose mean runs
-            over all dimensions: each sample's ratio then has a gradient in every sample's mean. False takes each row's
-            own drift (GRPO-Guard, arXiv 2510.22319). The rest as in `grpo_loss`.
+        prev_sample_mean, std_dev_t, sqrt_dt: as the step returns them.
+        old_prev_sample_mean: the mean that the rollout kept.
+        strict: True re-centres every log-ratio by the mean drift of the batch, as the script does, so that each ratio
+            has a gradient in every sample's mean. False re-centres it by the row's own drift (GRPO-Guard, arXiv
+            2510.22319). Otherwise as in `grpo_loss`.
         The others: as in `grpo_loss`.
 
     Returns:
@@ -237,7 +244,7 @@ def guard_loss(
             weights=1 / mean_sqrt_dt**2,
             objective=FlowGRPO(clip_range, adv_clip_max),
         )
-        info["approx_kl"] = 0.5 * log_ratio.detach().square().mean()  # of the log-ratio as it was
+        info["approx_kl"] = 0.5 * log_ratio.detach().square().mean()  # of the log-ratio before it is re-centred
     else:
         result = policy_loss(
             strict,
@@ -262,14 +269,15 @@ def _penalised(
     sqrt_dt: Tensor | None,
     strict: bool,
 ) -> tuple[Tensor, Info]:
-    """With the reference penalty, and the script's logging values; `info` has those that are not the result's."""
+    """The loss with the reference penalty, and the script's values. Those in `info` replace the result's."""
     values, total = result.metric_tensors(), result.loss
     info = {"approx_kl": values["approx_kl"]} | {_CLIP_NAMES[name]: values[name] for name in CLIP_METRICS} | info
     info["policy_loss"] = result.loss.detach()
     if beta > 0:
         if not strict and sqrt_dt is None:
             raise ValueError(
-                "flowdppo_ops: sqrt_dt is missing: with strict=False the reference penalty is the step's KL"
+                "flowdppo_ops: sqrt_dt is None, wanted a row vector: with strict=False the reference penalty is the "
+                "KL of the transition, whose std is std_dev_t * sqrt_dt"
             )
         kl_loss = gaussian_kl(mean, ref_mean, std_dev_t if strict else std_dev_t * sqrt_dt).mean()
         info["kl_loss"] = kl_loss.detach()

@@ -6,15 +6,15 @@
       strategy:
         _target_: flowdppo_ops.integrations.unirl.FlowSDEStrategy    # was unirl.sde.kernels.FlowSDEStrategy
 
-The classes are subclasses of UniRL's, made when one is first asked for: importing this module imports no UniRL. The
-algorithms take UniRL's keywords and `strict`, and need no `enable()`. UniRL of June 2026 and of September 2026 (`beta`,
-`backend`, generators, `transition_std`) are told apart by what their classes have.
+The classes are subclasses of UniRL's. Each is made when it is first used, so that importing this module does not import
+UniRL. The algorithms take UniRL's keywords and `strict`, and do not need `enable()`. UniRL of June 2026 and of
+September 2026 are supported; only the latter has `beta`, `backend`, generators and `transition_std`.
 
-`enable()` is for recipes that keep UniRL's own classes: it rebinds the helpers that compute their losses,
-`_flowdppo_kl_adv_loss` of `FlowDPPO`, and `_grpo_clip_loss` of `FlowGRPO` and of the token algorithm `GRPO`; with
-`strict=False` also `FlowDPPO._compute_sigma_t`, and the averaging of metrics over micro-batches.
+`enable()` is for recipes that keep UniRL's own classes. It replaces the helpers that compute their losses:
+`_flowdppo_kl_adv_loss` of `FlowDPPO`, and `_grpo_clip_loss` of `FlowGRPO` and of the token algorithm `GRPO`. With
+`strict=False` it also replaces `FlowDPPO._compute_sigma_t` and the averaging of metrics over micro-batches.
 
-`B` samples, `S` trained steps of each; a trajectory is `[B, S, *latent]` with any latent dimensions.
+A trajectory is `[B, S, *latent]`: B samples, S trained steps of each, any latent dimensions.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ enable, disable, enabled, fallbacks = _patch.enable, _patch.disable, _patch.enab
 
 
 def active() -> bool:
-    """Whether the helpers are rebound, or a recipe has asked for a class of this module."""
+    """Whether the helpers are replaced, or a class of this module has been used."""
     return enabled() or not _CLASSES.keys().isdisjoint(globals())
 
 
 @_patch.replaces
 def _replacements(strict: bool) -> Iterator[Replacement]:
-    """Each helper in every module that has imported it by name."""
+    """Replaces each helper in every module that has imported it by name."""
     flowdppo = _patch.module("unirl.algorithms.flowdppo")
     yield _patch.replacement(flowdppo, "_flowdppo_kl_adv_loss", partial(flowdppo_kl_adv_loss, strict, None))
     for name in ("base", "flowgrpo", "grpo"):
@@ -82,21 +82,25 @@ def _replacements(strict: bool) -> Iterator[Replacement]:
 
 
 def _own_sigma_t(algorithm: Any, segment: Any, target_steps: list[int], device: torch.device, ndim: int) -> Tensor:
-    """UniRL's own, `[1, S, 1, ...]` float32; ones without `add_kl_coefficient`. June's is of rank 5, and Flow-SDE's
-    whatever the strategy, with sigma clamped to 0.99; September's is the strategy's own, of rank `ndim`."""
+    """The sigma of the KL as UniRL computes it, `[1, S, 1, ...]` float32; ones without `add_kl_coefficient`.
+
+    Before September 2026 it has rank 5 and Flow-SDE's formula for every strategy, with sigma clamped to 0.99; since
+    then it has the strategy's formula and rank `ndim`.
+    """
     own = _patch.original(_patch.attribute(_patch.module("unirl.algorithms.flowdppo"), "FlowDPPO"), "_compute_sigma_t")
     return own(algorithm, segment, target_steps, device, **_of_rank(own, ndim))
 
 
 def _of_rank(function: Callable[..., Any], ndim: int) -> dict[str, int]:
-    """Before September a sigma of the KL was of rank 5, whatever the means were."""
+    """The argument that tells UniRL the rank of the means. Before September 2026 there was none: the rank was 5."""
     return {"sample_ndim": ndim} if "sample_ndim" in signature(function).parameters else {}
 
 
 def _transition_sigma_t(
     self: Any, segment: Any, target_steps: list[int], device: torch.device, sample_ndim: int = 5
 ) -> Tensor:
-    """The same of the transition that the stage's strategy makes; inf, and so no KL, where nothing is random."""
+    """The standard deviation of the strategy's transition, in the shape of `_own_sigma_t`. It is inf, which gives KL 0,
+    where the transition is deterministic."""
     strategy = getattr(self.stage, "strategy", None)
     sampler = _SAMPLERS.get(getattr(strategy, "canonical_name", ""))
     if sampler is None and self.add_kl_coefficient:
@@ -105,7 +109,7 @@ def _transition_sigma_t(
         return _own_sigma_t(self, segment, target_steps, device, sample_ndim)
     if segment.sigmas is None:
         raise ValueError("FlowDPPO with add_kl_coefficient=True requires segment.sigmas.")
-    # In float32, as the stages have them; the second is the sigma_max that they give their strategy.
+    # Rounded to float32, as in the stages, which pass the second sigma to their strategy as `sigma_max`.
     sigmas = segment.sigmas.to(device=device, dtype=torch.float32).double()
     index = torch.tensor(target_steps, dtype=torch.long, device=device)
     eta = sigmas.new_tensor(float(self.params.eta))
@@ -114,7 +118,8 @@ def _transition_sigma_t(
 
 
 def _with_extremes(aggregate: Callable[..., Any], metrics_list: list[dict[str, Any]]) -> dict[str, float]:
-    """UniRL's means over micro-batches, updates and ranks; of a minimum the least and of a maximum the largest."""
+    """Merges metrics over micro-batches, updates and ranks: takes the minimum of `*_min`, the maximum of `*_max`, and
+    UniRL's mean of the others."""
     merged = aggregate(metrics_list)
     for suffix, extreme in (("_min", min), ("_max", max)):
         for name in filter(lambda name: name.endswith(suffix), merged):
@@ -124,7 +129,7 @@ def _with_extremes(aggregate: Callable[..., Any], metrics_list: list[dict[str, A
 
 
 class _Algorithm:
-    """What `FlowDPPO` and `FlowGRPO` have of their own; the rest is inherited from UniRL's class of that name."""
+    """What the fused `FlowDPPO` and `FlowGRPO` override; they inherit the rest from UniRL's class of the same name."""
 
     def __init__(self, *, strict: bool | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -135,7 +140,8 @@ class _Algorithm:
     def compute_loss_and_backward(
         self, *, conditions: Any, segment: Any, advantages: Tensor, training_progress: float, loss_scale: float
     ) -> Any:
-        """UniRL's. The device is waited for after the backward is launched: for the loss, then for all metrics."""
+        """As UniRL's. It waits for the device after it has launched the backward: once for the loss, once for all
+        metrics."""
         base = _patch.module("unirl.algorithms.base")
         steps = self._resolve_target_steps(segment)
         if not steps:
@@ -178,7 +184,7 @@ class _Algorithm:
 
 
 class _FlowDPPO(_Algorithm):
-    """UniRL's FlowDPPO, fused, for image, token and video trajectories. `strict` as in `enable`."""
+    """UniRL's FlowDPPO, fused, for image, token and video trajectories. `strict`: as in `enable`."""
 
     _own_keywords = ("kl_mask_threshold", "add_kl_coefficient")
 
@@ -212,7 +218,7 @@ class _FlowDPPO(_Algorithm):
 
 
 class _FlowGRPO(_Algorithm):
-    """UniRL's FlowGRPO, fused. `strict` as in `enable`."""
+    """UniRL's FlowGRPO, fused. `strict`: as in `enable`."""
 
     _own_keywords = ("clip_range", "clip_schedule")
 
@@ -234,8 +240,8 @@ class _FlowGRPO(_Algorithm):
 
 
 def _anchor(segment: Any, field: str, steps: list[int], like: Tensor) -> Tensor:
-    """The old policy's field at the trained steps. They are all of its steps as a rule, and then it is as it is:
-    UniRL's gather copies it twice."""
+    """The old policy's field at the trained steps. If all its steps are trained, as they usually are, it is returned
+    without UniRL's gather, which copies it twice."""
     value, recorded = getattr(segment, field), segment.sde_indices
     if value is None or recorded.tolist() != steps:
         base = _patch.module("unirl.algorithms.base")
@@ -243,9 +249,9 @@ def _anchor(segment: Any, field: str, steps: list[int], like: Tensor) -> Tensor:
     return value.to(dtype=like.dtype, device=like.device)
 
 
-# ---- the classes, made when asked for --------------------------------------------------------------------------------
+# ---- the classes, made when they are first used ----------------------------------------------------------------------
 
-# name -> (UniRL's module, what is put over its class; None for a strategy)
+# name -> (UniRL's module, the class that overrides methods of UniRL's; None for a strategy)
 _CLASSES: dict[str, tuple[str, type | None]] = {
     "FlowDPPO": ("unirl.algorithms.flowdppo", _FlowDPPO),
     "FlowGRPO": ("unirl.algorithms.flowgrpo", _FlowGRPO),
@@ -255,7 +261,7 @@ _CLASSES: dict[str, tuple[str, type | None]] = {
 }
 
 
-# Of the algorithms' constructors. One of a later UniRL is refused: it would be accepted and have no effect.
+# Keywords of the algorithms' constructors. An unknown one is refused, because a fused algorithm would ignore it.
 _KEYWORDS = {"params", "stage", "pipeline", "stage_attr", "old_logp_source", "conditions_cls", "beta", "backend"}
 
 
@@ -264,12 +270,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, algorithm = _CLASSES[name]
     base = _patch.attribute(_patch.module(module), name)
-    # The module by name: UniRL's classes are abstract, and a class that their metaclass makes is taken for abc's.
+    # `__module__` must be given: UniRL's classes are abstract, and their metaclass would set it to "abc".
     members: dict[str, Any] = {"__module__": __name__}
     if algorithm is None:
         _check_keywords(name, base, {"config"})
         _check_method(base, "denoise", signature(denoise).parameters, later=("generator",))
-        members["__doc__"] = f"UniRL's {name}; `denoise`, fused, draws a step or scores it. The rest is UniRL's."
+        members["__doc__"] = f"UniRL's {name} with a fused `denoise`, which draws or scores a step."
         members["denoise"] = _patch.with_fallback(base.denoise, denoise)
         bases = (base,)
         _patch.say_once(logging.INFO, f"flowdppo_ops: UniRL's {name} runs fused")
@@ -284,7 +290,7 @@ def __getattr__(name: str) -> Any:
             called += ("_reference_kl_loss", "_reference_replay_means", "_transition_sigma")
         for needed in called:
             _patch.attribute(_patch.module("unirl.algorithms.base"), needed)
-        # UniRL's keywords and ours, for Hydra and editors.
+        # UniRL's keywords and `strict`, for Hydra and editors.
         strict = Parameter("strict", Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
         members["__signature__"] = own.replace(parameters=[*own.parameters.values(), strict])
         members["__doc__"] = algorithm.__doc__

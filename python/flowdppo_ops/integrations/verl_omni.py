@@ -1,12 +1,12 @@
 """verl-omni with its losses and its scheduler step fused.
 
-`actor_rollout_ref.model.external_lib=flowdppo_ops.integrations.verl_omni` is all that a recipe needs: every worker
-imports this module, which calls `enable()`. Replaced are the losses `flow_dppo`, `flow_grpo`, `dance_grpo`,
-`grpo_guard` and `kl` of the registry, and `FlowMatchSDEDiscreteScheduler.sample_previous_step`; with `strict=False`
-also how a loss's extremes are put together over micro-batches. `disable()` takes all of it back.
+A recipe needs `actor_rollout_ref.model.external_lib=flowdppo_ops.integrations.verl_omni`: then every worker imports
+this module, which calls `enable()`. That replaces the losses `flow_dppo`, `flow_grpo`, `dance_grpo`, `grpo_guard` and
+`kl` of the registry, and `FlowMatchSDEDiscreteScheduler.sample_previous_step`. With `strict=False` it also merges
+minima and maxima over micro-batches as such. `disable()` puts the originals back.
 
-What the trainer accepts and the fused functions do not (another device, half-precision means with `strict=True`, shapes
-that only broadcasting gives a meaning to) goes to the trainer's own function; `fallbacks()` counts it.
+The trainer's own function runs where the fused one cannot: on other devices, for half-precision means with
+`strict=True`, and for shapes that only fit by broadcasting. `fallbacks()` counts these calls.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Rows = tuple[Tensor, Tensor, Tensor | None]  # old log-probs, advantages, weight
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 #
-# Each function has the parameters of the trainer's `compute_loss`, after what is bound below, and returns what it
-# returns; or a string, the reason why the trainer's own has to run.
+# The last parameters of each function in `_LOSSES` are those of the trainer's `compute_loss`; `_replacements` binds the
+# first ones. A function returns what `compute_loss` returns, or a string, the reason why the trainer's own must run.
 
 
 def _loss_of_means(
@@ -59,7 +59,7 @@ def _loss_of_means(
     sqrt_dt: Tensor,
     rollout_is_weights: Tensor | None = None,
 ) -> Result | str:
-    """Flow-DPPO and GRPO-Guard."""
+    """`compute_loss` of the losses that take means, Flow-DPPO and GRPO-Guard; `compute` is one of them."""
     means, rows = (prev_sample_mean, old_prev_sample_mean), (old_log_prob, advantages, rollout_is_weights)
     if reason := _unserved(strict, log_prob, rows, means, std_dev_t, sqrt_dt):
         return reason
@@ -81,22 +81,22 @@ def _flow_dppo(
     old_log_prob, advantages, weights = rows
     result = _policy_loss(strict, objective, log_prob, (old_log_prob, advantages.detach(), weights), means, std=std)
     values, count = result.metrics(), result.ratio.numel()
-    values["ratio_std"] *= math.sqrt((count - 1) / count)  # this loss alone logs the biased one
+    values["ratio_std"] *= math.sqrt((count - 1) / count)  # the trainer's Flow-DPPO logs the biased deviation
     return result.loss, {f"actor/{name}": values[name] for name in ("ppo_kl", *DPPO_METRICS)}
 
 
 def _grpo_guard(
     strict: bool, settings: Any, log_prob: Tensor, rows: Rows, means: Means, std_dev_t: Tensor, sqrt_dt: Tensor
 ) -> Result:
-    if strict:  # `GRPOGuard` takes sqrt_dt out again
+    if strict:  # `GRPOGuard` divides by sqrt_dt again, which leaves the trainer's std_dev_t
         std = std_dev_t.flatten() * sqrt_dt
-    else:  # a deterministic row: ratio 1, gradient 0
+    else:  # a deterministic row gets ratio 1 and gradient 0
         old_log_prob, advantages, weights = rows
         std = _transition_std(std_dev_t, sqrt_dt)
         random = (std > 0).expand(log_prob.shape)
         weights = random.to(log_prob.dtype) if weights is None else weights * random
         rows = (torch.where(random, old_log_prob, log_prob.detach()), advantages, weights)
-        std = torch.where(random, std, 1e15)  # the drift has no part in its exponent, drift / (2 std)
+        std = torch.where(random, std, 1e15)  # the exponent of the ratio contains drift / (2 std), which this makes negligible
     objective = _clipped(GRPOGuard, settings, per_row_scale=not strict)
     return _clip_loss(strict, _policy_loss(strict, objective, log_prob, rows, means, std=std, sqrt_dt=sqrt_dt))
 
@@ -145,10 +145,9 @@ def _unserved(
     std_dev_t: Tensor | None = None,
     sqrt_dt: Tensor | None = None,
 ) -> str:
-    """Why the trainer's own function has to run; empty where this package's does the same or better.
+    """Why the trainer's own function must run; empty if the fused one can. The first of `means` is the policy's.
 
-    `means`: that of the policy first. The trainer's broadcasting gives some other shapes a meaning too, seldom one that
-    is meant, and they do not come up in its workers.
+    The trainer broadcasts some other shapes too, usually with an unintended result. Its workers do not produce them.
     """
     shape, device, dtype = log_prob.shape, log_prob.device, log_prob.dtype
     constants = [t for t in (*rows, *means[1:], std_dev_t, sqrt_dt) if t is not None]
@@ -206,10 +205,10 @@ def _clipped(kind: type[Objective], settings: Any, **more: bool) -> Objective:
 
 
 def _transition_std(std_dev_t: Tensor, sqrt_dt: Tensor | None) -> Tensor:
-    """Rows, or 0-dim: the standard deviation of the transition.
+    """The standard deviation of the transition, 0-dim or `[B]`.
 
-    The trainer's `std_dev_t` does not tell whether sqrt(-dt) is in it: `sample_previous_step` has left the deviation
-    with it.
+    Whether `std_dev_t` contains sqrt(-dt) depends on the sampler and cannot be seen from its values. So the fused
+    `sample_previous_step` attaches the deviation to the tensor. Without it `std_dev_t` is taken for Flow-SDE's.
     """
     std = getattr(std_dev_t, "_flowdppo_std", None)
     if std is None:
@@ -220,7 +219,7 @@ def _transition_std(std_dev_t: Tensor, sqrt_dt: Tensor | None) -> Tensor:
 
 
 def _or_infinity(std: Tensor) -> Tensor:
-    """Where `std` is 0 nothing is random: the KL is 0."""
+    """`std` with inf in the place of 0, so that the KL of a deterministic step is 0."""
     return std.masked_fill(std == 0, math.inf)
 
 
@@ -317,7 +316,7 @@ def _replacements(strict: bool) -> list[Replacement]:
         compute = functools.partial(compute, strict)
         _patch.check_parameters(f"{class_name}.compute_loss", trainers.compute_loss, signature(compute).parameters)
         _patch.check_parameters(f"{class_name}.__call__", trainers.__call__, ("self", "config", "model_output", "data"))
-        # The trainer's class with another `compute_loss`: it validates, is called and prepares batches as ever.
+        # A subclass that overrides `compute_loss` alone keeps the trainer's validation and preparation of batches.
         fused = _patch.with_fallback(trainers.compute_loss, compute, f"{class_name}: ")
         members = {"compute_loss": staticmethod(fused), "__module__": __name__, "__doc__": trainers.__doc__}
         found.append(Replacement(registry, name, type(class_name, (trainers,), members)()))
@@ -335,9 +334,9 @@ def _replacements(strict: bool) -> list[Replacement]:
 
 
 def _with_extremes(metric: type) -> type:
-    """`verl.utils.metric.Metric` for the worker's losses, with the extremes put together as extremes.
+    """A subclass of `verl.utils.metric.Metric` that merges `*_min` by the minimum and `*_max` by the maximum.
 
-    The worker asks for the mean of every metric over the micro-batches and ranks, of `ratio_max` too.
+    The trainer's worker asks for the mean of every metric over micro-batches and ranks.
     """
 
     def from_dict(data: dict[str, float], aggregation: Any) -> dict[str, Any]:
