@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,14 @@ def _with_extremes(aggregate: Callable[..., Any], metrics_list: list[dict[str, A
 
 
 class _Algorithm:
-    """What the fused `FlowDPPO` and `FlowGRPO` override; they inherit the rest from UniRL's class of the same name."""
+    """What the fused `FlowDPPO` and `FlowGRPO` override; they inherit the rest from UniRL's class of the same name.
+
+    `_helper` is the module and name of UniRL's helper, and its fused form, which takes new and old log-probs and
+    advantages, then `_latents`, and last `_setting`, which is also logged.
+    """
+
+    _own_keywords: tuple[str, ...]
+    _helper: tuple[str, str, Callable[..., Any]]
 
     def __init__(self, *, strict: bool | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -153,7 +160,11 @@ class _Algorithm:
         wide = advantages.to(dtype=new_logp.dtype, device=new_logp.device).reshape(-1, 1).expand_as(new_logp)
         rows = {"new_logp": new_logp, "old_logp": old_logp, "advantages": wide}
         penalty = self._penalty(base, typed, segment, steps, replay.prev_sample_means)
-        per_element, late, setting = self._per_element(rows, segment, steps, replay, training_progress, penalty)
+        latents = self._latents(segment, steps, replay.prev_sample_means)
+        setting, (module, name, fused) = self._setting(training_progress), self._helper
+        own = _patch.original(_patch.module(module), name)
+        helper = _patch.with_fallback(own, partial(fused, self.strict, penalty))
+        per_element, late = helper(**rows, **latents, **setting)
         loss, is_fused, kl_ref = per_element.mean(), isinstance(late, Late), None
         if penalty is not None and not is_fused:
             kl_ref = base._reference_kl_loss(*penalty[1:])
@@ -187,28 +198,19 @@ class _FlowDPPO(_Algorithm):
     """UniRL's FlowDPPO, fused, for image, token and video trajectories. `strict`: as in `enable`."""
 
     _own_keywords = ("kl_mask_threshold", "add_kl_coefficient")
+    _helper = ("unirl.algorithms.flowdppo", "_flowdppo_kl_adv_loss", flowdppo_kl_adv_loss)
 
-    def _per_element(
-        self,
-        rows: dict[str, Tensor],
-        segment: Any,
-        steps: list[int],
-        replay: Any,
-        training_progress: float,
-        penalty: Penalty | None,
-    ) -> tuple[Tensor, Mapping[str, Tensor], dict[str, float]]:
-        means = replay.prev_sample_means
+    def _setting(self, training_progress: float) -> dict[str, float]:
+        return {"kl_mask_threshold": self.kl_mask_threshold}
+
+    def _latents(self, segment: Any, steps: list[int], means: Tensor | None) -> dict[str, Tensor]:
         if means is None:
             raise RuntimeError("FlowDPPO requires stage.replay() to return prev_sample_means, but got None.")
-        given = {
+        return {
             "new_means": means,
             "old_means": _anchor(segment, "sde_means", steps, means),
             "sigma_t": self._compute_sigma_t(segment, steps, device=means.device, sample_ndim=means.ndim),
         }
-        setting = {"kl_mask_threshold": self.kl_mask_threshold}
-        own = _patch.original(_patch.module("unirl.algorithms.flowdppo"), "_flowdppo_kl_adv_loss")
-        helper = _patch.with_fallback(own, partial(flowdppo_kl_adv_loss, self.strict, penalty))
-        return *helper(**rows, **given, **setting), setting
 
     def _compute_sigma_t(
         self, segment: Any, target_steps: list[int], device: torch.device, sample_ndim: int = 5
@@ -221,22 +223,14 @@ class _FlowGRPO(_Algorithm):
     """UniRL's FlowGRPO, fused. `strict`: as in `enable`."""
 
     _own_keywords = ("clip_range", "clip_schedule")
+    _helper = ("unirl.algorithms.base", "_grpo_clip_loss", grpo_clip_loss)
 
-    def _per_element(
-        self,
-        rows: dict[str, Tensor],
-        segment: Any,
-        steps: list[int],
-        replay: Any,
-        training_progress: float,
-        penalty: Penalty | None,
-    ) -> tuple[Tensor, Mapping[str, Tensor], dict[str, float]]:
-        base = _patch.module("unirl.algorithms.base")
-        scheduled = base._resolve_clip_range_from_schedule(self.clip_range, self.clip_schedule, training_progress)
-        setting = {"clip_range": float(scheduled)}
-        own = _patch.original(base, "_grpo_clip_loss")
-        helper = _patch.with_fallback(own, partial(grpo_clip_loss, self.strict, penalty))
-        return *helper(**rows, **setting), setting
+    def _setting(self, training_progress: float) -> dict[str, float]:
+        resolve = _patch.module("unirl.algorithms.base")._resolve_clip_range_from_schedule
+        return {"clip_range": float(resolve(self.clip_range, self.clip_schedule, training_progress))}
+
+    def _latents(self, segment: Any, steps: list[int], means: Tensor | None) -> dict[str, Tensor]:
+        return {}
 
 
 def _anchor(segment: Any, field: str, steps: list[int], like: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def _grpo_guard(
         random = (std > 0).expand(log_prob.shape)
         weights = random.to(log_prob.dtype) if weights is None else weights * random
         rows = (torch.where(random, old_log_prob, log_prob.detach()), advantages, weights)
-        std = torch.where(random, std, 1e15)  # the exponent of the ratio contains drift / (2 std), which this makes negligible
+        std = torch.where(random, std, 1e15)  # makes drift / (2 std) in the exponent negligible
     objective = _clipped(GRPOGuard, settings, per_row_scale=not strict)
     return _clip_loss(strict, _policy_loss(strict, objective, log_prob, rows, means, std=std, sqrt_dt=sqrt_dt))
 
