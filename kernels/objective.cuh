@@ -69,17 +69,17 @@ __device__ __noinline__ void row_numbers(const PolicyLoss& call, long long row, 
   const Transition transition = row_transition(call, row);
   const double std = transition.std, variance = std * std;
   // In a deterministic step quotients by a std of 0, and their gradients, are 0.
-  const bool step = has_schedule(call), fixed = step && is_deterministic(transition);
-  const bool cps = settings.density == kCps, given = vectors.log_prob.present;
+  const bool step = has_schedule(call), deterministic = step && is_deterministic(transition);
+  const bool cps = settings.density == kCps, has_log_prob = vectors.log_prob.present;
   constexpr double kHalfLogTau = 0.91893853320467274178;  // log(2 pi) / 2
   // Each number is written at once: keeping all of them to the end would take registers.
   const auto write = [&](int field, double value) { numbers[field * call.rows + row] = static_cast<float>(value); };
 
   double log_prob;
-  if (given) {
+  if (has_log_prob) {
     log_prob = read_row(vectors.log_prob, row);
   } else {
-    const double gaussian = fixed ? 0.0 : -q / (2.0 * variance) - elements * (log(std) + kHalfLogTau);
+    const double gaussian = deterministic ? 0.0 : -q / (2.0 * variance) - elements * (log(std) + kHalfLogTau);
     log_prob = rounded(cps ? -q : gaussian);
   }
   write(kLogProb, log_prob);
@@ -88,7 +88,7 @@ __device__ __noinline__ void row_numbers(const PolicyLoss& call, long long row, 
     log_ratio = rounded(log_prob - read_row(vectors.old_log_prob, row));
   } else {
     // (x' - mu_old)^2 - (x' - mu)^2 = 2 e u + e^2, which is exactly 0 if the means are equal.
-    log_ratio = rounded(cps ? 2.0 * cross + d : fixed ? 0.0 : (cross + 0.5 * d) / variance);
+    log_ratio = rounded(cps ? 2.0 * cross + d : deterministic ? 0.0 : (cross + 0.5 * d) / variance);
   }
   write(kLogRatio, log_ratio);
 
@@ -134,8 +134,9 @@ __device__ __noinline__ void row_numbers(const PolicyLoss& call, long long row, 
 
   // d loss / d log_ratio = loss scale, because the loss is proportional to exp((log_ratio + centre) scale).
   const double slope = blocked ? 0.0 : open_loss * scale;
-  const bool still = given || (fixed && !cps), no_drift = objective.kind != kGrpoGuard || (step && scale == 0.0);
-  const double innovation = still ? 0.0 : slope * (cps ? 2.0 : 1.0 / variance) / divisor;
+  const bool no_innovation = has_log_prob || (deterministic && !cps);
+  const bool no_drift = objective.kind != kGrpoGuard || (step && scale == 0.0);
+  const double innovation = no_innovation ? 0.0 : slope * (cps ? 2.0 : 1.0 / variance) / divisor;
   const double drift = no_drift ? 0.0 : slope / (scale * scale * divisor);
   double ref_kl = 0.0, reference = 0.0;
   const double ref_std = vectors.ref_std.present ? read_row(vectors.ref_std, row) : std;

@@ -40,7 +40,7 @@ struct Sums {
   template <int kCount>
   using Raw = typename Source::template Raw<kCount>;
   static constexpr int kVector = Source::kVector, kSteps = kUnroll<Source>;
-  static constexpr bool kAhead = Source::kDtype != kAny;
+  static constexpr bool kPrefetch = Source::kDtype != kAny;
   Source source;
   float total[kSums] = {};
   float run[kSteps][kSums] = {};  // of this run; kSteps independent chains of additions
@@ -190,9 +190,9 @@ __device__ __forceinline__ Coefficients shared_coefficients(const PolicyLossBack
   if (part.thread < 4) {
     const int field = kCoefInnovation + part.thread;
     const float divisor = field == kCoefRef ? 1.f : p.numbers[kNumbers<Source> * p.rows + kPolicyDivisor];
-    const float mine = scaled(grad_loss, p.numbers[field * p.rows + part.row], divisor);
-    s_row[part.thread] = mine;
-    if (field == kCoefLogProb && p.grad_log_prob && part.split == 0) p.grad_log_prob[part.row] = mine;
+    const float coefficient = scaled(grad_loss, p.numbers[field * p.rows + part.row], divisor);
+    s_row[part.thread] = coefficient;
+    if (field == kCoefLogProb && p.grad_log_prob && part.split == 0) p.grad_log_prob[part.row] = coefficient;
   }
   __syncthreads();
   return {s_row[0], s_row[1], s_row[2]};
@@ -203,7 +203,7 @@ struct Gradient {
   template <int kCount>
   using Raw = typename Source::template Raw<kCount>;
   static constexpr int kVector = Source::kVector, kSteps = kUnroll<Source>;
-  static constexpr bool kAhead = Source::kDtype != kAny;
+  static constexpr bool kPrefetch = Source::kDtype != kAny;
   Source source;
   Gradients<Source> out;
   Coefficients c;

@@ -66,8 +66,8 @@ __device__ __forceinline__ StepRow shared_step(const Schedule& schedule, int sam
     // Lanes 0 to 4 read one row vector of the schedule each, so that the five loads do not wait for one another.
     const int lane = part.thread;
     const bool reads = lane < 5 && part.row < rows;
-    const double mine = reads ? row_element((&schedule.sigma)[lane], part.row) : 0.f;
-    const auto of_lane = [&](int lane) { return __shfl_sync(0xffffffffu, mine, lane); };
+    const double element = reads ? row_element((&schedule.sigma)[lane], part.row) : 0.f;
+    const auto of_lane = [&](int lane) { return __shfl_sync(0xffffffffu, element, lane); };
     const Transition t = transition(sampler, of_lane(0), of_lane(1), of_lane(2), of_lane(3));
     const double guidance = of_lane(4);
     if (lane < 4) s_step[lane] = static_cast<float>(lane == 0 ? t.a : lane == 1 ? t.b : lane == 2 ? t.std : guidance);

@@ -29,7 +29,7 @@ struct Step {
   bool draws;
   float sum, run;  // of (x' - mu)^2: over the finished runs, over this run
 
-  static constexpr bool kAhead = true;
+  static constexpr bool kPrefetch = true;
   static constexpr int kVector = 8, kSteps = 1;  // 16 bytes of a 16-bit dtype, 32 of float32
   template <int kCount>
   struct Raw {
@@ -157,7 +157,7 @@ struct Gradient {
   Target<kOutput> output, uncond;
   float log_prob, output_share, uncond_share;
 
-  static constexpr bool kAhead = true;
+  static constexpr bool kPrefetch = true;
   static constexpr int kVector = 8, kSteps = 1;
   template <int kCount>
   struct Raw {

@@ -86,7 +86,7 @@ impl Plan {
 /// Whether the forward should write the gradient too, row by row, while a row is in the cache: one pass over memory,
 /// not two. `row_bytes`: what the gradient reads of a row. Tasks are whole rows, so there must be enough of them, or
 /// little to do. Threads do not count: scaling with `grad_loss` rounds once more, and bits must not depend on threads.
-pub fn gradient_ahead(rows: usize, row_bytes: usize) -> bool {
+pub fn gradient_in_forward(rows: usize, row_bytes: usize) -> bool {
     let little = rows.saturating_mul(row_bytes) <= 2 * CHUNK * size_of::<f32>();
     row_bytes <= MAX_ROW_BYTES && (rows >= 8 || little)
 }

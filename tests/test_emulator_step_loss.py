@@ -325,7 +325,7 @@ FAULTS = {
         Fault(OBJECTIVE, "transition.b * transition.b", "2.0 * variance"), "asan", check_velocity, WRONG
     ),
     "a deterministic row like any other": (
-        Fault(OBJECTIVE, "fixed = step && is_deterministic(transition)", "fixed = false"),
+        Fault(OBJECTIVE, "deterministic = step && is_deterministic(transition)", "deterministic = false"),
         "asan", check_deterministic, WRONG,
     ),
     "a KL divided by 0": (

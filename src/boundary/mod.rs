@@ -1,7 +1,7 @@
 //! The boundary to Python: named values in, checked calls out, errors as exceptions.
 //!
-//! `array` describes tensors and NumPy arrays (`dlpack`: where it can be done in one step), `bind` checks them against one
-//! another, `memo` remembers calls that Python has checked, and one file per operator has its functions.
+//! `array` describes tensors and NumPy arrays (`dlpack`: where it can be done in one step), `bind` checks them against
+//! one another, `memo` remembers calls that Python has checked, and one file per operator has its functions.
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -19,6 +19,7 @@ mod guard;
 mod memo;
 mod objective;
 mod policy_loss;
+mod policy_loss_backward;
 mod sde_step;
 mod workspace;
 
@@ -40,7 +41,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<objective::NativeObjective>()?;
     module.add_class::<policy_loss::PolicyLossCall>()?;
     module.add_class::<policy_loss::PolicyLossMemo>()?;
-    module.add_function(wrap_pyfunction!(policy_loss::policy_loss_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(policy_loss_backward::policy_loss_backward, module)?)?;
     module.add_function(wrap_pyfunction!(policy_loss::policy_loss_numpy, module)?)?;
     module.add_class::<sde_step::SdeStepCall>()?;
     module.add_class::<sde_step::SdeStepMemo>()?;

@@ -1,4 +1,5 @@
-//! The boundary of `policy_loss`: bound calls, forward and backward, for tensors on either device and for NumPy arrays.
+//! The boundary of `policy_loss`: bound calls, their forward, and the memo, for tensors on either device and for NumPy
+//! arrays.
 
 use std::sync::Arc;
 
@@ -11,32 +12,33 @@ use super::bind::{BoundCall, Fields, Shapes, Values, array_at, requires_grad, va
 use super::guard::guarded;
 use super::memo::{Arguments, Memo};
 use super::objective;
+use super::policy_loss_backward::backward;
 use super::workspace::workspace;
 use crate::call::{
-    BATCH_LEN, Dtype, Latent, Latents, Objective, ObjectiveKind, PolicyLoss, PolicyLossBackward, PolicyLossForward,
-    Reduction, RowVector, Settings, Stage, fields, numbers_len, row_sums_len,
+    Dtype, Latent, Objective, ObjectiveKind, PolicyLoss, PolicyLossForward, Reduction, Settings, Stage, fields,
+    numbers_len, row_sums_len,
 };
 use crate::error::Error;
 use crate::ops::Place;
 use crate::ops::policy_loss::{self as ops, Gradients};
-use crate::plan::{Plan, gradient_ahead};
+use crate::plan::{Plan, gradient_in_forward};
 
-const PREV_SAMPLE_MEAN: usize = 0;
-const MODEL_OUTPUT: usize = 1;
-const UNCOND_OUTPUT: usize = 2;
+pub const PREV_SAMPLE_MEAN: usize = 0;
+pub const MODEL_OUTPUT: usize = 1;
+pub const UNCOND_OUTPUT: usize = 2;
 const ADVANTAGES: usize = PolicyLoss::LATENTS;
 const LOG_PROB: usize = ADVANTAGES + 1;
 
-type Optional<'py> = Option<Bound<'py, PyAny>>;
+pub type Optional<'py> = Option<Bound<'py, PyAny>>;
 /// The output (`prev_sample_mean` or `model_output`), `uncond_output` and `log_prob`, or their gradients.
-type Leaves<'py> = [Optional<'py>; 3];
-/// Gradients of the first two for a `grad_loss` of 1, which the forward formed.
-type Formed<'py> = [Optional<'py>; 2];
+pub type Leaves<'py> = [Optional<'py>; 3];
+/// Gradients of the first two for a `grad_loss` of 1, which the forward computed.
+pub type UnitGradients<'py> = [Optional<'py>; 2];
 
 struct Forward<'py> {
     loss: Bound<'py, PyAny>,
     numbers: Bound<'py, PyAny>,
-    formed: Option<Formed<'py>>,
+    unit_gradients: Option<UnitGradients<'py>>,
 }
 
 #[pyclass(frozen, get_all)]
@@ -138,7 +140,7 @@ impl PolicyLossCall {
         py.detach(|| guarded(|| unsafe { ops::forward(place, plan, &forward, gradients) })).map_err(Into::into)
     }
 
-    /// `row_sums`: see `read_sums`. `leaves`: what the loss will be differentiated in; see `forms_gradients`.
+    /// `row_sums`: see `read_sums`. `leaves`: what the loss will be differentiated in; see `computes_gradients`.
     fn forward_with<'py>(
         &self, py: Python<'py>, library: &dyn Library, row_sums: Option<&Bound<'py, PyAny>>,
         leaves: Option<&Leaves<'py>>, may_keep: bool,
@@ -146,17 +148,17 @@ impl PolicyLossCall {
         let sums = row_sums.map(|sums| self.read_sums(library, sums)).transpose()?;
         let loss = library.empty_like(self.common.loss_like.bind(py))?;
         let numbers = library.empty_like(self.common.numbers_like.bind(py))?;
-        let (mut formed, mut targets) = ([None, None], Gradients::default());
+        let (mut unit_gradients, mut targets) = ([None, None], Gradients::default());
         if let Some([output, uncond, _]) = leaves
             && sums.is_none()
-            && self.forms_gradients()
+            && self.computes_gradients()
         {
             let latents = &self.bound.call.latents;
             let of_output = (output, latents.output().1, &mut targets.output);
             let of_uncond = (uncond, &latents.uncond_output, &mut targets.uncond_output);
-            for (formed, (like, latent, target)) in formed.iter_mut().zip([of_output, of_uncond]) {
+            for (gradient, (like, latent, target)) in unit_gradients.iter_mut().zip([of_output, of_uncond]) {
                 if let Some(like) = like.as_ref().filter(|like| requires_grad(like)) {
-                    let gradient = formed.insert(library.empty_like(like)?);
+                    let gradient = gradient.insert(library.empty_like(like)?);
                     *target = Latent::new(library.address(gradient)?, latent.dtype);
                 }
             }
@@ -169,14 +171,14 @@ impl PolicyLossCall {
             stage: if sums.is_some() { Stage::ObjectiveAlone } else { Stage::Whole },
             ..PolicyLossForward::default()
         };
-        let gradients = formed.iter().any(Option::is_some).then_some(&targets);
+        let gradients = unit_gradients.iter().any(Option::is_some).then_some(&targets);
         self.run(py, library, forward, gradients, may_keep)?;
-        let formed = gradients.is_some().then_some(formed);
-        Ok(Forward { loss, numbers, formed })
+        let unit_gradients = gradients.is_some().then_some(unit_gradients);
+        Ok(Forward { loss, numbers, unit_gradients })
     }
 
-    /// For autograd: `log_prob`, the numbers and the latents of `Layout::saved`. Beside them, by name, those latents that
-    /// were made under `inference_mode`, as rollouts are: autograd refuses to save them.
+    /// For autograd: `log_prob`, the numbers and the latents of `Layout::saved`. Beside them, by name, those latents
+    /// that were made under `inference_mode`, as rollouts are: autograd refuses to save them.
     fn saved<'py>(
         &self, numbers: &Bound<'py, PyAny>, log_prob: &Optional<'py>,
     ) -> PyResult<(Bound<'py, PyTuple>, Option<Bound<'py, PyDict>>)> {
@@ -194,16 +196,16 @@ impl PolicyLossCall {
         Ok((PyTuple::new(py, tensors)?, kept))
     }
 
-    /// Whether the forward also forms the gradients of the latents, see `plan::gradient_ahead`. That needs a divisor which
-    /// is known beforehand, and one `grad_loss` for all rows.
-    fn forms_gradients(&self) -> bool {
+    /// Whether the forward also computes the gradients of the latents, see `plan::gradient_in_forward`. That needs a
+    /// divisor which is known beforehand, and one `grad_loss` for all rows.
+    fn computes_gradients(&self) -> bool {
         let PolicyLoss { latents, settings, rows, numel, .. } = &self.bound.call;
         let one_factor = matches!(settings.reduction, Reduction::Mean | Reduction::Sum);
         let (outputs, samples, _) = latents.groups();
         let read = outputs.iter().chain(&samples).filter(|latent| latent.is_present());
         let row_bytes = read.map(|latent| latent.dtype.size() * *numel as usize).sum();
         let replays = latents.prev_sample.is_present() && self.bound.shapes.device == Device::Cpu;
-        replays && one_factor && gradient_ahead(*rows as usize, row_bytes)
+        replays && one_factor && gradient_in_forward(*rows as usize, row_bytes)
     }
 
     /// What `shard_sums` returned, summed over all shards.
@@ -259,113 +261,6 @@ impl PolicyLossCall {
         self.run(py, torch, forward, None, eager)?;
         Ok(sums)
     }
-}
-
-/// The gradients that `wants` names: of the output and of `uncond_output` in their dtypes, of `log_prob` flat in the dtype
-/// of `numbers`. `latents`: by name, those that the backward reads.
-#[pyfunction]
-#[pyo3(signature = (grad_loss, numbers, latents, wants, formed = None))]
-pub fn policy_loss_backward<'py>(
-    py: Python<'py>, grad_loss: &Bound<'py, PyAny>, numbers: &Bound<'py, PyAny>, latents: &Bound<'py, PyDict>,
-    wants: [bool; 3], formed: Option<Formed<'py>>,
-) -> PyResult<Leaves<'py>> {
-    let (torch, formed) = (Torch::get(py)?, formed.unwrap_or_default());
-    if formed.iter().any(Option::is_some) && scaled(torch, grad_loss, &formed)? {
-        let [output, uncond] = formed;
-        return Ok([output, uncond, None]);
-    }
-    backward(torch, grad_loss, numbers, latents, wants, formed)
-}
-
-/// Multiplies gradients that the forward formed with `grad_loss`. False if they must be formed again: half precision would
-/// be rounded twice, and a gradient that overflowed need not overflow with another factor.
-fn scaled(torch: &'static Torch, grad_loss: &Bound<'_, PyAny>, formed: &Formed<'_>) -> PyResult<bool> {
-    let py = grad_loss.py();
-    let factor: f64 = grad_loss.call_method0(intern!(py, "item"))?.extract()?;
-    if factor == 1.0 {
-        return Ok(true);
-    }
-    for gradient in formed.iter().flatten() {
-        let (_, array) = torch.read("gradient", gradient)?;
-        let latent = Latent::new(array.address, array.dtype);
-        let Place::Host { threads } = torch.place(py, array.device, false)? else { return Ok(false) };
-        // SAFETY: the tensor was allocated by the forward for this gradient alone, and `formed` holds it.
-        if !py.detach(|| unsafe { ops::scale_in_place(&latent, array.len(), factor, threads) }) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// `formed`: memory for the first two gradients, where there is some already.
-fn backward<'py>(
-    library: &dyn Library, grad_loss: &Bound<'py, PyAny>, numbers: &Bound<'py, PyAny>, latents: &Bound<'py, PyDict>,
-    wants: [bool; 3], formed: Formed<'py>,
-) -> PyResult<Leaves<'py>> {
-    let (py, names) = (grad_loss.py(), Latents::NAMES);
-    let values = values(library, &names, latents)?;
-    let (numbers, of_numbers) = library.read("numbers", numbers)?;
-    let is_step = array_at(&values, MODEL_OUTPUT).is_some();
-    let (len, count) = (of_numbers.len(), fields(is_step));
-    let rows = len.saturating_sub(BATCH_LEN) / count;
-    if rows == 0 || Some(len) != numbers_len(rows, is_step) || of_numbers.shape.len() != 1 {
-        return Err(Error::Length { name: "numbers", came: len, wanted: count * rows.max(1) + BATCH_LEN }.into());
-    }
-    let dtype = of_numbers.arithmetic("numbers")?;
-    let first = values.first().and_then(|(slot, _)| Some((names[*slot], &array_at(&values, *slot)?.1.shape)));
-    let flat = first.map(|(name, shape)| flattened(name, shape, rows)).transpose()?;
-    let shapes = Shapes::new("numbers", &[rows], flat.as_ref().map(|flat| &flat[..]), of_numbers.device)?;
-    let mut call = PolicyLossBackward { rows: rows as u64, numel: shapes.numel() as u64, dtype, ..Default::default() };
-    let slots = call.latents.each_mut();
-    for (slot, _) in &values {
-        let (Some((_, array)), Some((_, wanted))) = (array_at(&values, *slot), first) else { continue };
-        *slots[*slot] = shapes.exactly(names[*slot], array, wanted)?;
-    }
-    let (_grad_loss, of_grad) = library.read("grad_loss", grad_loss)?;
-    let modulo = of_grad.len();
-    if modulo != 1 && modulo != rows {
-        return Err(Error::Length { name: "grad_loss", came: modulo, wanted: rows }.into());
-    }
-    shapes.same_device("grad_loss", &of_grad)?;
-    call.grad_loss = RowVector::array("grad_loss", of_grad.address, of_grad.dtype, (1, modulo), rows)?;
-    call.numbers = of_numbers.address;
-
-    let like = |slot: usize, memory: Optional<'py>| {
-        let (object, array) = array_at(&values, slot).ok_or(Error::Missing { name: names[slot] })?;
-        if let Some(memory) = memory {
-            // A saved-tensor hook may have changed the latent's dtype since the gradient was formed.
-            let (memory, formed) = library.read("gradient", &memory)?;
-            if formed.dtype == array.dtype && formed.shape == array.shape && formed.device == array.device {
-                return Ok(memory);
-            }
-        }
-        library.empty(object, &array.shape, array.dtype)
-    };
-    let ([wants_output, wants_uncond, wants_log_prob], [of_output, of_uncond]) = (wants, formed);
-    let output = if is_step { MODEL_OUTPUT } else { PREV_SAMPLE_MEAN };
-    let grads = [
-        wants_output.then(|| like(output, of_output)).transpose()?,
-        wants_uncond.then(|| like(UNCOND_OUTPUT, of_uncond)).transpose()?,
-        wants_log_prob.then(|| library.empty(&numbers, &[rows], dtype)).transpose()?,
-    ];
-    let address = |grad: &Optional<'py>| grad.as_ref().map_or(Ok(0), |grad| library.address(grad));
-    call.grad_output = address(&grads[0])?;
-    call.grad_uncond_output = address(&grads[1])?;
-    call.grad_log_prob = address(&grads[2])?;
-    let place = library.place(py, shapes.device, false)?;
-    // SAFETY: inputs are memory of arrays that this function holds, of lengths checked above; outputs were allocated
-    // here, or by the forward for this gradient alone, with the shape and dtype of the latent.
-    py.detach(|| guarded(|| unsafe { ops::backward(place, &mut call) }))?;
-    Ok(grads)
-}
-
-/// `[rows, elements of a row]`; the rows are the first dimensions of `shape`.
-fn flattened(name: &'static str, shape: &[usize], rows: usize) -> Result<[usize; 2], Error> {
-    let len: usize = shape.iter().product();
-    if len == 0 || !len.is_multiple_of(rows) {
-        return Err(Error::Shape { name, came: shape.to_vec(), wanted: vec![rows, len / rows] });
-    }
-    Ok([rows, len / rows])
 }
 
 /// For NumPy: the loss, and the gradients of the mean and of `log_prob` (flat). `fields`, `settings`: as in
@@ -437,13 +332,14 @@ impl PolicyLossMemo {
     ) -> PyResult<Bound<'py, PyAny>> {
         let torch = Torch::get(py)?;
         let leaves = call.bound.leaves(torch, py, call.leaf_slots())?;
-        let Forward { loss, numbers, formed } = call.forward_with(py, torch, row_sums, leaves.as_ref(), true)?;
+        let Forward { loss, numbers, unit_gradients } =
+            call.forward_with(py, torch, row_sums, leaves.as_ref(), true)?;
         let layout = call.common.layout.bind(py);
         let loss = match leaves {
             None => loss,
             Some([output, uncond, log_prob]) => {
                 let (saved, kept) = call.saved(&numbers, &log_prob)?;
-                self.tie.bind(py).call1((output, uncond, log_prob, (loss, saved, (layout, kept, formed))))?
+                self.tie.bind(py).call1((output, uncond, log_prob, (loss, saved, (layout, kept, unit_gradients))))?
             }
         };
         self.result.bind(py).call1((loss, numbers, layout))

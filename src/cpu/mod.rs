@@ -1,5 +1,7 @@
-//! The CPU backend: `policy_loss` and `sde_step` are the operators, the other modules what they share.
+//! The CPU backend: `policy_loss` (with `gradient`) and `sde_step` are the operators, the other modules what they
+//! share.
 
+pub mod gradient;
 pub mod memory;
 pub mod objective;
 pub mod policy_loss;

@@ -1,12 +1,13 @@
-//! `policy_loss` on the CPU: row sums over a source, the objective, and the streaming backward. Sums are float32
-//! (float64 in a float64 call) over `BLOCK` elements in `LANES` interleaved lanes, then float64 over blocks, lanes and
-//! chunks, always in this order: the bits depend on neither thread count nor schedule.
+//! `policy_loss` on the CPU: a forward adds up the rows' sums and evaluates the objective, a backward writes gradients.
+//! Sums are float32 (float64 in a float64 call) over `BLOCK` elements in `LANES` interleaved lanes, then float64 over
+//! blocks, lanes and chunks, always in this order: the bits depend on neither thread count nor schedule.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::memory::{Element, Host, ViewMut};
+use super::gradient::{Buffers, Coefficients, Targets, gradient, row_gradient};
+use super::memory::{Host, ViewMut};
 use super::objective::{Problem, Row, Sums};
-use super::simd::{BLOCK, Buffer, Kernel, LANES, Real, Storage, dispatch, narrow, one_by_one};
+use super::simd::{BLOCK, Kernel, LANES, Real, dispatch};
 use super::source::step::StepRow;
 use super::source::{Moments, Source, with_source};
 use super::threads::{for_each, for_each_row, map};
@@ -23,16 +24,16 @@ pub struct Gradients {
     pub uncond_output: Latent,
 }
 
-/// Writes loss and numbers, or with `Stage::SumsAlone` the rows' sums; and to `gradients_ahead`, if present, the
+/// Writes loss and numbers, or with `Stage::SumsAlone` the rows' sums; and to `unit_gradients`, if present, the
 /// gradients for a `grad_loss` of 1. Those need a reduction whose divisor does not depend on the rows.
-pub fn forward(call: Host<'_, PolicyLossForward>, gradients_ahead: Option<Host<'_, Gradients>>, threads: usize) {
+pub fn forward(call: Host<'_, PolicyLossForward>, unit_gradients: Option<Host<'_, Gradients>>, threads: usize) {
     match call.call.dtype() {
-        Dtype::F64 => forward_in::<f64>(call, gradients_ahead, threads),
-        _ => forward_in::<f32>(call, gradients_ahead, threads),
+        Dtype::F64 => forward_in::<f64>(call, unit_gradients, threads),
+        _ => forward_in::<f32>(call, unit_gradients, threads),
     }
 }
 
-fn forward_in<F: Real>(call: Host<'_, PolicyLossForward>, ahead: Option<Host<'_, Gradients>>, threads: usize) {
+fn forward_in<F: Real>(call: Host<'_, PolicyLossForward>, unit_gradients: Option<Host<'_, Gradients>>, threads: usize) {
     let (whole, problem) = (call.part(|call| &call.call), Problem::new(call.part(|call| &call.call)));
     let (rows, plan) = (problem.rows, Plan::new(problem.rows, whole.numel as usize));
     let output = |address: fn(&PolicyLossForward) -> u64, dtype, len| {
@@ -49,10 +50,10 @@ fn forward_in<F: Real>(call: Host<'_, PolicyLossForward>, ahead: Option<Host<'_,
 
     let len = numbers_len(rows, problem.has_schedule()).expect("checked: the numbers fit into memory");
     let mut numbers = output(|call| call.numbers, F::DTYPE, len);
-    if let Some(ahead) = ahead {
+    if let Some(unit_gradients) = unit_gradients {
         let targets: Targets<'_> = [
-            ahead.output(|ahead| ahead.output, rows * plan.numel),
-            ahead.output(|ahead| ahead.uncond_output, rows * plan.numel),
+            unit_gradients.output(|gradients| gradients.output, rows * plan.numel),
+            unit_gradients.output(|gradients| gradients.uncond_output, rows * plan.numel),
         ];
         let divisor = whole.divisor().expect("checked: the divisor is known beforehand");
         let steps = step_rows(&problem);
@@ -308,117 +309,6 @@ fn rows_with_gradient<F: Real, S: Source<F>>(
             row_gradient(source, plan.stretches_of(row), Coefficients { terms, guidance }, buffers, targets);
         }
     });
-}
-
-/// A row's gradient is `G = terms[0] (x' - mu) + terms[1] (mu - mu°) + terms[2] (mu - mu_ref)`;
-/// `grad_output = guidance G` and `grad_uncond_output = (1 - guidance) G`.
-#[derive(Clone, Copy, Debug)]
-struct Coefficients {
-    terms: [f64; 3],
-    guidance: f64,
-}
-
-/// The gradients of the output and of the unconditional output, `[rows, numel]`, each in its latent's dtype.
-type Targets<'a> = [Option<ViewMut<'a>>; 2];
-
-/// Of one thread: the source's, and one for gradients that are computed in another dtype than their array's.
-type Buffers<F, S> = (<S as Source<F>>::Scratch, Buffer<<S as Source<F>>::Gradient>);
-
-/// A row whose terms are all 0 is not read. A term of 0 is dropped from the source: no infinity in it becomes 0 * inf.
-fn gradient<F: Real, S: Source<F>>(
-    source: &S, coefficients: &(impl Fn(usize) -> Coefficients + Sync), plan: Plan, targets: &Targets<'_>,
-    threads: usize,
-) {
-    for_each(plan.tasks(), threads, Buffers::<F, S>::default, |buffers, task| {
-        for stretch in plan.stretches(task) {
-            row_gradient(source, [stretch], coefficients(stretch.row), buffers, targets);
-        }
-    });
-}
-
-fn row_gradient<F: Real, S: Source<F>>(
-    source: &S, stretches: impl IntoIterator<Item = Stretch>, coefficients: Coefficients, buffers: &mut Buffers<F, S>,
-    targets: &Targets<'_>,
-) {
-    let Coefficients { terms: [innovation, drift, reference], guidance } = coefficients;
-    let source = &source.only(innovation != 0.0, drift != 0.0, reference != 0.0);
-    for stretch in stretches {
-        for (out, factor) in targets.iter().zip([guidance, 1.0 - guidance]) {
-            let Some(out) = out else { continue };
-            // 0 stays 0, even times an infinity.
-            let coefficients = coefficients.terms.map(|term| if term == 0.0 { 0.0 } else { term * factor });
-            let buffers = &mut *buffers;
-            if drift == 0.0 && reference == 0.0 {
-                dispatch(GradientKernel::<F, S, false> { source, stretch, coefficients, buffers, out });
-            } else {
-                dispatch(GradientKernel::<F, S, true> { source, stretch, coefficients, buffers, out });
-            }
-        }
-    }
-}
-
-/// Without `ALL`, only the term of x' - mu, at half the arithmetic: all that FlowDPPO and FlowGRPO have without `ref`.
-struct GradientKernel<'a, F: Real, S: Source<F>, const ALL: bool> {
-    source: &'a S,
-    stretch: Stretch,
-    coefficients: [f64; 3],
-    buffers: &'a mut Buffers<F, S>,
-    out: &'a ViewMut<'a>,
-}
-
-impl<F: Real, S: Source<F>, const ALL: bool> Kernel for GradientKernel<'_, F, S, ALL> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let [innovation, drift, reference] = self.coefficients;
-        let (scratch, buffer) = self.buffers;
-        let blocked = innovation == 0.0 && drift == 0.0 && reference == 0.0;
-        let factors = [F::from_f64(innovation), F::from_f64(drift), F::from_f64(reference)];
-        let direct = self.out.dtype() == S::Gradient::DTYPE;
-        for part in self.stretch.parts(BLOCK) {
-            let Stretch { first, len, .. } = part;
-            let target: &mut [S::Gradient] = if direct {
-                // SAFETY: stretches do not overlap, and every task runs once.
-                unsafe { self.out.part_mut(first, len) }
-            } else {
-                buffer.first(len)
-            };
-            if blocked {
-                target.fill(S::Gradient::default());
-            } else {
-                let block = self.source.block(part, scratch);
-                let full = len / LANES * LANES;
-                for at in (0..full).step_by(LANES) {
-                    let at = one_by_one(at);
-                    let gradient = combine::<F, _, FMA, ALL>(factors, S::moments::<FMA, false>(&block, at));
-                    target[at..at + LANES].copy_from_slice(&gradient);
-                }
-                if full < len {
-                    let gradient = combine::<F, _, FMA, ALL>(factors, S::moments::<FMA, true>(&block, full));
-                    target[full..].copy_from_slice(&gradient[..len - full]);
-                }
-            }
-            if !direct {
-                // SAFETY: stretches do not overlap, and every task runs once.
-                unsafe { narrow(buffer.first(len), self.out, first) };
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn combine<F: Real, T: Storage, const FMA: bool, const ALL: bool>(
-    [a, b, c]: [F; 3], moments: Moments<F>,
-) -> [T; LANES] {
-    let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
-    let mut out = [T::default(); LANES];
-    for lane in 0..LANES {
-        let gradient =
-            if ALL { a.mul_add::<FMA>(u[lane], b.mul_add::<FMA>(e[lane], c * r[lane])) } else { a * u[lane] };
-        out[lane] = T::store(gradient);
-    }
-    out
 }
 
 fn read_field<F: Real>(rows: &[F], count: usize, field: Field, row: usize) -> f64 {

@@ -23,14 +23,14 @@ pub fn workspace(target: Target, call: &PolicyLoss, stage: Stage) -> Result<(Gri
 }
 
 /// The loss and the numbers; with `Stage::SumsAlone` the rows' sums. On the host it also writes the gradients for a
-/// `grad_loss` of 1 to `gradients_ahead`. On a GPU, where `plan` is that of `workspace`, it returns once the work is on the
-/// stream.
+/// `grad_loss` of 1 to `unit_gradients`. On a GPU, where `plan` is that of `workspace`, it returns once the work is on
+/// the stream.
 ///
 /// # Safety
-/// Every address in `call` and `gradients_ahead` that is not 0 is memory in `place`, aligned, of the length that the
+/// Every address in `call` and `unit_gradients` that is not 0 is memory in `place`, aligned, of the length that the
 /// field's comment says, alive until the work is done. Nobody writes to inputs meanwhile, nobody else touches outputs.
 pub unsafe fn forward(
-    place: Place, plan: Option<GridPlan>, call: &PolicyLossForward, gradients_ahead: Option<&Gradients>,
+    place: Place, plan: Option<GridPlan>, call: &PolicyLossForward, unit_gradients: Option<&Gradients>,
 ) -> Result<(), Error> {
     check(&call.call)?;
     let sums_alone = call.stage == Stage::SumsAlone;
@@ -39,20 +39,21 @@ pub unsafe fn forward(
     match place {
         Place::Gpu(target) => {
             let plan = plan.ok_or(Error::Missing { name: "a plan" })?;
-            require(gradients_ahead.is_none(), "a CPU, for gradients formed in the forward")?;
-            // SAFETY: the caller promises memory of the stream's device that stays until the kernel has run. `workspace`
-            // made the plan from this call, and the lengths of `partials` and `tickets` from the plan.
+            require(unit_gradients.is_none(), "a CPU, for gradients in the forward")?;
+            // SAFETY: the caller promises memory of the stream's device that stays until the kernel has run.
+            // `workspace` made the plan from this call, and the lengths of `partials` and `tickets` from the plan.
             unsafe { gpu::forward(target, plan, call) }
         }
         Place::Host { threads } => {
-            if gradients_ahead.is_some() {
+            if unit_gradients.is_some() {
                 let divides = call.call.divisor().is_some() && call.stage == Stage::Whole;
-                require(divides, "a divisor for gradients formed in the forward")?;
+                require(divides, "a divisor for gradients in the forward")?;
                 require(call.call.latents.output().1.is_present(), call.call.latents.output().0)?;
             }
             // SAFETY: the caller promises memory of this process, of the call's lengths, which nobody else writes.
-            let (call, ahead) = unsafe { (Host::new(call), gradients_ahead.map(|ahead| Host::new(ahead))) };
-            cpu::forward(call, ahead, threads);
+            let (call, unit_gradients) =
+                unsafe { (Host::new(call), unit_gradients.map(|gradients| Host::new(gradients))) };
+            cpu::forward(call, unit_gradients, threads);
             Ok(())
         }
     }
@@ -85,7 +86,7 @@ pub unsafe fn backward(place: Place, call: &mut PolicyLossBackward) -> Result<()
     }
 }
 
-/// Multiplies a gradient that the forward formed. False if it must be formed again: see `cpu::scale_in_place`.
+/// Multiplies a gradient that the forward computed. False if it must be computed again: see `cpu::scale_in_place`.
 ///
 /// # Safety
 /// `gradient` has `len` elements in the memory of this process, which nobody else touches.

@@ -15,8 +15,8 @@ pub fn workspace(target: Target, call: &SdeStep) -> Result<(GridPlan, usize, usi
     gpu::plan(target.device, call)
 }
 
-/// Next latent, mean, residual, log-prob and std. On a GPU, where `plan` is that of `workspace`, it returns once the work
-/// is on the stream.
+/// Next latent, mean, residual, log-prob and std. On a GPU, where `plan` is that of `workspace`, it returns once the
+/// work is on the stream.
 ///
 /// # Safety
 /// Every address in `call` that is not 0 is memory in `place`, aligned, of the length that the field's comment says,
@@ -27,8 +27,8 @@ pub unsafe fn forward(place: Place, plan: Option<GridPlan>, call: &SdeStepForwar
         Place::Gpu(target) => {
             refuse_float64([("residual", &call.residual)].into_iter())?;
             let plan = plan.ok_or(Error::Missing { name: "a plan" })?;
-            // SAFETY: the caller promises memory of the stream's device that stays until the kernel has run. `workspace`
-            // made the plan from this call, and the lengths of `partials` and `tickets` from the plan.
+            // SAFETY: the caller promises memory of the stream's device that stays until the kernel has run.
+            // `workspace` made the plan from this call, and the lengths of `partials` and `tickets` from the plan.
             unsafe { gpu::forward(target, plan, call) }
         }
         Place::Host { threads } => {
@@ -69,13 +69,13 @@ fn check(forward: &SdeStepForward) -> Result<(), Error> {
     let SdeStep { latents, schedule, sampler, rows, numel, .. } = &forward.call;
     require(*rows > 0 && *numel > 0 && latents.model_output.is_present(), "model_output")?;
     require(latents.sample.is_present(), "sample")?;
-    let (given, drawn) = (latents.prev_sample.is_present(), latents.noise.is_present());
-    require(given != drawn, "one of prev_sample and noise")?;
+    let (has_next, has_noise) = (latents.prev_sample.is_present(), latents.noise.is_present());
+    require(has_next != has_noise, "one of prev_sample and noise")?;
     require(*sampler != Sampler::None, "sampler")?;
     check_schedule(schedule, latents.uncond_output.is_present())?;
     let outputs = [forward.prev_sample_mean, forward.log_prob, forward.std, forward.numbers];
     require(outputs.iter().all(|&address| address != 0), "memory for the outputs")?;
-    let as_stored = given && latents.prev_sample.dtype == latents.sample.dtype;
+    let as_stored = has_next && latents.prev_sample.dtype == latents.sample.dtype;
     require(as_stored || forward.stored != 0, "memory for prev_sample")
 }
 

@@ -82,13 +82,14 @@ _apply = super(torch.autograd.Function, _Loss).apply
 
 def _gradients(ctx, grad_loss: Tensor) -> tuple:
     _, numbers, *tensors = ctx.saved_tensors
-    layout, kept, formed = ctx.state
+    layout, kept, unit_gradients = ctx.state
     ctx.state = layout, kept, None  # a gradient may be used once: the code that receives it may write to it
     wants = list(ctx.needs_input_grad[:3])
     latents = dict(zip(layout.saved, tensors, strict=True)) | (kept or {})
     wants[0] = wants[0] and bool(latents)
     numbers = restored(numbers, layout.dtype)
-    grad_output, grad_uncond, grad_log_prob = _native.policy_loss_backward(grad_loss, numbers, latents, wants, formed)
+    grads = _native.policy_loss_backward(grad_loss, numbers, latents, wants, unit_gradients)
+    grad_output, grad_uncond, grad_log_prob = grads
     if grad_log_prob is not None:
         grad_log_prob = grad_log_prob.view(layout.row_shape)
     return grad_output, grad_uncond, grad_log_prob, None
