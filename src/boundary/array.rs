@@ -1,4 +1,4 @@
-//! Arrays of Python's libraries, described without reading a value: PyTorch's tensors and NumPy's arrays.
+//! Describes PyTorch's tensors and NumPy's arrays without reading a value, and makes new ones.
 
 use numpy::{PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyAttributeError, PyTypeError};
@@ -28,7 +28,7 @@ impl Array {
         self.shape.iter().product()
     }
 
-    /// The dtype of an array that the arithmetic wrote.
+    /// The dtype, if it is one in which results are computed.
     pub fn arithmetic(&self, name: &'static str) -> Result<Dtype, Error> {
         match self.dtype {
             Dtype::F32 | Dtype::F64 => Ok(self.dtype),
@@ -48,7 +48,7 @@ impl Array {
     }
 }
 
-/// An array library.
+/// An array library: PyTorch or NumPy.
 pub trait Library: Sync {
     fn is_array(&self, object: &Bound<'_, PyAny>) -> bool;
 
@@ -58,24 +58,26 @@ pub trait Library: Sync {
     /// An uninitialised array on the device of `like`.
     fn empty<'py>(&self, like: &Bound<'py, PyAny>, shape: &[usize], dtype: Dtype) -> PyResult<Bound<'py, PyAny>>;
 
-    /// For `empty_like`, which makes an array of `len` elements from it. It has no memory for them where it need not.
+    /// An argument for `empty_like`, which makes arrays of `len` elements of it. PyTorch's has memory for one element.
     fn pattern<'py>(&self, like: &Bound<'py, PyAny>, len: usize, dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
         self.empty(like, &[len], dtype)
     }
 
-    /// An uninitialised array like this one, whose strides are those of a contiguous array or 0.
+    /// An uninitialised array of the shape and dtype of `like`, contiguous. The strides of `like` must be those of a
+    /// contiguous array, or 0.
     fn empty_like<'py>(&self, like: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>>;
 
-    /// Of an array that `empty` or `empty_like` made.
+    /// The address of an array that `empty` or `empty_like` made.
     fn address(&self, array: &Bound<'_, PyAny>) -> PyResult<u64>;
 
-    /// Where a call runs; `is_one_task`: on a host, with one thread.
+    /// Where a call on this device runs, and with how many threads: one if the call `is_one_task`.
     fn place(&self, py: Python<'_>, device: Device, is_one_task: bool) -> PyResult<Place>;
 }
 
-// ---- PyTorch ---------------------------------------------------------------------------------------------------------
+// ---- PyTorch
+// ---------------------------------------------------------------------------------------------------------
 
-/// What is looked up in PyTorch once.
+/// PyTorch's objects that calls need, looked up once.
 pub struct Torch {
     tensor: Py<PyType>,
     parameter: Py<PyAny>,
@@ -89,7 +91,7 @@ pub struct Torch {
     current_stream: Py<PyAny>,
     /// None before PyTorch 2.10.
     exchange: Option<Exchange>,
-    /// Private to PyTorch. Without it every call goes through the dispatcher.
+    /// `torch._C._len_torch_dispatch_stack`, private to PyTorch. Without it every call goes through the dispatcher.
     dispatch_modes: Option<Py<PyAny>>,
     /// `torch.autograd.forward_ad`, whose `_current_level` is -1 where no forward-mode differentiation goes on.
     forward_ad: Py<PyAny>,
@@ -119,7 +121,7 @@ impl Torch {
         })
     }
 
-    /// Whether it is of PyTorch's own classes: the dispatcher must see the calls of a subclass.
+    /// Whether the object is of PyTorch's own classes. The dispatcher must see the calls of a subclass.
     pub fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
         let class = object.get_type();
         class.is(&self.tensor) || class.is(&self.parameter)
@@ -141,7 +143,7 @@ impl Torch {
         level.and_then(|level| level.extract::<i64>()).map_or(true, |level| level >= 0)
     }
 
-    /// A `torch.dtype` of the four.
+    /// The dtype that a `torch.dtype` stands for; None if it is not one of the four.
     pub fn dtype(&self, object: &Bound<'_, PyAny>) -> Option<Dtype> {
         Dtype::ALL.into_iter().find(|&dtype| object.is(&self.dtypes[dtype as usize]))
     }
@@ -162,14 +164,14 @@ impl Torch {
         Err(Error::NoBackend { name, came }.into())
     }
 
-    /// Whether PyTorch made the stream; it destroys none of its own. The id of an external stream is its handle.
+    /// Whether PyTorch made the stream, in which case it is never destroyed. The id of another stream is its handle.
     pub fn owns_stream(&self, py: Python<'_>, target: Target) -> PyResult<bool> {
         let stream = self.current_stream.bind(py).call1((target.device,))?;
         let id: i64 = stream.getattr(intern!(py, "stream_id"))?.extract()?;
         Ok(target.stream == 0 || id.cast_unsigned() != target.stream as u64)
     }
 
-    /// Zeros of 32 bits.
+    /// `len` 32-bit zeros on the device of `like`.
     pub fn tickets<'py>(&self, like: &Bound<'py, PyAny>, len: usize) -> PyResult<Bound<'py, PyAny>> {
         let py = like.py();
         let options = PyDict::new(py);
@@ -186,7 +188,7 @@ impl Library for Torch {
     fn read<'py>(&self, name: &'static str, tensor: &Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyAny>, Array)> {
         let py = tensor.py();
         if let Some(exchange) = self.exchange.as_ref().filter(|_| self.is_plain(tensor))
-            // SAFETY: it is a tensor or a parameter, which have one layout.
+            // SAFETY: `is_plain` says that the object is a `Tensor` or a `Parameter`, which have the same layout.
             && let Some((address, dtype, device, shape)) = unsafe { exchange.describe(tensor) }
             && !self.is_neg.bind(py).call1((tensor,))?.is_truthy()?
         {
@@ -202,7 +204,7 @@ impl Library for Torch {
         let Some(dtype) = self.dtype(&came) else {
             return Err(Error::Dtype { name, came: came.str()?.to_string(), wanted }.into());
         };
-        // The memory of a lazily negated view (`z.conj().imag`) has the opposite sign.
+        // A lazily negated view, such as `z.conj().imag`, shares memory that has the opposite sign.
         if tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
             tensor = tensor.call_method0(intern!(py, "resolve_neg"))?;
         }
@@ -219,7 +221,7 @@ impl Library for Torch {
 
     fn empty<'py>(&self, like: &Bound<'py, PyAny>, shape: &[usize], dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
         let py = like.py();
-        // One argument per dimension: PyTorch takes 25 us more to read a tuple after a model's forward.
+        // Each dimension is an argument of its own. After a model's forward PyTorch takes 25 us longer to read a tuple.
         let shape = if shape.is_empty() { PyTuple::new(py, [PyTuple::empty(py)])? } else { PyTuple::new(py, shape)? };
         let options = PyDict::new(py);
         options.set_item(intern!(py, "dtype"), &self.dtypes[dtype as usize])?;
@@ -254,7 +256,8 @@ fn wrong_type(name: &str, wanted: &str, came: &str) -> PyErr {
     PyTypeError::new_err(format!("flowdppo_ops: {name} is {came}, wanted a {wanted}"))
 }
 
-// ---- NumPy -----------------------------------------------------------------------------------------------------------
+// ---- NumPy
+// -----------------------------------------------------------------------------------------------------------
 
 pub struct Numpy {
     pub threads: usize,
@@ -308,16 +311,16 @@ impl Library for Numpy {
     }
 }
 
-/// The address of an array of this dtype.
+/// The address of the array; None if it has another dtype.
 fn typed<T: numpy::Element>(array: &Bound<'_, PyAny>) -> Option<usize> {
     array.cast::<PyArrayDyn<T>>().ok().map(|array| array.data().addr())
 }
 
 /// How a row vector of this shape broadcasts: row r has element `r / divide % modulo`.
 ///
-/// One element is (1, 1), one per row (1, rows), [1, S] for rows [B, S] is (1, S), and [B, 1] is (S, B). None where the
-/// shape does not broadcast to the rows dimension by dimension, or the dimensions that vary are not neighbours
-/// ([A, 1, C] for rows [A, B, C]).
+/// Returns (divide, modulo): (1, 1) for one element, (1, rows) for one per row, (1, S) for [1, S] and rows [B, S], (S,
+/// B) for [B, 1]. Returns None if the shape does not broadcast to the rows dimension by dimension, or if the dimensions
+/// that vary are not neighbours ([A, 1, C] for rows [A, B, C]).
 pub fn row_stride(shape: &[usize], rows: &[usize]) -> Option<(usize, usize)> {
     if shape.is_empty() {
         return Some((1, 1));

@@ -1,4 +1,4 @@
-//! From named Python values to a call, which holds the arrays. Each value is checked against the others.
+//! Turns named Python values into a call that holds its arrays. Each value is checked against the rows and the latents.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ pub enum Value<'py> {
     Array(Bound<'py, PyAny>, Array),
 }
 
-/// The values that are present, by their position in a table of names.
+/// The values that are present, each with its position in a table of names.
 pub type Values<'py> = Vec<(usize, Value<'py>)>;
 
 pub fn values<'py>(
@@ -37,7 +37,7 @@ pub fn value_of<'py>(library: &dyn Library, name: &'static str, value: &Bound<'p
     }
 }
 
-/// The array at a position.
+/// The value at this position, if it is an array.
 pub fn array_at<'a, 'py>(values: &'a Values<'py>, wanted: usize) -> Option<(&'a Bound<'py, PyAny>, &'a Array)> {
     values.iter().find_map(|(slot, value)| match value {
         Value::Array(object, array) if *slot == wanted => Some((object, array)),
@@ -45,7 +45,7 @@ pub fn array_at<'a, 'py>(values: &'a Values<'py>, wanted: usize) -> Option<(&'a 
     })
 }
 
-/// A call with latents and row vectors, counted in this order.
+/// A call whose fields are latents and then row vectors. A slot is the position of a field in `NAMES`.
 pub trait Fields: Copy {
     const NAMES: &[&'static str];
     const LATENTS: usize;
@@ -102,7 +102,8 @@ impl<C: Fields> BoundCall<C> {
         Ok(BoundCall { call, shapes: shapes.into(), objects: objects(values) })
     }
 
-    /// Values whose types, dtypes, shapes and devices are those of the values that `like` was made from.
+    /// The call `call` with other addresses and numbers. The types, dtypes, shapes and devices of `values` must be
+    /// those of the values that it was made from.
     pub fn like(mut call: C, shapes: Arc<Shapes>, values: Values<'_>) -> Self {
         for (slot, value) in &values {
             match value {
@@ -114,7 +115,7 @@ impl<C: Fields> BoundCall<C> {
         BoundCall { call, shapes, objects: objects(values) }
     }
 
-    /// Holds another array whose address is in the call.
+    /// Holds one more array, whose address the caller has put into the call.
     pub fn hold(&mut self, slot: usize, value: Value<'_>) {
         self.objects.extend(objects(vec![(slot, value)]));
     }
@@ -123,7 +124,7 @@ impl<C: Fields> BoundCall<C> {
         self.objects.iter().find(|(slot, _)| *slot == wanted).map(|(_, object)| object.bind(py).clone())
     }
 
-    /// The arrays of `slots`, if autograd must see a function of them.
+    /// The arrays of `slots`; None if autograd need not see this call. In forward mode it must, so that it refuses.
     pub fn leaves<'py, const N: usize>(
         &self, torch: &Torch, py: Python<'py>, slots: [usize; N],
     ) -> PyResult<Option<[Option<Bound<'py, PyAny>>; N]>> {

@@ -1,11 +1,12 @@
-//! No panic crosses to Python.
+//! Turns panics into errors, so that no panic reaches Python.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::Error;
 
-/// A panic as an error that `except Exception` catches; pyo3's own `PanicException` is none.
+/// Runs `work`; a panic becomes `Error::Panic`, which `except Exception` catches. It would not catch pyo3's
+/// `PanicException`.
 pub fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
     let text = |panic: Box<dyn Any + Send>| match panic.downcast_ref::<&str>() {
         Some(text) => (*text).to_owned(),

@@ -1,7 +1,7 @@
 //! Calls whose metadata has been checked before are not checked again.
 //!
-//! `flowdppo_ops._checks` looks at types, dtypes, shapes, devices, options, and whether a number is 0. A key holds exactly
-//! these. It decides which arguments are read, and the whole call but its addresses and numbers.
+//! A key holds exactly what `flowdppo_ops._checks` reads: types, dtypes, shapes, devices, options, and whether a number
+//! is 0. Calls of one key read the same arguments; they differ in addresses, numbers and the limits of the objective.
 
 use std::ffi::{CStr, c_char};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,20 +14,20 @@ use super::bind::{BoundCall, Fields, Shapes, Value, Values};
 use super::objective::NativeObjective;
 use crate::call::Objective;
 
-/// Calls that are kept. Each shape of a batch has a key; a training run has a handful.
-const MOST: usize = 512;
+/// Calls that a memo keeps. Each shape of a batch has its own key; a training run has a handful.
+const CAPACITY: usize = 512;
 
-/// `Common`: what calls of one key have in common beside the description.
+/// Remembers checked calls of one public function. `Common` is what the calls of one key share beside the call itself.
 pub struct Memo<C, Common> {
-    /// Of the arguments, in their order.
+    /// Names of the function's arguments, in order.
     names: Vec<String>,
-    /// Searched from the latest on.
+    /// In the order in which they were learnt; the search starts with the last.
     known: Mutex<Vec<Arc<Known<C, Common>>>>,
 }
 
 struct Known<C, Common> {
     key: Vec<u64>,
-    /// Positions in the table of fields, and in the arguments.
+    /// The arguments that the call reads: position of each in `C::NAMES` and among the arguments.
     read: Vec<(usize, usize)>,
     call: C,
     shapes: Arc<Shapes>,
@@ -49,8 +49,8 @@ impl<C: Fields, Common: Clone> Memo<C, Common> {
         Some((BoundCall::like(known.call, known.shapes.clone(), values), known.common.clone()))
     }
 
-    /// Remembers a call that Python has checked, unless a field is no argument as it came, such as a row vector that the
-    /// checks expanded.
+    /// Remembers a call that Python has checked. It remembers nothing if the checks replaced an argument, as they do
+    /// with a row vector that has to be expanded.
     pub fn learn(
         &self, arguments: &Bound<'_, PyTuple>, fields: &Bound<'_, PyDict>, bound: &BoundCall<C>, common: Common,
     ) -> PyResult<()> {
@@ -68,7 +68,7 @@ impl<C: Fields, Common: Clone> Memo<C, Common> {
         }
         let known = Known { key, read, call: bound.call, shapes: bound.shapes.clone(), common };
         let mut calls = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if calls.len() >= MOST {
+        if calls.len() >= CAPACITY {
             calls.clear();
         }
         calls.push(known.into());
@@ -76,14 +76,15 @@ impl<C: Fields, Common: Clone> Memo<C, Common> {
     }
 }
 
-/// Whether an environment variable of `flowdppo_ops._environment` is set, which Python then reads. Its `os.environ` takes a
-/// tenth of a small call to answer, and `std::env::var_os` 1.5 us longer than this.
+/// Whether an environment variable is set that makes `flowdppo_ops._calls` handle a call in another way. Asking
+/// Python's `os.environ` would take a tenth of a small call; `std::env::var_os` takes 1.5 us longer than `getenv`.
 fn is_variable_set(_: Python<'_>) -> bool {
     unsafe extern "C" {
         fn getenv(name: *const c_char) -> *const c_char;
     }
     const VARIABLES: [&CStr; 2] = [c"FLOWDPPO_OPS_BACKEND", c"FLOWDPPO_OPS_CHECK"];
-    // SAFETY: names end with 0, and the result is not read through. Python sets variables with the GIL held, as here.
+    // SAFETY: the names end with 0, and only the null pointer is told from others. The GIL is held here, and Python
+    // sets variables with the GIL held.
     VARIABLES.iter().any(|name| !unsafe { getenv(name.as_ptr()) }.is_null())
 }
 
@@ -96,8 +97,8 @@ pub struct Arguments<'py> {
 }
 
 impl<'py> Arguments<'py> {
-    /// None, so that Python checks the call, if an argument has no key (a process group, a generator, a subclass of
-    /// `Tensor`), a dispatch mode is active, or an environment variable is set.
+    /// Reads all arguments. None, so that Python checks the call, if an argument has no key (a process group, a
+    /// generator, a subclass of `Tensor`), a dispatch mode is active, or an environment variable is set.
     pub fn read(torch: &'static Torch, arguments: &Bound<'py, PyTuple>) -> Option<Arguments<'py>> {
         if is_variable_set(arguments.py()) || torch.is_watched(arguments.py()) {
             return None;
@@ -117,7 +118,7 @@ impl<'py> Arguments<'py> {
         if argument.is_none() {
             key.push(0);
         } else if torch.is_plain(&argument) {
-            // The checks raise the error, with the argument's name.
+            // Python's checks will raise this error with the argument's name.
             let (tensor, array) = torch.read("an argument", &argument).ok()?;
             let device = match array.device {
                 Device::Cpu => 0,
@@ -154,7 +155,7 @@ impl<'py> Arguments<'py> {
         Some(None)
     }
 
-    /// The number at a position.
+    /// The argument at this position, if it is a number.
     pub fn number(&self, at: usize) -> Option<f64> {
         self.values.iter().find_map(|(position, value)| match value {
             Value::Number(number) if *position == at => Some(*number),

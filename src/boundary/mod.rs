@@ -1,7 +1,7 @@
-//! The boundary to Python: named values in, checked calls out, errors as exceptions.
+//! The boundary to Python: turns Python's objects into checked calls, and errors into exceptions.
 //!
-//! `array` describes tensors and NumPy arrays (`dlpack`: where it can be done in one step), `bind` checks them against
-//! one another, `memo` remembers calls that Python has checked, and one file per operator has its functions.
+//! `array` describes tensors and NumPy arrays (`dlpack` does so faster where it can), `bind` checks them against one
+//! another, `memo` remembers calls that Python has checked, and the files of an operator have its functions.
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -53,20 +53,20 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_entry_points, module)?)
 }
 
-/// The embedded kernels, for static checks: unit, compute capability, is PTX, bytes.
+/// The embedded images: unit, compute capability, whether it is PTX, bytes.
 #[pyfunction]
 fn cuda_images(py: Python<'_>) -> Vec<(&'static str, u32, bool, Bound<'_, PyBytes>)> {
     let row = |image: &Image| (image.unit, image.capability, image.is_ptx, PyBytes::new(py, image.bytes));
     IMAGES.iter().map(row).collect()
 }
 
-/// The kernels that the launcher calls by name, and the bytes of the one argument it gives them.
+/// The names of all kernels, and the number of bytes of the one argument that the launcher gives each.
 #[pyfunction]
 fn cuda_entry_points() -> Vec<(String, usize)> {
     cuda::policy_loss::UNIT.entry_points().chain(cuda::sde_step::UNIT.entry_points()).collect()
 }
 
-/// Of the embedded kernels, the one of each unit that a GPU of that capability gets: unit, capability, is PTX.
+/// The image of each unit that a GPU of this compute capability loads: unit, compute capability, whether it is PTX.
 #[pyfunction]
 fn cuda_images_for(capability: u32) -> Vec<(&'static str, u32, bool)> {
     let mut units: Vec<_> = IMAGES.iter().map(|image| image.unit).collect();
@@ -76,13 +76,13 @@ fn cuda_images_for(capability: u32) -> Vec<(&'static str, u32, bool)> {
     chosen.map(|image| (image.unit, image.capability, image.is_ptx)).collect()
 }
 
-/// Its version and GPUs; None without one.
+/// The CUDA driver's version and GPUs; None if there is no driver.
 #[pyfunction]
 fn cuda_driver() -> Result<Option<Driver>, Error> {
     guard::guarded(device::survey)
 }
 
-/// The instructions that the CPU backend takes on this processor.
+/// The instruction set that the CPU backend uses on this processor.
 #[pyfunction]
 fn instruction_set() -> &'static str {
     match simd::instruction_set() {

@@ -1,4 +1,4 @@
-//! An objective's settings as Python's objects carry them, and options by name.
+//! Settings of an objective and of a call, read from Python's dictionaries. Options come as names.
 
 use pyo3::conversion::FromPyObjectOwned;
 use pyo3::intern;
@@ -29,7 +29,7 @@ extract_by_name! {
     Reduction "reduction",
 }
 
-/// An entry of a dictionary with the names of the operator's schema.
+/// The setting of this name.
 pub fn field<'py, T: FromPyObjectOwned<'py>>(settings: &Bound<'py, PyAny>, name: &str) -> PyResult<T> {
     settings.get_item(name)?.extract().map_err(Into::into)
 }
@@ -64,7 +64,7 @@ pub fn settings(settings: &Bound<'_, PyAny>) -> PyResult<Settings> {
 }
 
 impl Objective {
-    /// All that the checks read of an objective: everything but its limits.
+    /// One number for everything that the checks read of an objective. They do not read its limits.
     pub fn kinds(&self) -> u64 {
         let Objective { kind, mask, kl_divisor, keep_nan_kl, per_row_scale, .. } = *self;
         let digits = [kind as u64, mask as u64, kl_divisor as u64, keep_nan_kl as u64, per_row_scale as u64];
@@ -72,7 +72,7 @@ impl Objective {
     }
 }
 
-/// `_native` of a Python objective, made when it is first used.
+/// The attribute `_native` of a Python objective: its settings, converted when it is first used.
 #[pyclass(frozen, name = "Objective")]
 pub struct NativeObjective(Objective);
 
@@ -85,7 +85,7 @@ impl NativeObjective {
 }
 
 impl NativeObjective {
-    /// None if it is no objective, or one that was never used.
+    /// The settings of an objective; None if `object` is not one, or is one that has not been used.
     pub fn of(object: &Bound<'_, PyAny>) -> Option<Objective> {
         let native = object.getattr_opt(intern!(object.py(), "_native")).ok()??;
         native.cast::<NativeObjective>().ok().map(|native| native.get().0)

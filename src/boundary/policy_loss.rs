@@ -41,6 +41,7 @@ struct Forward<'py> {
     unit_gradients: Option<UnitGradients<'py>>,
 }
 
+/// What Python needs to know about a call to read its numbers and to run its backward.
 #[pyclass(frozen, get_all)]
 pub struct Layout {
     row_shape: Py<PyTuple>,
@@ -48,7 +49,7 @@ pub struct Layout {
     has_ref: bool,
     /// Names of the latents that the backward reads.
     saved: Py<PyTuple>,
-    /// Of the loss and of the numbers.
+    /// Dtype of the loss and of the numbers.
     dtype: Py<PyAny>,
 }
 
@@ -58,7 +59,7 @@ struct Common {
     layout: Arc<Py<Layout>>,
     /// Positions of the latents that the backward reads.
     saved: Arc<[usize]>,
-    /// For `empty_like`, which takes half the time of `empty`.
+    /// Arguments for `empty_like`, which takes half the time of `empty`.
     loss_like: Arc<Py<PyAny>>,
     numbers_like: Arc<Py<PyAny>>,
 }
@@ -124,7 +125,7 @@ impl PolicyLossCall {
         may_keep: bool,
     ) -> PyResult<()> {
         let (shapes, call, stage) = (&self.bound.shapes, self.bound.call, forward.stage);
-        // One task needs one thread: PyTorch is not asked for its number.
+        // One task needs one thread, so PyTorch need not be asked for its number of threads.
         let is_one_task = Plan::new(shapes.row_count(), shapes.numel()).tasks() <= 1;
         let place = library.place(py, shapes.device, is_one_task)?;
         let (mut plan, mut _workspace) = (None, None);
@@ -140,7 +141,8 @@ impl PolicyLossCall {
         py.detach(|| guarded(|| unsafe { ops::forward(place, plan, &forward, gradients) })).map_err(Into::into)
     }
 
-    /// `row_sums`: see `read_sums`. `leaves`: what the loss will be differentiated in; see `computes_gradients`.
+    /// Runs the forward. `row_sums`: see `read_sums`. `leaves`: what the loss will be differentiated in; their
+    /// gradients are computed too if `computes_gradients` says so.
     fn forward_with<'py>(
         &self, py: Python<'py>, library: &dyn Library, row_sums: Option<&Bound<'py, PyAny>>,
         leaves: Option<&Leaves<'py>>, may_keep: bool,
@@ -177,8 +179,8 @@ impl PolicyLossCall {
         Ok(Forward { loss, numbers, unit_gradients })
     }
 
-    /// For autograd: `log_prob`, the numbers and the latents of `Layout::saved`. Beside them, by name, those latents
-    /// that were made under `inference_mode`, as rollouts are: autograd refuses to save them.
+    /// The tensors that autograd saves: `log_prob`, the numbers and the latents of `Layout::saved`. Autograd refuses
+    /// tensors that were made under `inference_mode`, as rollouts are; these come in the dictionary, by name.
     fn saved<'py>(
         &self, numbers: &Bound<'py, PyAny>, log_prob: &Optional<'py>,
     ) -> PyResult<(Bound<'py, PyTuple>, Option<Bound<'py, PyDict>>)> {
@@ -208,7 +210,7 @@ impl PolicyLossCall {
         replays && one_factor && gradient_in_forward(*rows as usize, row_bytes)
     }
 
-    /// What `shard_sums` returned, summed over all shards.
+    /// Reads `row_sums`: what `shard_sums` returned, added up over all shards.
     fn read_sums<'py>(&self, library: &dyn Library, sums: &Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyAny>, Array)> {
         let (object, array) = library.read("shard_sums", sums)?;
         let rows = self.bound.shapes.row_count();
@@ -222,7 +224,7 @@ impl PolicyLossCall {
     }
 }
 
-/// Values as a call.
+/// Turns values into a call.
 fn bind(values: Values<'_>, objective: Objective, settings: Settings) -> Result<BoundCall<PolicyLoss>, Error> {
     let (_, advantages) = array_at(&values, ADVANTAGES).ok_or(Error::Missing { name: "advantages" })?;
     let first = (0..PolicyLoss::LATENTS).find_map(|slot| Some((PolicyLoss::NAMES[slot], array_at(&values, slot)?.1)));
@@ -235,21 +237,22 @@ fn bind(values: Values<'_>, objective: Objective, settings: Settings) -> Result<
 
 #[pymethods]
 impl PolicyLossCall {
-    /// `fields`: tensors and numbers by the names of the operator's arguments; `settings` likewise.
+    /// Checks the call. `fields` are tensors and numbers, `settings` the rest, by the names of the operator's
+    /// arguments.
     #[new]
     fn checked(py: Python<'_>, fields: &Bound<'_, PyDict>, settings: &Bound<'_, PyAny>) -> PyResult<Self> {
         Self::new(Torch::get(py)?, fields, settings)
     }
 
-    /// Loss and numbers, for PyTorch's dispatcher, which has its own autograd. `row_sums`: see `read_sums`.
+    /// Loss and numbers. PyTorch's dispatcher calls this, and has its own autograd. `row_sums`: see `read_sums`.
     #[pyo3(signature = (row_sums = None))]
     fn forward<'py>(&self, py: Python<'py>, row_sums: Option<&Bound<'py, PyAny>>) -> PyResult<[Bound<'py, PyAny>; 2]> {
         let forward = self.forward_with(py, Torch::get(py)?, row_sums, None, false)?;
         Ok([forward.loss, forward.numbers])
     }
 
-    /// Of this shard, float64: `[rows, 4]` sums, then the elements of a row. `eager` is false for PyTorch's dispatcher,
-    /// where no tensor may outlive the call (see `workspace`).
+    /// The sums of this shard, float64: `[rows, 4]`, then the elements of a row. `eager` is false if PyTorch's
+    /// dispatcher calls this: then no tensor may outlive the call (see `workspace`).
     #[pyo3(signature = (eager = true))]
     fn shard_sums<'py>(&self, py: Python<'py>, eager: bool) -> PyResult<Bound<'py, PyAny>> {
         let (torch, rows) = (Torch::get(py)?, self.bound.shapes.row_count());
@@ -285,29 +288,32 @@ pub fn policy_loss_numpy<'py>(
     Ok([Some(loss), mean, log_prob])
 }
 
-/// Calls of `loss` or of `step_loss` whose metadata has been seen.
+/// Runs calls of `loss` or of `step_loss`, and remembers those that Python has checked.
 #[pyclass(frozen)]
 pub struct PolicyLossMemo {
     memo: Memo<PolicyLoss, Common>,
+    /// Position of this argument.
     ref_kl_weight: Option<usize>,
-    /// Python's: the loss of its leaves and of a forward, for autograd; and what users are given.
+    /// A Python function that ties a loss to its leaves, for autograd.
     tie: Py<PyAny>,
+    /// The Python class of results.
     result: Py<PyAny>,
 }
 
 #[pymethods]
 impl PolicyLossMemo {
-    /// `names`: of the arguments, in their order.
+    /// `names` are those of the function's arguments, in order.
     #[new]
     fn new(names: Vec<String>, tie: Py<PyAny>, result: Py<PyAny>) -> Self {
         let ref_kl_weight = names.iter().position(|name| name == "ref_kl_weight");
         PolicyLossMemo { memo: Memo::new(names), ref_kl_weight, tie, result }
     }
 
-    /// The result of a call like one that was checked before, else None.
+    /// The result of a call whose key is known; None for any other call.
     fn forward<'py>(&self, py: Python<'py>, arguments: &Bound<'py, PyTuple>) -> PyResult<Optional<'py>> {
         let Some(mut read) = Arguments::read(Torch::get(py)?, arguments) else { return Ok(None) };
-        // The key knows of these two whether a number is 0 and which options an objective has.
+        // Calls of one key may differ in these two: the key has only whether the weight is 0, and an objective's
+        // options.
         let (weight, objective) = (self.ref_kl_weight.and_then(|at| read.number(at)), read.objective);
         let Some((mut bound, common)) = self.memo.find(&mut read) else { return Ok(None) };
         bound.call.settings.ref_kl_weight = weight.unwrap_or(bound.call.settings.ref_kl_weight);

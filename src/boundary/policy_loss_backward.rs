@@ -13,8 +13,8 @@ use crate::error::Error;
 use crate::ops::Place;
 use crate::ops::policy_loss as ops;
 
-/// The gradients that `wants` names: of the output and of `uncond_output` in their dtypes, of `log_prob` flat in the
-/// dtype of `numbers`. `latents`: by name, those that the backward reads.
+/// The gradients that `wants` asks for: those of the output and of `uncond_output` in their dtypes, that of `log_prob`
+/// flat in the dtype of `numbers`. `latents` are those that the backward reads, by name.
 #[pyfunction]
 #[pyo3(signature = (grad_loss, numbers, latents, wants, unit_gradients = None))]
 pub fn policy_loss_backward<'py>(
@@ -111,7 +111,7 @@ pub fn backward<'py>(
     Ok(grads)
 }
 
-/// `[rows, elements of a row]`; the rows are the first dimensions of `shape`.
+/// The shape `[rows, elements of a row]`. Refuses a shape whose elements are no multiple of the rows.
 fn flattened(name: &'static str, shape: &[usize], rows: usize) -> Result<[usize; 2], Error> {
     let len: usize = shape.iter().product();
     if len == 0 || !len.is_multiple_of(rows) {

@@ -36,14 +36,14 @@ pub struct SdeStepCall {
 }
 
 impl SdeStepCall {
-    /// Whether the next latent is given in the dtype it is stored in, so that none is written.
+    /// Whether `prev_sample` is given in the dtype of `sample`: then the next latent need not be written.
     fn is_as_stored(&self) -> bool {
         let SdeStepLatents { prev_sample, sample, .. } = &self.bound.call.latents;
         prev_sample.is_present() && prev_sample.dtype == sample.dtype
     }
 }
 
-/// A dtype of latents.
+/// Reads a dtype of latents.
 fn dtype(torch: &Torch, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Dtype> {
     let (came, wanted) = (object.str()?.to_string(), "float32, bfloat16, float16 or float64");
     torch.dtype(object).ok_or_else(|| Error::Dtype { name, came, wanted }.into())
@@ -51,7 +51,8 @@ fn dtype(torch: &Torch, name: &'static str, object: &Bound<'_, PyAny>) -> PyResu
 
 #[pymethods]
 impl SdeStepCall {
-    /// `fields`: tensors and numbers by the names of the operator's arguments; `settings` likewise.
+    /// Checks the call. `fields` are tensors and numbers, `settings` the rest, by the names of the operator's
+    /// arguments.
     #[new]
     fn checked(py: Python<'_>, fields: &Bound<'_, PyDict>, settings: &Bound<'_, PyAny>) -> PyResult<Self> {
         let torch = Torch::get(py)?;
@@ -73,15 +74,16 @@ impl SdeStepCall {
         Ok(SdeStepCall { bound: BoundCall::new(values, shapes, call)?, residual_dtype })
     }
 
-    /// For PyTorch's dispatcher, which has its own autograd. No output may be an input (`prev_sample` is None if the given
-    /// one is as stored), and no tensor may outlive the call (see `workspace`).
+    /// PyTorch's dispatcher calls this, and has its own autograd. It allows no output that is an input, so
+    /// `prev_sample` is None if it need not be written, and no tensor that outlives the call (see `workspace`).
     fn forward<'py>(&self, py: Python<'py>) -> PyResult<Outputs<'py>> {
         self.forward_with(py, false)
     }
 }
 
 impl SdeStepCall {
-    /// `draw(sample, dtype)` makes the noise if there is none: the operator itself is deterministic.
+    /// Runs the forward of a call of plain tensors. If it has neither `prev_sample` nor noise, `draw(sample, dtype)`
+    /// makes the noise.
     fn forward_eager<'py>(&mut self, py: Python<'py>, draw: &Bound<'py, PyAny>) -> PyResult<Forward<'py>> {
         let (torch, SdeStepLatents { prev_sample, noise, .. }) = (Torch::get(py)?, &self.bound.call.latents);
         if !prev_sample.is_present() && !noise.is_present() {
@@ -148,7 +150,7 @@ pub fn sde_step_backward<'py>(
     numbers: &Bound<'py, PyAny>, dtypes: Leaves<'py>,
 ) -> PyResult<Leaves<'py>> {
     let torch = Torch::get(py)?;
-    // A copy, if a tensor is not contiguous, must live until the kernel has been launched.
+    // `read` copies a tensor that is not contiguous. The copy must live until the kernel has been launched.
     let read = |name, tensor: &Bound<'py, PyAny>| torch.read(name, tensor);
     let read_grad = |name, grad: Optional<'py>| grad.map(|grad| read(name, &grad)).transpose();
     let (mean, of_mean) = read("prev_sample_mean", prev_sample_mean)?;
@@ -205,19 +207,19 @@ pub fn sde_step_backward<'py>(
     Ok(grads)
 }
 
-/// Calls of `sde_step` whose metadata has been seen.
+/// Runs calls of `sde_step`, and remembers those that Python has checked.
 #[pyclass(frozen)]
 pub struct SdeStepMemo(Memo<SdeStep, Option<Dtype>>);
 
 #[pymethods]
 impl SdeStepMemo {
-    /// `names`: of the arguments, in their order.
+    /// `names` are those of the function's arguments, in order.
     #[new]
     fn new(names: Vec<String>) -> Self {
         SdeStepMemo(Memo::new(names))
     }
 
-    /// The forward of a call like one that was checked before, else None. `draw`: see `forward_eager`.
+    /// The forward of a call whose key is known; None for any other call. `draw`: see `forward_eager`.
     fn forward<'py>(
         &self, py: Python<'py>, arguments: &Bound<'py, PyTuple>, draw: &Bound<'py, PyAny>,
     ) -> PyResult<Option<Forward<'py>>> {

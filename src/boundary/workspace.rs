@@ -1,7 +1,8 @@
 //! Memory that the blocks of one forward share on a GPU, from PyTorch's allocator.
 //!
-//! It is freed while the kernel may still run: the allocator gives it to the same stream only, where the next kernel runs
-//! later. So the calls of a stream can share their tickets too, which saves a launch of 2 us that fills new ones with 0.
+//! It is freed as soon as the kernel is launched. This is safe, because the allocator gives it only to later work of
+//! the same stream, which runs after the kernel. For the same reason all calls of a stream can use the same tickets,
+//! which saves a launch of 2 us that would fill new ones with 0.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -12,10 +13,10 @@ use super::array::{Library, Torch};
 use crate::call::Dtype;
 use crate::cuda::launch::Target;
 
-/// 32-bit counters of each stream. Every forward leaves them 0.
+/// The tickets of each stream: 32-bit counters, which every forward leaves 0.
 static TICKETS: Mutex<Option<HashMap<Target, Py<PyAny>>>> = Mutex::new(None);
 
-/// Tensors whose memory a launch uses.
+/// Addresses for a launch, with the tensors whose memory they are.
 pub struct Workspace<'py> {
     _partials: Bound<'py, PyAny>,
     _tickets: Bound<'py, PyAny>,
@@ -23,10 +24,11 @@ pub struct Workspace<'py> {
     pub tickets: u64,
 }
 
-/// `partials`, `tickets`: how many. The tickets are new ones for a call
-/// - that is captured into a CUDA graph: a replay may run on any stream, beside calls that use the kept ones;
+/// Memory for these numbers of partials and tickets. A call gets the kept tickets of its stream, but new ones
+/// - if it is captured into a CUDA graph: a replay may run on any stream, beside calls that use the kept ones;
 /// - inside `torch.compile` (`may_keep` is false): its CUDA-graph trees refuse tensors that outlive a call;
-/// - on a stream that PyTorch did not make: the driver may give its handle to a new stream while its last kernel runs.
+/// - on a stream that PyTorch did not make: when it is destroyed, the driver may give its handle to a new stream while
+///   its last kernel still runs.
 pub fn workspace<'py>(
     torch: &'static Torch, like: &Bound<'py, PyAny>, target: Target, (partials, tickets): (usize, usize),
     may_keep: bool,
@@ -56,7 +58,7 @@ fn kept<'py>(
             return Ok(tickets);
         }
     }
-    // A power of two, so that not every batch size needs new ones.
+    // The number is rounded up to a power of two, so that few batch sizes need new tickets.
     let tickets = torch.tickets(like, len.next_power_of_two().max(1024))?;
     let mut known = TICKETS.lock().unwrap_or_else(PoisonError::into_inner);
     known.get_or_insert_default().insert(target, tickets.clone().unbind());
