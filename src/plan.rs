@@ -83,9 +83,10 @@ impl Plan {
     }
 }
 
-/// Whether the forward should write the gradient too, row by row, while a row is in the cache: one pass over memory,
-/// not two. `row_bytes`: what the gradient reads of a row. Tasks are whole rows, so there must be enough of them, or
-/// little to do. Threads do not count: scaling with `grad_loss` rounds once more, and bits must not depend on threads.
+/// Whether the forward should also write the gradient, row by row, while a row is in the cache: that is one pass over
+/// memory instead of two. `row_bytes` is what the gradient reads of a row. Tasks are whole rows, so there must be
+/// enough rows to occupy the threads, or little to do. The answer must not depend on the number of threads: a gradient
+/// that is multiplied by `grad_loss` afterwards is rounded once more, and bits must not depend on threads.
 pub fn gradient_in_forward(rows: usize, row_bytes: usize) -> bool {
     let little = rows.saturating_mul(row_bytes) <= 2 * CHUNK * size_of::<f32>();
     row_bytes <= MAX_ROW_BYTES && (rows >= 8 || little)

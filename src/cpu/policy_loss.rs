@@ -86,13 +86,13 @@ fn forward_in<F: Real>(call: Host<'_, PolicyLossForward>, unit_gradients: Option
     }
 }
 
-/// Empty without a schedule.
+/// The step of every row; empty without a schedule.
 fn step_rows<F: Real>(problem: &Problem<'_>) -> Vec<StepRow<F>> {
     let transitions = (0..problem.rows).map_while(|row| problem.transition(row));
     transitions.map(|step| StepRow::new(step.a, step.b, step.std, step.guidance)).collect()
 }
 
-/// Zeros without latents.
+/// The sums of every row; zeros without latents.
 fn sums_of<F: Real>(call: Host<'_, PolicyLoss>, problem: &Problem<'_>, plan: Plan, threads: usize) -> Vec<Sums> {
     let (rows, latents) = (step_rows(problem), call.part(|call| &call.latents));
     with_source!(F, latents, plan.rows * plan.numel, &rows, source => {
@@ -154,8 +154,9 @@ fn backward_in<F: Real>(call: Host<'_, PolicyLossBackward>, threads: usize) {
     with_source!(F, latents, len, &steps, source => gradient::<F, _>(&source, &coefficients, plan, &targets, threads));
 }
 
-/// Multiplies a gradient for a `grad_loss` of 1. False where the backward must run instead: half precision would be
-/// rounded twice, and what is not finite here may be finite there (for a factor of 0, say).
+/// Multiplies a gradient for a `grad_loss` of 1 by another `grad_loss`. Returns false if the backward must compute the
+/// gradient instead: half precision would be rounded twice, and an element that is not finite might be with this
+/// factor.
 pub fn scale_in_place(gradient: Host<'_, Latent>, len: usize, factor: f64, threads: usize) -> bool {
     match gradient.dtype {
         Dtype::F32 => scale_in::<f32>(gradient, len, factor, threads),
@@ -204,7 +205,8 @@ fn stretch_sums<F: Real, S: Source<F>>(source: &S, stretch: Stretch, has_ref: bo
     }
 }
 
-/// Without `REF`, a quarter of the arithmetic is left out: it limits bfloat16; memory limits float32.
+/// Without `REF` the kernel leaves out a quarter of the arithmetic, which is what limits bfloat16. (Memory limits
+/// float32.)
 struct SumKernel<'a, F: Real, S: Source<F>, const REF: bool> {
     source: &'a S,
     stretch: Stretch,
@@ -242,7 +244,8 @@ impl<F: Real, S: Source<F>, const REF: bool> Kernel for SumKernel<'_, F, S, REF>
     }
 }
 
-/// Running sums, one per lane. Four fields: an indexed array of them would lie in memory, not in registers.
+/// Running sums, one per lane. They are four fields, because an array of them would be kept in memory, not in
+/// registers.
 #[derive(Clone, Copy, Default)]
 struct LaneSums<F> {
     q: [F; LANES],
@@ -252,7 +255,7 @@ struct LaneSums<F> {
 }
 
 impl<F: Real> LaneSums<F> {
-    /// By value: through a reference, every round would store every sum to memory.
+    /// Takes `self` by value. By reference, every round would store every sum to memory.
     #[inline(always)]
     fn plus<const FMA: bool, const REF: bool>(mut self, moments: Moments<F>) -> Self {
         let (u, e, r) = (moments.innovation, moments.drift, moments.ref_drift);
@@ -286,8 +289,8 @@ unsafe fn write_row<F: Real>(problem: &Problem<'_>, numbers: Row, row: usize, ou
     }
 }
 
-/// `row_sums`, `row_objective` and `gradient` (for a `grad_loss` of 1) row by row, with the same bits: the gradient
-/// finds the row's latents in the cache. `divisor`: the batch's.
+/// Does the work of `row_sums`, `row_objective` and `gradient` (for a `grad_loss` of 1) row by row, with the same bits:
+/// the gradient then finds the row's latents in the cache. `divisor` is the batch's.
 fn rows_with_gradient<F: Real, S: Source<F>>(
     problem: &Problem<'_>, source: &S, plan: Plan, divisor: f64, numbers: &ViewMut<'_>, targets: &Targets<'_>,
     threads: usize,

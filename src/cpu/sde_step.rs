@@ -105,7 +105,7 @@ impl<'a> Step<'a> {
     }
 }
 
-/// A stretch of one row; returns its sum of `(x' - mu)^2`.
+/// Computes a stretch of one row, and returns its sum of `(x' - mu)^2`.
 struct StepKernel<'a, F: Real> {
     step: &'a Step<'a>,
     transition: Transition,
@@ -152,7 +152,7 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
 
             if let Some(out) = &step.residual {
                 let innovation = b1.first(len);
-                // Not a product with 0: with a stored latent that overflowed it would be NaN.
+                // An innovation that is infinite, because the stored latent overflowed, must not be multiplied by 0.
                 let per_std = if transition.is_deterministic() { 0.0 } else { 1.0 / std };
                 for at in 0..len {
                     innovation[at] = if per_std == 0.0 { F::default() } else { next[at] - mean[at] };
@@ -165,7 +165,7 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
     }
 }
 
-/// `mu = a x + b v`, computed as in `step_loss`: the drift from a mean recorded here is exactly 0 on policy.
+/// Computes `mu = a x + b v` as `step_loss` does, so that the drift from this mean is exactly 0 for the same outputs.
 #[inline(always)]
 fn mean_of_block<F: Real, const FMA: bool>(
     step: &Step<'_>, row: StepRow<F>, part: Stretch, out: &mut [F], [b0, b1, b2]: &mut Scratch<F>,

@@ -1,5 +1,5 @@
-//! One file per operator: checks what memory safety and the formulas need, then calls a backend. The boundary has checked
-//! shapes and dtypes, where messages can name the user's arguments.
+//! One file per operator: checks what memory safety and the formulas need, then calls a backend. The boundary has
+//! checked shapes and dtypes, where messages can name the user's arguments.
 
 pub mod policy_loss;
 pub mod sde_step;

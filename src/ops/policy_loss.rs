@@ -10,7 +10,7 @@ use crate::cuda::policy_loss as gpu;
 use crate::error::Error;
 use crate::plan::GridPlan;
 
-/// Of a forward on a GPU: its grid, and the lengths of `partials` and `tickets`.
+/// The grid of a forward on a GPU, and the lengths of its `partials` and `tickets`.
 pub fn workspace(target: Target, call: &PolicyLoss, stage: Stage) -> Result<(GridPlan, usize, usize), Error> {
     check(call)?;
     refuse_float64(call.latents.named())?;
@@ -22,7 +22,7 @@ pub fn workspace(target: Target, call: &PolicyLoss, stage: Stage) -> Result<(Gri
     gpu::plan(target.device, call, stage)
 }
 
-/// The loss and the numbers; with `Stage::SumsAlone` the rows' sums. On the host it also writes the gradients for a
+/// Computes loss and numbers; with `Stage::SumsAlone` the rows' sums. On the host it also writes the gradients for a
 /// `grad_loss` of 1 to `unit_gradients`. On a GPU, where `plan` is that of `workspace`, it returns once the work is on
 /// the stream.
 ///
@@ -59,7 +59,7 @@ pub unsafe fn forward(
     }
 }
 
-/// The gradients. On a GPU it returns once the work is on the stream.
+/// Computes the gradients. On a GPU it returns once the work is on the stream.
 ///
 /// # Safety
 /// As `forward`; `numbers` is what the forward left, of the length that `rows` and the latents say.
@@ -95,7 +95,7 @@ pub unsafe fn scale_in_place(gradient: &Latent, len: usize, factor: f64, threads
     cpu::scale_in_place(unsafe { Host::new(gradient) }, len, factor, threads)
 }
 
-/// What the formulas need of a call.
+/// Refuses a call that lacks an argument of its formulas, or has one that does not belong there.
 fn check(call: &PolicyLoss) -> Result<(), Error> {
     let PolicyLoss { latents, vectors, objective, .. } = call;
     let (output_name, output) = latents.output();

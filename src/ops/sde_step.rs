@@ -9,14 +9,14 @@ use crate::cuda::sde_step as gpu;
 use crate::error::Error;
 use crate::plan::GridPlan;
 
-/// Of a forward on a GPU: its grid, and the lengths of `partials` and `tickets`.
+/// The grid of a forward on a GPU, and the lengths of its `partials` and `tickets`.
 pub fn workspace(target: Target, call: &SdeStep) -> Result<(GridPlan, usize, usize), Error> {
     refuse_float64(call.latents.named())?;
     gpu::plan(target.device, call)
 }
 
-/// Next latent, mean, residual, log-prob and std. On a GPU, where `plan` is that of `workspace`, it returns once the
-/// work is on the stream.
+/// Computes next latent, mean, residual, log-prob and std. On a GPU, where `plan` is that of `workspace`, it returns
+/// once the work is on the stream.
 ///
 /// # Safety
 /// Every address in `call` that is not 0 is memory in `place`, aligned, of the length that the field's comment says,
@@ -39,7 +39,7 @@ pub unsafe fn forward(place: Place, plan: Option<GridPlan>, call: &SdeStepForwar
     }
 }
 
-/// The gradients of the model outputs. On a GPU it returns once the work is on the stream.
+/// Computes the gradients of the model outputs. On a GPU it returns once the work is on the stream.
 ///
 /// # Safety
 /// As `forward`; `prev_sample`, `prev_sample_mean` and `numbers` are what the forward left.
@@ -79,7 +79,7 @@ fn check(forward: &SdeStepForward) -> Result<(), Error> {
     require(as_stored || forward.stored != 0, "memory for prev_sample")
 }
 
-/// Of a call with a schedule; `guidance_scale` belongs to `uncond_output`.
+/// Refuses a schedule that lacks a field, or `guidance_scale` without `uncond_output` and the reverse.
 pub(super) fn check_schedule(schedule: &Schedule, has_uncond: bool) -> Result<(), Error> {
     for (name, vector) in schedule.named() {
         require(name == "guidance_scale" || vector.is_present(), name)?;

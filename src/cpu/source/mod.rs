@@ -1,5 +1,5 @@
-//! Source: a row's differences from memory, `LANES` elements at a time: of means (`means`, for `loss`) or of means
-//! computed from model outputs (`step`, for `step_loss`). Twin: `kernels/transition.cuh`.
+//! A source reads latents and computes their differences, `LANES` elements at a time. `means`, for `loss`, reads means;
+//! `step`, for `step_loss`, computes them from model outputs. Twin: `kernels/transition.cuh`.
 
 pub mod means;
 pub mod step;
@@ -26,10 +26,10 @@ pub trait Source<F: Real>: Sync {
     type Scratch: Default;
     /// Gradients are rounded to this type, then converted where their array has another dtype.
     type Gradient: Storage;
-    /// Without the differences that are false here: those become 0.
+    /// The same source with 0 for the differences that are false here; it does not read latents that it then need not.
     fn only(&self, innovation: bool, drift: bool, ref_drift: bool) -> Self;
     fn block<'a>(&'a self, part: Stretch, scratch: &'a mut Self::Scratch) -> Self::Block<'a>;
-    /// Of elements `at .. at + LANES`; with `TAIL` the block ends sooner, and differences past its end are 0.
+    /// The differences of elements `at .. at + LANES`. With `TAIL` the block ends sooner; those past its end are 0.
     fn moments<const FMA: bool, const TAIL: bool>(block: &Self::Block<'_>, at: usize) -> Moments<F>;
 }
 
