@@ -42,6 +42,11 @@ def not_supported(where: str, what: str) -> NoReturn:
     )
 
 
+def refuse_second_derivatives(backward: str, where: str) -> None:
+    """Makes differentiating the operator `backward` raise NotImplementedError."""
+    torch.library.register_autograd(backward, lambda ctx, *grads: not_supported(where, "second derivatives are"))
+
+
 class Once(torch.autograd.Function):
     """Runs a backward under `create_graph=True`, where `tensors` are the inputs. Differentiating the result raises;
     without this a second derivative would silently be 0."""

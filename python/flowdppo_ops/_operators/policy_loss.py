@@ -10,19 +10,7 @@ from torch import Tensor
 from .. import _native
 from .._checks import Call
 from ..result import Layout, PolicyLoss
-from .common import (
-    Once,
-    as_tensors,
-    check_devices,
-    is_plain,
-    not_supported,
-    refuse_transforms,
-    restored,
-    save,
-    saved,
-    schema,
-    without_none,
-)
+from . import common
 
 LATENTS = tuple(_native.LATENTS)
 FIELDS = LATENTS + tuple(_native.ROW_VECTORS) + tuple(_native.SCHEDULE)
@@ -32,10 +20,10 @@ def run_checked(call: Call, memo: _native.PolicyLossMemo, arguments: tuple) -> P
     """Runs a checked call of `loss` or `step_loss`. The memo will recognise the next call with these arguments'
     metadata, unless the call goes through the dispatcher or has a process group."""
     fields = call.fields
-    refuse_transforms(call.where, fields.values())
+    common.refuse_transforms(call.where, fields.values())
     # Without latents nothing is sharded: every rank has all log-probs.
     group = call.process_group if any(name in fields for name in LATENTS) else None
-    if not is_plain(fields.values()):
+    if not common.is_plain(fields.values()):
         loss, numbers = _through_the_dispatcher(call, group)
         has_old = any(name.startswith("old_") for name in fields if name in LATENTS)
         has_ref = any(name.startswith("ref_") for name in fields if name in LATENTS)
@@ -69,11 +57,11 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if not torch.is_grad_enabled():
             return _gradients(ctx, grad_loss)
-        return Once.apply("flowdppo_ops.loss", lambda: _gradients(ctx, grad_loss), grad_loss, *ctx.saved_tensors)
+        return common.Once.apply("flowdppo_ops.loss", lambda: _gradients(ctx, grad_loss), grad_loss, *ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx, *_tangents):
-        not_supported("flowdppo_ops.loss", "forward-mode differentiation is")
+        common.not_supported("flowdppo_ops.loss", "forward-mode differentiation is")
 
 
 # `Function.apply` without its handling of `torch.func` transforms, which `refuse_transforms` has refused.
@@ -87,7 +75,7 @@ def _gradients(ctx, grad_loss: Tensor) -> tuple:
     wants = list(ctx.needs_input_grad[:3])
     latents = dict(zip(layout.saved, tensors, strict=True)) | (kept or {})
     wants[0] = wants[0] and bool(latents)
-    numbers = restored(numbers, layout.dtype)
+    numbers = common.restored(numbers, layout.dtype)
     grads = _native.policy_loss_backward(grad_loss, numbers, latents, wants, unit_gradients)
     grad_output, grad_uncond, grad_log_prob = grads
     if grad_log_prob is not None:
@@ -114,20 +102,20 @@ _SETTINGS = {
     "ref_kl_weight": "float",
 }
 _ARGUMENTS = FIELDS + tuple(_SETTINGS)
-_SCHEMA = ", ".join([schema(FIELDS, ("advantages",)), *(f"{kind} {name}" for name, kind in _SETTINGS.items())])
+_SCHEMA = ", ".join([common.schema(FIELDS, ("advantages",)), *(f"{kind} {name}" for name, kind in _SETTINGS.items())])
 _WANTS = ("wants_output", "wants_uncond_output", "wants_log_prob")
 
 torch.library.define("flowdppo_ops::policy_loss_shard_sums", f"({_SCHEMA}) -> Tensor")
 torch.library.define("flowdppo_ops::policy_loss", f"({_SCHEMA}, Tensor? shard_sums) -> (Tensor loss, Tensor numbers)")
 torch.library.define(
     "flowdppo_ops::policy_loss_backward",
-    f"(Tensor grad_loss, Tensor numbers, {schema(LATENTS, ())}, {', '.join(f'bool {name}' for name in _WANTS)}) -> "
-    "(Tensor grad_output, Tensor grad_uncond_output, Tensor grad_log_prob)",
+    f"(Tensor grad_loss, Tensor numbers, {common.schema(LATENTS, ())}, {', '.join(f'bool {name}' for name in _WANTS)})"
+    " -> (Tensor grad_output, Tensor grad_uncond_output, Tensor grad_log_prob)",
 )
 
 
 def _through_the_dispatcher(call: Call, process_group: Any) -> tuple[Tensor, Tensor]:
-    arguments = {**dict.fromkeys(FIELDS), **as_tensors(call.fields, call.fields["advantages"]), **call.settings}
+    arguments = {**dict.fromkeys(FIELDS), **common.as_tensors(call.fields, call.fields["advantages"]), **call.settings}
     sums = None
     if process_group is not None:
         # `torch.compile` can trace this one; it cannot trace the in-place `torch.distributed.all_reduce`.
@@ -155,7 +143,7 @@ def _policy_loss_shard_sums(*args):
 
 @torch.library.register_fake("flowdppo_ops::policy_loss_shard_sums")
 def _policy_loss_shard_sums_fake(*args):
-    check_devices("advantages", arguments := dict(zip(_ARGUMENTS, args, strict=True)))
+    common.check_devices("advantages", arguments := dict(zip(_ARGUMENTS, args, strict=True)))
     advantages = arguments["advantages"]
     return advantages.new_empty(4 * advantages.numel() + 1, dtype=torch.float64)
 
@@ -176,7 +164,7 @@ def _policy_loss(*args):
 @torch.library.register_fake("flowdppo_ops::policy_loss")
 def _policy_loss_fake(*args):
     arguments = dict(zip(_ARGUMENTS, args[:-1], strict=True))
-    check_devices("advantages", arguments | {"shard_sums": args[-1]})
+    common.check_devices("advantages", arguments | {"shard_sums": args[-1]})
     advantages, dtype = arguments["advantages"], _arithmetic_dtype(arguments)
     fields = _native.FIELDS if arguments["sampler"] == "none" else _native.STEP_FIELDS
     loss = advantages.new_empty(advantages.shape if arguments["reduction"] == "none" else (), dtype=dtype)
@@ -188,13 +176,13 @@ def _policy_loss_backward(grad_loss, numbers, *args):
     tensors = dict(zip(LATENTS, args, strict=False))
     latents = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     grads = _native.policy_loss_backward(grad_loss, numbers, latents, args[len(LATENTS) :])
-    return without_none(grads, numbers)
+    return common.without_none(grads, numbers)
 
 
 @torch.library.register_fake("flowdppo_ops::policy_loss_backward")
 def _policy_loss_backward_fake(grad_loss, numbers, *args):
     latents = dict(zip(LATENTS, args, strict=False))
-    check_devices("numbers", latents | {"numbers": numbers, "grad_loss": grad_loss})
+    common.check_devices("numbers", latents | {"numbers": numbers, "grad_loss": grad_loss})
     wants_output, wants_uncond, wants_log_prob = args[len(LATENTS) :]
     is_step = latents["model_output"] is not None
     rows = (numbers.numel() - _native.BATCH_LEN) // (_native.STEP_FIELDS if is_step else _native.FIELDS)
@@ -205,11 +193,7 @@ def _policy_loss_backward_fake(grad_loss, numbers, *args):
     )
 
 
-def _refuse_second(ctx, *_grads):
-    not_supported("flowdppo_ops.loss", "second derivatives are")
-
-
-torch.library.register_autograd("flowdppo_ops::policy_loss_backward", _refuse_second)
+common.refuse_second_derivatives("flowdppo_ops::policy_loss_backward", "flowdppo_ops.loss")
 
 
 def _output(is_step: bool) -> str:
@@ -222,7 +206,7 @@ def _setup_context(ctx, inputs, output):
     has_ref = arguments["ref_prev_sample_mean"] is not None or arguments["ref_model_output"] is not None
     ctx.reads = arguments["prev_sample"] is not None or has_ref or is_guard
     read = [arguments[name] if ctx.reads and (is_guard or not name.startswith("old_")) else None for name in LATENTS]
-    save(ctx, output[1], *read)
+    common.save(ctx, output[1], *read)
     ctx.dtype = output[1].dtype
     ctx.is_step = arguments["model_output"] is not None
     log_prob = arguments["log_prob"]
@@ -237,8 +221,9 @@ def _registered_backward(ctx, grad_loss, _grad_numbers):
         needed = dict(zip(grads, ctx.needs_input_grad, strict=True))
         names = (_output(ctx.is_step), "uncond_output", "log_prob")
         wants = [needed[name] and (ctx.reads or name == "log_prob") for name in names]
-        numbers, *latents = saved(ctx)
-        found = torch.ops.flowdppo_ops.policy_loss_backward(grad_loss, restored(numbers, ctx.dtype), *latents, *wants)
+        numbers, *latents = common.saved(ctx)
+        numbers = common.restored(numbers, ctx.dtype)
+        found = torch.ops.flowdppo_ops.policy_loss_backward(grad_loss, numbers, *latents, *wants)
         for name, wanted, grad in zip(names, wants, found, strict=True):
             if wanted:
                 grads[name] = grad

@@ -11,19 +11,7 @@ from torch import Tensor
 from .. import _native
 from .._checks import Call
 from .._torch import draw_noise
-from .common import (
-    Once,
-    as_tensors,
-    check_devices,
-    is_plain,
-    not_supported,
-    refuse_transforms,
-    restored,
-    save,
-    saved,
-    schema,
-    without_none,
-)
+from . import common
 
 FIELDS = tuple(_native.SDE_STEP_LATENTS) + tuple(_native.SCHEDULE)
 WHERE = "flowdppo_ops.sde_step"
@@ -36,8 +24,8 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 def run_checked(call: Call, memo: _native.SdeStepMemo, arguments: tuple) -> Results:
     """Runs a checked call of `sde_step`. The memo will recognise the next call with these arguments' metadata, unless
     the call goes through the dispatcher."""
-    refuse_transforms(call.where, call.fields.values())
-    if is_plain(call.fields.values()):
+    common.refuse_transforms(call.where, call.fields.values())
+    if common.is_plain(call.fields.values()):
         draw = partial(draw_noise, generator=call.generator)
         return results(*memo.learn(arguments, call.fields, call.settings, draw))
     fields, settings = dict(call.fields), call.settings
@@ -45,7 +33,7 @@ def run_checked(call: Call, memo: _native.SdeStepMemo, arguments: tuple) -> Resu
     if "prev_sample" not in fields and "noise" not in fields:
         double = any(fields[name].dtype == torch.float64 for name in _native.SDE_STEP_LATENTS if name in fields)
         fields["noise"] = draw_noise(sample, torch.float64 if double else torch.float32, call.generator)
-    arguments = {**dict.fromkeys(FIELDS), **as_tensors(fields, sample), **settings}
+    arguments = {**dict.fromkeys(FIELDS), **common.as_tensors(fields, sample), **settings}
     stored, *others, residual, _ = torch.ops.flowdppo_ops.sde_step(**arguments)
     if _is_as_stored(arguments):
         stored = fields["prev_sample"].detach()
@@ -67,7 +55,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model_output, uncond_output, outputs):
         prev_sample, log_prob, mean, _, _, numbers = outputs
-        save(ctx, prev_sample, mean, numbers)
+        common.save(ctx, prev_sample, mean, numbers)
         ctx.dtype = mean.dtype
         ctx.dtypes = model_output.dtype, None if uncond_output is None else uncond_output.dtype
         ctx.set_materialize_grads(False)
@@ -78,11 +66,11 @@ class _Step(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return _gradients(ctx, grads)
         # The saved mean is an output of this function: through it the gradients depend on the model outputs.
-        return Once.apply(WHERE, lambda: _gradients(ctx, grads), *grads, *ctx.saved_tensors)
+        return common.Once.apply(WHERE, lambda: _gradients(ctx, grads), *grads, *ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx, *_tangents):
-        not_supported(WHERE, "forward-mode differentiation is")
+        common.not_supported(WHERE, "forward-mode differentiation is")
 
 
 def _gradients(ctx, grads: tuple[Tensor | None, Tensor | None]) -> tuple:
@@ -94,8 +82,8 @@ def _gradients(ctx, grads: tuple[Tensor | None, Tensor | None]) -> tuple:
 def _saved(ctx) -> tuple[Tensor, Tensor, Tensor]:
     """Next latent, mean and numbers, as the forward saved them. The native backward takes the next latent in any
     dtype."""
-    stored, mean, numbers = saved(ctx)
-    return stored, restored(mean, ctx.dtype), restored(numbers, ctx.dtype)
+    stored, mean, numbers = common.saved(ctx)
+    return stored, common.restored(mean, ctx.dtype), common.restored(numbers, ctx.dtype)
 
 
 def _wanted_dtypes(ctx) -> list[torch.dtype | None]:
@@ -114,8 +102,8 @@ _NEEDED = [name for name in FIELDS if name not in _OPTIONAL]
 
 torch.library.define(
     "flowdppo_ops::sde_step",
-    f"({schema(FIELDS, _NEEDED)}, {', '.join(f'{kind} {name}' for name, kind in _SETTINGS.items())}) -> "
-    f"({schema(_OUTPUTS, _OUTPUTS)})",
+    f"({common.schema(FIELDS, _NEEDED)}, {', '.join(f'{kind} {name}' for name, kind in _SETTINGS.items())}) -> "
+    f"({common.schema(_OUTPUTS, _OUTPUTS)})",
 )
 torch.library.define(
     "flowdppo_ops::sde_step_backward",
@@ -126,8 +114,8 @@ torch.library.define(
 
 def _is_as_stored(arguments: dict[str, Any]) -> bool:
     """Whether `prev_sample` is given in the dtype of `sample`, so that the operator need not write the next latent."""
-    given = arguments["prev_sample"]
-    return given is not None and given.dtype == arguments["sample"].dtype
+    prev_sample = arguments["prev_sample"]
+    return prev_sample is not None and prev_sample.dtype == arguments["sample"].dtype
 
 
 @torch.library.impl("flowdppo_ops::sde_step", ("cpu", "cuda"))
@@ -135,13 +123,13 @@ def _sde_step(*args):
     arguments = dict(zip(_ARGUMENTS, args, strict=True))
     fields = {name: arguments[name] for name in FIELDS if arguments[name] is not None}
     call = _native.SdeStepCall(fields, {name: arguments[name] for name in _SETTINGS})
-    return without_none(call.forward(), arguments["sample"])
+    return common.without_none(call.forward(), arguments["sample"])
 
 
 @torch.library.register_fake("flowdppo_ops::sde_step")
 def _sde_step_fake(*args):
     arguments = dict(zip(_ARGUMENTS, args, strict=True))
-    check_devices("model_output", arguments)
+    common.check_devices("model_output", arguments)
     sample, row_dims, residual_dtype = (arguments[name] for name in ("sample", "row_dims", "residual_dtype"))
     latents = (arguments[name] for name in _native.SDE_STEP_LATENTS)
     double = any(latent is not None and latent.dtype == torch.float64 for latent in latents)
@@ -154,33 +142,29 @@ def _sde_step_fake(*args):
         None if residual_dtype is None else sample.new_empty(shape, dtype=residual_dtype),
         sample.new_empty(_native.SDE_STEP_NUMBERS * shape[:row_dims].numel(), dtype=dtype),
     )
-    return without_none(outputs, sample)
+    return common.without_none(outputs, sample)
 
 
 @torch.library.impl("flowdppo_ops::sde_step_backward", ("cpu", "cuda"))
 def _sde_step_backward(grad_log_prob, grad_mean, prev_sample, mean, numbers, *dtypes):
     grads = _native.sde_step_backward((grad_log_prob, grad_mean), prev_sample, mean, numbers, dtypes)
-    return without_none(grads, mean)
+    return common.without_none(grads, mean)
 
 
 @torch.library.register_fake("flowdppo_ops::sde_step_backward")
 def _sde_step_backward_fake(grad_log_prob, grad_mean, prev_sample, mean, numbers, *dtypes):
-    given = {"grad_log_prob": grad_log_prob, "grad_mean": grad_mean, "prev_sample": prev_sample, "numbers": numbers}
-    check_devices("prev_sample_mean", given | {"prev_sample_mean": mean})
+    tensors = {"grad_log_prob": grad_log_prob, "grad_mean": grad_mean, "prev_sample": prev_sample, "numbers": numbers}
+    common.check_devices("prev_sample_mean", tensors | {"prev_sample_mean": mean})
     return tuple(mean.new_empty(0) if dtype is None else torch.empty_like(mean, dtype=dtype) for dtype in dtypes)
 
 
-def _refuse_second(ctx, *_grads):
-    not_supported(WHERE, "second derivatives are")
-
-
-torch.library.register_autograd("flowdppo_ops::sde_step_backward", _refuse_second)
+common.refuse_second_derivatives("flowdppo_ops::sde_step_backward", WHERE)
 
 
 def _setup_context(ctx, inputs, output):
     arguments, out = dict(zip(_ARGUMENTS, inputs, strict=True)), dict(zip(_OUTPUTS, output, strict=True))
     stored = arguments["prev_sample"] if _is_as_stored(arguments) else out["prev_sample"]
-    save(ctx, stored, out["prev_sample_mean"], out["numbers"])
+    common.save(ctx, stored, out["prev_sample_mean"], out["numbers"])
     ctx.dtype = out["numbers"].dtype
     uncond = arguments["uncond_output"]
     ctx.dtypes = arguments["model_output"].dtype, None if uncond is None else uncond.dtype

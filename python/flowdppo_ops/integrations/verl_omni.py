@@ -37,7 +37,7 @@ _SAMPLERS = {"sde": "flow_sde", "cps": "cps", "dance_sde": "dance_sde"}
 _CLIP_NAMES = dict(zip(CLIP_METRICS, ("pg_clipfrac", "pg_clipfrac_higher", "pg_clipfrac_lower"), strict=True))
 
 Result = tuple[Tensor, dict[str, float]]
-Rows = tuple[Tensor, Tensor, Tensor | None]  # old log-probs, advantages, weights
+Rows = dict[str, Tensor | None]  # `old_log_prob`, `advantages` and `weights`
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 #
@@ -60,7 +60,8 @@ def _loss_of_means(
     rollout_is_weights: Tensor | None = None,
 ) -> Result | str:
     """`compute_loss` of the losses that take means, Flow-DPPO and GRPO-Guard; `compute` is one of them."""
-    means, rows = (prev_sample_mean, old_prev_sample_mean), (old_log_prob, advantages, rollout_is_weights)
+    means = (prev_sample_mean, old_prev_sample_mean)
+    rows = {"old_log_prob": old_log_prob, "advantages": advantages, "weights": rollout_is_weights}
     if reason := _unserved(strict, log_prob, rows, means, std_dev_t, sqrt_dt):
         return reason
     return compute(strict, config.diffusion_loss, log_prob, rows, means, std_dev_t, sqrt_dt)
@@ -78,8 +79,8 @@ def _flow_dppo(
         normalize_kl=bool(getattr(settings, "add_kl_coefficient", True)),
         nan_kl="keep" if strict else "mask",
     )
-    old_log_prob, advantages, weights = rows
-    result = _policy_loss(strict, objective, log_prob, (old_log_prob, advantages.detach(), weights), means, std=std)
+    rows["advantages"] = rows["advantages"].detach()
+    result = policy_loss(strict, log_prob, means, objective=objective, std=std, **rows)
     values, count = result.metrics(), result.ratio.numel()
     values["ratio_std"] *= math.sqrt((count - 1) / count)  # the trainer's Flow-DPPO logs the biased deviation
     return result.loss, {f"actor/{name}": values[name] for name in ("ppo_kl", *DPPO_METRICS)}
@@ -91,14 +92,14 @@ def _grpo_guard(
     if strict:  # `GRPOGuard` divides by sqrt_dt again, which leaves the trainer's std_dev_t
         std = std_dev_t.flatten() * sqrt_dt
     else:  # a deterministic row gets ratio 1 and gradient 0
-        old_log_prob, advantages, weights = rows
         std = _transition_std(std_dev_t, sqrt_dt)
-        random = (std > 0).expand(log_prob.shape)
-        weights = random.to(log_prob.dtype) if weights is None else weights * random
-        rows = (torch.where(random, old_log_prob, log_prob.detach()), advantages, weights)
+        random, weights = (std > 0).expand(log_prob.shape), rows["weights"]
+        rows["weights"] = random.to(log_prob.dtype) if weights is None else weights * random
+        rows["old_log_prob"] = torch.where(random, rows["old_log_prob"], log_prob.detach())
         std = torch.where(random, std, 1e15)  # makes drift / (2 std) in the exponent negligible
     objective = _clipped(GRPOGuard, settings, per_row_scale=not strict)
-    return _clip_loss(strict, _policy_loss(strict, objective, log_prob, rows, means, std=std, sqrt_dt=sqrt_dt))
+    result = policy_loss(strict, log_prob, means, objective=objective, std=std, sqrt_dt=sqrt_dt, **rows)
+    return _clip_loss(strict, result)
 
 
 def _flow_grpo(
@@ -110,18 +111,18 @@ def _flow_grpo(
     config: Any,
     rollout_is_weights: Tensor | None = None,
 ) -> Result | str:
-    rows = (old_log_prob, advantages, rollout_is_weights)
+    rows = {"old_log_prob": old_log_prob, "advantages": advantages, "weights": rollout_is_weights}
     if reason := _unserved(strict, log_prob, rows):
         return reason
     objective = _clipped(FlowGRPO, config.diffusion_loss)
-    return _clip_loss(strict, _policy_loss(strict, objective, log_prob, rows))
+    return _clip_loss(strict, policy_loss(strict, log_prob, objective=objective, **rows))
 
 
 def _kl(strict: bool, *, prev_sample_mean: Tensor, ref_prev_sample_mean: Tensor, std_dev_t: Tensor) -> Result | str:
     if prev_sample_mean.ndim < 3:
         return "means of a rank below 3, which the trainer refuses"
     rows = prev_sample_mean.detach().new_zeros(len(prev_sample_mean))
-    if reason := _unserved(strict, rows, (), (prev_sample_mean, ref_prev_sample_mean), std_dev_t):
+    if reason := _unserved(strict, rows, {}, (prev_sample_mean, ref_prev_sample_mean), std_dev_t):
         return reason
     std = std_dev_t if strict else _or_infinity(_transition_std(std_dev_t, None))
     penalty = gaussian_kl(prev_sample_mean, ref_prev_sample_mean, std).mean()
@@ -140,7 +141,7 @@ _LOSSES = {
 def _unserved(
     strict: bool,
     log_prob: Tensor,
-    rows: tuple[Tensor | None, ...],
+    rows: Rows,
     means: tuple[Tensor, ...] = (),
     std_dev_t: Tensor | None = None,
     sqrt_dt: Tensor | None = None,
@@ -150,7 +151,7 @@ def _unserved(
     The trainer broadcasts some other shapes too, usually with an unintended result. Its workers do not produce them.
     """
     shape, device, dtype = log_prob.shape, log_prob.device, log_prob.dtype
-    constants = [t for t in (*rows, *means[1:], std_dev_t, sqrt_dt) if t is not None]
+    constants = [t for t in (*rows.values(), *means[1:], std_dev_t, sqrt_dt) if t is not None]
     tensors = [log_prob, *means[:1], *constants]
     allowed = {torch.float32} if device.type == "cuda" else {torch.float32, torch.float64}
     if not strict:
@@ -165,7 +166,7 @@ def _unserved(
         return "a dtype that is not float32"
     if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
         return "a gradient to something that is no output of the model"
-    if any(t is not None and t.shape != shape for t in rows):
+    if any(t is not None and t.shape != shape for t in rows.values()):
         return "log-probs, advantages or weights of different shapes"
     if not means:
         return ""
@@ -177,14 +178,6 @@ def _unserved(
     if sqrt_dt is not None and sqrt_dt.ndim and sqrt_dt.shape != shape:
         return "sqrt_dt neither 0-dim nor [B]"
     return ""
-
-
-def _policy_loss(
-    strict: bool, objective: Objective, log_prob: Tensor, rows: Rows, means: Means = (None, None), **more: Tensor
-) -> PolicyLoss:
-    old_log_prob, advantages, weights = rows
-    given = {"advantages": advantages, "old_log_prob": old_log_prob, "weights": weights, "objective": objective}
-    return policy_loss(strict, log_prob, means, **given, **more)
 
 
 def _clip_loss(strict: bool, result: PolicyLoss) -> Result:
