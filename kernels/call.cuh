@@ -1,4 +1,4 @@
-// The arguments of each kernel, field for field as in src/call.rs, and how each kernel is launched.
+// The arguments of each kernel, field for field as in src/call.rs and src/call/, and how each kernel is launched.
 //
 // A null address means that the argument is absent. Latents are [rows, numel], contiguous, f32, bf16 or f16, at any
 // alignment. Outputs alias nothing; inputs may alias one another.

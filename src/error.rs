@@ -4,7 +4,8 @@ use pyo3::PyErr;
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 
 /// Ends the messages of calls that no kernel can run.
-const REFERENCE: &str = "flowdppo_ops.reference runs on any device (FLOWDPPO_OPS_BACKEND=reference sends calls there)";
+const REFERENCE: &str =
+    "flowdppo_ops.reference runs on every device with float64 (FLOWDPPO_OPS_BACKEND=reference sends calls there)";
 
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum Error {

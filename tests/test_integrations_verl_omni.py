@@ -621,12 +621,12 @@ UNSERVED = {
     },
     "mixed precision": {"old_prev_sample_mean": torch.zeros(ROWS, 4, 5).bfloat16()},
     "several devices": {"old_prev_sample_mean": torch.zeros(ROWS, 4, 5, device="meta")},
-    "a gradient to something that is no output of the model": {"old_log_prob": torch.zeros(ROWS, requires_grad=True)},
+    "a constant that requires a gradient": {"old_log_prob": torch.zeros(ROWS, requires_grad=True)},
     "log-probs, advantages or weights of different shapes": {"rollout_is_weights": torch.ones(ROWS, 1)},
     "means of different shapes, or not of one row per log-prob": {"old_prev_sample_mean": torch.zeros(1, 4, 5)},
     "std_dev_t neither 0-dim nor [B, 1, ...]": {"std_dev_t": torch.ones(ROWS)},
     "sqrt_dt neither 0-dim nor [B]": {"sqrt_dt": torch.ones(ROWS, 1, 1)},
-    "std_dev_t 0-dim and sqrt_dt of rows: the trainer lays it along the last latent axis": {
+    "a 0-dim std_dev_t with one sqrt_dt per row, which the trainer broadcasts along the last latent axis": {
         "std_dev_t": torch.ones(())
     },
 }
@@ -786,7 +786,7 @@ def test_of_several_equal_timesteps_it_is_the_second(strict):
 
 
 def test_a_timestep_that_is_not_in_the_schedule(strict):
-    with pytest.raises(IndexError, match=r"the schedule has not all of the timesteps \[500\.0, 740\.0\]"):
+    with pytest.raises(IndexError, match=r"not all of the timesteps \[500\.0, 740\.0\] are in the schedule"):
         a_step(strict, timestep=torch.tensor([500.0, 740.0]))
 
 
@@ -844,7 +844,7 @@ def test_what_the_trainer_refuses_it_still_refuses(strict, error, changes):
     ("changes", "reason"),
     [
         ({"sample": torch.ones(1, 4, 5)}, "latents of different shapes or devices"),
-        ({"sample": torch.ones(2, 4, 5, requires_grad=True)}, "a gradient to the sample"),
+        ({"sample": torch.ones(2, 4, 5, requires_grad=True)}, "a sample that requires a gradient"),
         ({"timestep": torch.tensor([500.0])}, "a timestep that is not one per sample"),
         ({"noise_level": torch.ones(2)}, "a noise_level that is neither 0-dim nor [B, 1, ...] in float32"),
         ({"noise_level": torch.ones(2, 1, 1).half()}, "a noise_level that is neither 0-dim nor [B, 1, ...] in float32"),

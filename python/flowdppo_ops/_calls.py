@@ -55,7 +55,8 @@ class PublicFunction:
 
 def check_backend(where: str, device: torch.device) -> None:
     if device.type not in ("cpu", "cuda"):
+        name = where.rpartition(".")[2]
         raise RuntimeError(
-            f"{where}: no backend for device {device}, wanted cpu or cuda; flowdppo_ops.reference."
-            f"{where.rpartition('.')[2]} runs on any device (FLOWDPPO_OPS_BACKEND=reference sends every call there)"
+            f"{where}: no backend for device {device}, wanted cpu or cuda; flowdppo_ops.reference.{name} runs on every "
+            "device with float64 (FLOWDPPO_OPS_BACKEND=reference sends every eager call there)"
         )

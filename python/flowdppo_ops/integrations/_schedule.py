@@ -19,7 +19,7 @@ def look_up(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """
     found = scheduler.timesteps.to(timestep.device) == timestep.reshape(-1, 1)
     if found.device.type == "cpu" and not bool(found.any(1).all()):
-        raise IndexError(f"flowdppo_ops: the schedule has not all of the timesteps {timestep.tolist()}")
+        raise IndexError(f"flowdppo_ops: not all of the timesteps {timestep.tolist()} are in the schedule")
     nth = found.cumsum(1)
     index = (found & (nth == nth[:, -1:].clamp(max=2))).int().argmax(1)
     sigmas = scheduler.sigmas.to(timestep.device)

@@ -71,7 +71,7 @@ def _flow_dppo(
     strict: bool, settings: Any, log_prob: Tensor, rows: Rows, means: Means, std_dev_t: Tensor, sqrt_dt: Tensor
 ) -> Result | str:
     if strict and sqrt_dt.ndim > std_dev_t.ndim:
-        return "std_dev_t 0-dim and sqrt_dt of rows: the trainer lays it along the last latent axis"
+        return "a 0-dim std_dev_t with one sqrt_dt per row, which the trainer broadcasts along the last latent axis"
     std = std_dev_t.flatten() * sqrt_dt if strict else _or_infinity(_transition_std(std_dev_t, sqrt_dt))
     objective = _objective(
         FlowDPPO,
@@ -165,7 +165,7 @@ def _unserved(
     if any(t.dtype not in allowed for t in tensors):
         return "a dtype that is not float32"
     if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
-        return "a gradient to something that is no output of the model"
+        return "a constant that requires a gradient"
     if any(t is not None and t.shape != shape for t in rows.values()):
         return "log-probs, advantages or weights of different shapes"
     if not means:
@@ -233,7 +233,7 @@ def _sample_previous_step(
 ) -> tuple[Tensor | None, ...] | str:
     latents = [sample, model_output] if prev_sample is None else [sample, model_output, prev_sample]
     if per_token_timesteps is not None or sde_type not in _SAMPLERS or any(t.dtype != torch.float32 for t in latents):
-        return "arguments that it refuses"
+        return "arguments that verl-omni refuses"
     if reason := _unserved_step(self, latents, timestep, noise_level):
         return reason
     if timestep is None:
@@ -277,7 +277,7 @@ def _unserved_step(scheduler: Any, latents: list[Tensor], timestep: Any, noise_l
     if sample.ndim == 0 or any(t.shape != sample.shape or t.device != sample.device for t in latents):
         return "latents of different shapes or devices"
     if torch.is_grad_enabled() and sample.requires_grad:
-        return "a gradient to the sample"
+        return "a sample that requires a gradient"
     if sigmas.dtype != torch.float32 or sigmas.device != sample.device:
         return "sigmas that are not float32, or not where the sample is"
     if timestep is None:
