@@ -52,25 +52,25 @@ class Family(NamedTuple):
 
 
 class Checks(NamedTuple):
-    """Checks of a call of the public function `where` with the arguments `given`. Methods take the names of
+    """Checks of a call of the public function `where` with these `arguments`. Methods take the names of
     arguments."""
 
     where: str
     family: Family
-    given: Arguments
+    arguments: Arguments
 
     def present(self, *names: str) -> Arguments:
-        return {name: self.given[name] for name in names if self.given[name] is not None}
+        return {name: self.arguments[name] for name in names if self.arguments[name] is not None}
 
     def require(self, name: str, why: str) -> None:
-        if self.given[name] is None:
+        if self.arguments[name] is None:
             raise ValueError(f"{self.where}: {name} is None, wanted a value: {why}")
 
     def option(self, name: str, allowed: list[str]) -> None:
-        check_option(self.where, name, self.given[name], allowed)
+        check_option(self.where, name, self.arguments[name], allowed)
 
     def number(self, name: str, wanted: str = "a number") -> float:
-        value = self.given[name]
+        value = self.arguments[name]
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{self.where}: {name} is a {type(value).__name__}, wanted {wanted}")
         try:
@@ -79,7 +79,7 @@ class Checks(NamedTuple):
             raise ValueError(f"{self.where}: {name} is a whole number beyond float64, wanted a float64") from None
 
     def array(self, name: str) -> None:
-        where, value, family = self.where, self.given[name], self.family
+        where, value, family = self.where, self.arguments[name], self.family
         if not isinstance(value, family.type):
             raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted a {family.name}")
         if value.dtype not in family.dtypes:
@@ -90,14 +90,14 @@ class Checks(NamedTuple):
             raise TypeError(f"{where}: {name} has layout {layout}, wanted {family.layout}")
 
     def same_device(self, name: str, like: str) -> None:
-        came, wanted = self.given[name], self.given[like]
+        came, wanted = self.arguments[name], self.arguments[like]
         if self.family.has_devices and came.device != wanted.device:
             raise ValueError(f"{self.where}: {name} is on {came.device}, wanted {wanted.device}, where {like} is")
 
     def array_like(self, name: str, like: str) -> None:
         """Checks that `name` is an array of the shape of `like`, on its device."""
         self.array(name)
-        came, wanted = tuple(self.given[name].shape), tuple(self.given[like].shape)
+        came, wanted = tuple(self.arguments[name].shape), tuple(self.arguments[like].shape)
         if came != wanted:
             raise ValueError(f"{self.where}: {name} has shape {came}, wanted {wanted}, that of {like}")
         self.same_device(name, like)
@@ -105,7 +105,7 @@ class Checks(NamedTuple):
     def rows(self) -> Shape:
         """Checks `advantages` and returns its shape, which is that of the rows."""
         self.array("advantages")
-        row_shape = tuple(self.given["advantages"].shape)
+        row_shape = tuple(self.arguments["advantages"].shape)
         if 0 in row_shape:
             raise ValueError(f"{self.where}: advantages has shape {row_shape}, wanted at least one row")
         return row_shape
@@ -113,7 +113,7 @@ class Checks(NamedTuple):
     def latents(self, row_shape: Shape, leader: str, *others: str) -> None:
         """Checks that `leader` has the rows' shape first and at least one element per row, and `others` its shape."""
         self.array(leader)
-        shape = tuple(self.given[leader].shape)
+        shape = tuple(self.arguments[leader].shape)
         if shape[: len(row_shape)] != row_shape:
             wanted = f"the rows {row_shape} first, then the latent dimensions"
             raise ValueError(f"{self.where}: {leader} has shape {shape}, wanted {wanted}")
@@ -125,7 +125,7 @@ class Checks(NamedTuple):
     def row_vector(self, name: str, like: str, row_shape: Shape, latent_rank: int | None) -> Any:
         """Checks a row vector, which may be None, and returns it. The native module finds the element of a row by one
         division and one remainder, so an array whose varying dimensions are not neighbours is expanded to all rows."""
-        value = self.given[name]
+        value = self.arguments[name]
         if value is None:
             return None
         if not isinstance(value, self.family.type):
@@ -161,20 +161,20 @@ class Checks(NamedTuple):
         return self.row_vectors(names, *like)
 
     def guidance(self) -> None:
-        if self.given["uncond_output"] is not None:
+        if self.arguments["uncond_output"] is not None:
             self.require("guidance_scale", "uncond_output is given")
-        elif self.given["guidance_scale"] is not None:
+        elif self.arguments["guidance_scale"] is not None:
             self.require("uncond_output", "guidance_scale is given")
 
-    def only(self, of: str, names: tuple[str, ...], *, needed: bool) -> None:
+    def one_form(self, policy: str, names: tuple[str, ...], *, needed: bool) -> None:
         """Checks that at most one of `names` is given, and exactly one if it is `needed`."""
         came = list(self.present(*names))
         if len(came) > 1 or (needed and not came):
-            given, wanted = " and ".join(came) or "none", ", ".join(names)
-            raise ValueError(f"{self.where}: got {given} for the {of} policy, wanted exactly one of {wanted}")
+            listed, wanted = " and ".join(came) or "none", ", ".join(names)
+            raise ValueError(f"{self.where}: got {listed} for the {policy} policy, wanted exactly one of {wanted}")
 
     def objective(self) -> Any:
-        objective = self.given["objective"]
+        objective = self.arguments["objective"]
         if not isinstance(objective, (FlowDPPO, FlowGRPO, GRPOGuard)):
             wanted = "a FlowDPPO, FlowGRPO or GRPOGuard instance"
             raise TypeError(f"{self.where}: objective is a {type(objective).__name__}, wanted {wanted}")
@@ -187,8 +187,8 @@ class Checks(NamedTuple):
         return {
             "sampler": sampler,
             "density": density,
-            "latent_reduction": self.given["latent_reduction"],
-            "reduction": self.given["reduction"],
+            "latent_reduction": self.arguments["latent_reduction"],
+            "reduction": self.arguments["reduction"],
             "ref_kl_weight": self.number("ref_kl_weight"),
         }
 
@@ -208,13 +208,13 @@ def check_process_group(where: str, name: str, value: Any) -> None:
     raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted None or a torch.distributed.ProcessGroup")
 
 
-def check_loss(where: str, family: Family, given: Arguments) -> Call:
+def check_loss(where: str, family: Family, arguments: Arguments) -> Call:
     """Checks the arguments of `flowdppo_ops.loss`; its docstring states what is wanted."""
-    checks = Checks(where, family, given)
-    check_process_group(where, "process_group", given["process_group"])
+    checks = Checks(where, family, arguments)
+    check_process_group(where, "process_group", arguments["process_group"])
     objective = checks.objective()
     checks.option("density", DENSITIES)
-    settings = checks.settings("none", given["density"])
+    settings = checks.settings("none", arguments["density"])
     ref_kl_weight = settings["ref_kl_weight"]
     if getattr(objective, "kl_space", "latent") != "latent":
         raise ValueError(
@@ -222,17 +222,17 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
         )
     row_shape = checks.rows()
 
-    replay, has_ref = given["prev_sample"] is not None, ref_kl_weight != 0
-    if replay == (given["log_prob"] is not None):
+    replay, has_ref = arguments["prev_sample"] is not None, ref_kl_weight != 0
+    if replay == (arguments["log_prob"] is not None):
         came = "both" if replay else "neither"
         raise ValueError(f"{where}: got {came} of prev_sample and log_prob, wanted exactly one")
     if not replay:
         checks.require("old_log_prob", "it is compared with log_prob")
     if replay or has_ref or objective._needs_kl:
         checks.require("prev_sample_mean", "log-prob, KL or penalty are computed from it")
-        if replay or objective._needs_kl or given["ref_std"] is None:
+        if replay or objective._needs_kl or arguments["ref_std"] is None:
             checks.require("std", "the standard deviation of the transition")
-    if objective._needs_kl or (replay and given["old_log_prob"] is None):
+    if objective._needs_kl or (replay and arguments["old_log_prob"] is None):
         checks.require("old_prev_sample_mean", "the mean of the old policy")
     if objective._needs_sqrt_dt:
         checks.require("sqrt_dt", "GRPOGuard rescales by sqrt(-dt)")
@@ -241,14 +241,14 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
 
     # Every latent that is given is checked, but two may not be read: a reference mean of weight 0, and an old mean
     # where no KL can be computed, for lack of `std` or `prev_sample_mean`.
-    mean = given["prev_sample_mean"]
+    mean = arguments["prev_sample_mean"]
     fields = checks.present("prev_sample_mean", "prev_sample", "old_prev_sample_mean", "ref_prev_sample_mean")
     if fields:
         checks.latents(row_shape, *fields)
         checks.same_device("advantages", next(iter(fields)))
     if not has_ref:
         fields.pop("ref_prev_sample_mean", None)
-    if given["std"] is None or mean is None:
+    if arguments["std"] is None or mean is None:
         fields.pop("old_prev_sample_mean", None)
     if len(fields) == 1 and not replay:  # `prev_sample_mean` alone: nothing is computed from it
         fields = {}
@@ -257,51 +257,51 @@ def check_loss(where: str, family: Family, given: Arguments) -> Call:
         checks.array_like(name, "advantages")
     like = ("advantages", row_shape, getattr(mean, "ndim", None))
     fields = {**fields, **of_rows, **checks.row_vectors(("weights", "std", "sqrt_dt", "ref_std"), *like)}
-    return Call(where, row_shape, fields, {**objective._settings, **settings}, objective, given["process_group"])
+    return Call(where, row_shape, fields, {**objective._settings, **settings}, objective, arguments["process_group"])
 
 
-def check_step_loss(where: str, family: Family, given: Arguments) -> Call:
+def check_step_loss(where: str, family: Family, arguments: Arguments) -> Call:
     """Checks the arguments of `flowdppo_ops.step_loss`; its docstring states what is wanted."""
-    checks, sampler = Checks(where, family, given), given["sampler"]
-    check_process_group(where, "process_group", given["process_group"])
+    checks, sampler = Checks(where, family, arguments), arguments["sampler"]
+    check_process_group(where, "process_group", arguments["process_group"])
     objective = checks.objective()
     checks.option("sampler", SAMPLERS)
     settings = checks.settings(sampler, "cps" if sampler == "cps" else "gaussian")
     ref_kl_weight = settings["ref_kl_weight"]
     olds = ("old_prev_sample_mean", "old_model_output", "old_residual")
     refs = ("ref_prev_sample_mean", "ref_model_output")
-    checks.only("old", olds, needed=objective._needs_kl or given["old_log_prob"] is None)
-    checks.only("reference", refs, needed=ref_kl_weight != 0)
+    checks.one_form("old", olds, needed=objective._needs_kl or arguments["old_log_prob"] is None)
+    checks.one_form("reference", refs, needed=ref_kl_weight != 0)
     checks.guidance()
     row_shape = checks.rows()
     latents = ("model_output", "sample", "prev_sample", *checks.present("uncond_output", *olds, *refs))
     checks.latents(row_shape, *latents)
     checks.same_device("advantages", "model_output")
-    fields = {name: given[name] for name in latents if ref_kl_weight != 0 or name not in refs}
+    fields = {name: arguments[name] for name in latents if ref_kl_weight != 0 or name not in refs}
     of_rows = checks.present("advantages", "old_log_prob")
     for name in of_rows:
         checks.array_like(name, "advantages")
-    like = ("advantages", row_shape, given["model_output"].ndim)
+    like = ("advantages", row_shape, arguments["model_output"].ndim)
     vectors = checks.row_vectors(("weights", "ref_std"), *like)
     fields = {**fields, **of_rows, **vectors, **checks.schedule(*like)}
-    return Call(where, row_shape, fields, {**objective._settings, **settings}, objective, given["process_group"])
+    return Call(where, row_shape, fields, {**objective._settings, **settings}, objective, arguments["process_group"])
 
 
-def check_sde_step(where: str, family: Family, given: Arguments) -> Call:
+def check_sde_step(where: str, family: Family, arguments: Arguments) -> Call:
     """Checks the arguments of `flowdppo_ops.sde_step`; its docstring states what is wanted. If there is neither
     `prev_sample` nor `noise` among the fields, the caller draws the noise."""
-    checks, generator, row_dims = Checks(where, family, given), given["generator"], given["row_dims"]
+    checks, generator, row_dims = Checks(where, family, arguments), arguments["generator"], arguments["row_dims"]
     checks.option("sampler", SAMPLERS)
-    if given["prev_sample"] is not None and (given["noise"] is not None or generator is not None):
+    if arguments["prev_sample"] is not None and (arguments["noise"] is not None or generator is not None):
         raise ValueError(f"{where}: got prev_sample and a source of noise, wanted one: replay draws nothing")
-    if given["noise"] is not None and generator is not None:
+    if arguments["noise"] is not None and generator is not None:
         raise ValueError(f"{where}: got noise and generator, wanted at most one")
     checks.guidance()
-    normalizer = given["log_prob_normalizer"]
+    normalizer = arguments["log_prob_normalizer"]
     if not isinstance(normalizer, bool):
         raise TypeError(f"{where}: log_prob_normalizer is a {type(normalizer).__name__}, wanted a bool")
     checks.array("model_output")
-    shape = tuple(given["model_output"].shape)
+    shape = tuple(arguments["model_output"].shape)
     if isinstance(row_dims, bool) or not isinstance(row_dims, int) or not 0 <= row_dims <= len(shape):
         raise ValueError(f"{where}: row_dims is {row_dims!r}, wanted 0 to {len(shape)}, the rank of the latents")
     row_shape = shape[:row_dims]
@@ -309,14 +309,14 @@ def check_sde_step(where: str, family: Family, given: Arguments) -> Call:
         raise ValueError(f"{where}: model_output has shape {shape}, wanted at least one row")
     latents = ("model_output", "sample", *checks.present("uncond_output", "prev_sample", "noise"))
     checks.latents(row_shape, *latents)
-    residual_dtype = given["residual_dtype"]
+    residual_dtype = arguments["residual_dtype"]
     if residual_dtype is not None:
-        double = any(given[name].dtype == family.float64 for name in latents)
+        double = any(arguments[name].dtype == family.float64 for name in latents)
         allowed = {dtype: name for dtype, name in family.dtypes.items() if double or dtype != family.float64}
         if not any(residual_dtype is dtype for dtype in allowed):
             wanted = ", ".join(allowed.values())
             raise TypeError(f"{where}: residual_dtype is {residual_dtype!r}, wanted one of {wanted}")
-    fields = {name: given[name] for name in latents}
+    fields = {name: arguments[name] for name in latents}
     fields = {**fields, **checks.schedule("model_output", row_shape, len(shape))}
-    settings = {name: given[name] for name in ("sampler", "log_prob_normalizer", "residual_dtype", "row_dims")}
+    settings = {name: arguments[name] for name in ("sampler", "log_prob_normalizer", "residual_dtype", "row_dims")}
     return Call(where, row_shape, fields, settings, generator=generator)

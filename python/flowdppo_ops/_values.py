@@ -16,17 +16,18 @@ Values = dict[str, Tensor]  # each [rows, elements]
 Range = tuple[str, str, Callable[[Values], Tensor]]  # name, wanted range, function that says where a value is in range
 
 _LOSS_RANGES: tuple[Range, ...] = (
-    ("std", "> 0", lambda given: given["std"] > 0),
-    ("sqrt_dt", "> 0", lambda given: given["sqrt_dt"] > 0),
-    ("ref_std", "> 0", lambda given: given["ref_std"] > 0),
+    ("std", "> 0", lambda values: values["std"] > 0),
+    ("sqrt_dt", "> 0", lambda values: values["sqrt_dt"] > 0),
+    ("ref_std", "> 0", lambda values: values["ref_std"] > 0),
 )
 _STEP_RANGES: tuple[Range, ...] = (
-    ("sigma", "in [0, 1]", lambda given: (given["sigma"] >= 0) & (given["sigma"] <= 1)),
-    ("sigma_next", "in [0, 1]", lambda given: (given["sigma_next"] >= 0) & (given["sigma_next"] <= 1)),
-    ("sigma_next", "< sigma", lambda given: given["sigma_next"] < given["sigma"]),
-    ("sigma_max", "< 1 where sigma is 1", lambda given: (given["sigma_max"] < 1) | (given["sigma"] != 1)),
-    ("noise_level", ">= 0", lambda given: given["noise_level"] >= 0),
-    ("ref_std", ">= 0", lambda given: given["ref_std"] >= 0),  # 0 in a deterministic step, which a trainer may pass on
+    ("sigma", "in [0, 1]", lambda values: (values["sigma"] >= 0) & (values["sigma"] <= 1)),
+    ("sigma_next", "in [0, 1]", lambda values: (values["sigma_next"] >= 0) & (values["sigma_next"] <= 1)),
+    ("sigma_next", "< sigma", lambda values: values["sigma_next"] < values["sigma"]),
+    ("sigma_max", "< 1 where sigma is 1", lambda values: (values["sigma_max"] < 1) | (values["sigma"] != 1)),
+    ("noise_level", ">= 0", lambda values: values["noise_level"] >= 0),
+    # A trainer may pass the std of a deterministic step, which is 0, as `ref_std`.
+    ("ref_std", ">= 0", lambda values: values["ref_std"] >= 0),
 )
 
 
@@ -45,18 +46,18 @@ def check_step_values(call: Call) -> None:
 
 def _check(call: Call, latents: list[str], ranges: tuple[Range, ...]) -> None:
     rows, device = torch.Size(call.row_shape).numel(), next(iter(call.fields.values())).device
-    given = {
+    values = {
         name: value.detach() if name in latents else row_tensor(value, call.row_shape, torch.float64, device)
         for name, value in call.fields.items()
     }
-    given = {name: value.reshape(rows, -1) for name, value in given.items()}
-    for name, value in given.items():
+    values = {name: value.reshape(rows, -1) for name, value in values.items()}
+    for name, value in values.items():
         _refuse(call.where, name, "finite", torch.isfinite(value))
     for name, wanted, holds in ranges:
         if name == "sigma_max" and call.settings["sampler"] != "flow_sde":
             continue
-        if name in given:
-            _refuse(call.where, name, wanted, holds(given))
+        if name in values:
+            _refuse(call.where, name, wanted, holds(values))
 
 
 def _refuse(where: str, name: str, wanted: str, good: Tensor) -> None:

@@ -67,8 +67,8 @@ def loss(
         ValueError: as `flowdppo_ops.loss`; `threads` is neither None nor a whole number from 1 on.
         TypeError: as `flowdppo_ops.loss`; a masked array.
     """
-    given, where = locals(), "flowdppo_ops.numpy.loss"
-    for name, array in given.items():
+    arguments, where = locals(), "flowdppo_ops.numpy.loss"
+    for name, array in arguments.items():
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(
                 f"{where}: {name} is a {type(array).__name__}, wanted a numpy.ndarray: its mask would be lost"
@@ -79,7 +79,7 @@ def loss(
         threads = default_threads()
     elif isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads < 2**31:
         raise ValueError(f"{where}: threads is {threads!r}, wanted None or a whole number of at least 1")
-    call = _checks.check_loss(where, _FAMILY, given)
+    call = _checks.check_loss(where, _FAMILY, arguments)
     value, grad_mean, grad_log_prob = _native.policy_loss_numpy(call.fields, call.settings, int(threads))
     if grad_log_prob is None:
         return value[()], grad_mean

@@ -96,9 +96,9 @@ def _per_element(
             ref_std = ref_std.masked_fill(ref_std == 0, math.inf)
         means = (penalty.means, means[1])
         more |= {"ref_prev_sample_mean": penalty.ref_means, "ref_kl_weight": penalty.beta, "ref_std": ref_std}
-    given = {"advantages": advantages.detach(), "old_log_prob": old_logp, "objective": objective}
-    result = policy_loss(strict, new_logp, means, **given, reduction="none", **more)
-    return result.loss, Late(result, metrics, given["advantages"], objective)
+    more |= {"advantages": advantages.detach(), "old_log_prob": old_logp, "objective": objective}
+    result = policy_loss(strict, new_logp, means, reduction="none", **more)
+    return result.loss, Late(result, metrics, more["advantages"], objective)
 
 
 class Late(UserDict[str, Tensor]):

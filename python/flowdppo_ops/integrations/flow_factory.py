@@ -77,7 +77,7 @@ def _step(
     elif noise_level is None:
         noise_level = self.get_noise_level_for_sigma(sigma)
     sigma, sigma_next, noise_level = (_rows(one, latents) for one in (sigma, sigma_next, noise_level))
-    given = {"noise": draw(latents, generator)} if next_latents is None else {"prev_sample": next_latents}
+    next_or_noise = {"noise": draw(latents, generator)} if next_latents is None else {"prev_sample": next_latents}
     # `sde_step` rounds the next latent to the dtype of `sample`. The original does so for a latent that it draws, but
     # not for one that is given.
     rounds = next_latents is None or next_latents.dtype == latents.dtype
@@ -89,7 +89,7 @@ def _step(
         sigma_max=_rows(sigma_max or self.sigmas[1], latents),
         noise_level=noise_level,
         sampler=_SAMPLERS[dynamics],
-        **given,
+        **next_or_noise,
     )
     dt = sigma_next - sigma
     std_dev_t = fused.std

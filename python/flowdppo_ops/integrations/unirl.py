@@ -186,11 +186,12 @@ class _Algorithm:
         if means is None:
             name = type(self).__name__
             raise RuntimeError(f"{name}: beta > 0 requires stage.replay() to return prev_sample_means, but got None.")
-        given = {"segment": segment, "target_steps": steps}
+        trained = {"segment": segment, "target_steps": steps}
         replay = base._reference_replay_means
-        ref_means = replay(self.stage, self._ref_model, conditions=conditions, params=self.params, **given)
-        given |= {"eta": float(self.params.eta), "device": means.device, **_of_rank(base._transition_sigma, means.ndim)}
-        sigma = base._transition_sigma(self.stage, add_coefficient=True, **given)
+        ref_means = replay(self.stage, self._ref_model, conditions=conditions, params=self.params, **trained)
+        setting = {"eta": float(self.params.eta), "device": means.device, "add_coefficient": True}
+        setting |= _of_rank(base._transition_sigma, means.ndim)
+        sigma = base._transition_sigma(self.stage, **trained, **setting)
         return Penalty(beta, means, ref_means.to(dtype=means.dtype, device=means.device), sigma)
 
 
