@@ -22,8 +22,6 @@ pub struct Plan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stretch {
     pub row: usize,
-    /// Position among all stretches, in memory order.
-    pub partial: usize,
     /// First element, counted from the start of the whole array.
     pub first: usize,
     pub len: usize,
@@ -47,12 +45,8 @@ impl Plan {
         Plan { rows, numel, chunks_per_row, rows_per_task }
     }
 
-    pub fn partials(&self) -> usize {
-        self.rows * self.chunks_per_row
-    }
-
     pub fn tasks(&self) -> usize {
-        if self.chunks_per_row > 1 { self.partials() } else { self.row_tasks() }
+        if self.chunks_per_row > 1 { self.rows * self.chunks_per_row } else { self.row_tasks() }
     }
 
     /// Number of tasks of whole rows, `rows_of(task)` each.
@@ -67,19 +61,20 @@ impl Plan {
 
     pub fn stretches_of(&self, row: usize) -> impl Iterator<Item = Stretch> + use<> {
         let plan = *self;
-        (row * plan.chunks_per_row..(row + 1) * plan.chunks_per_row).map(move |partial| plan.stretch(partial))
+        (row * plan.chunks_per_row..(row + 1) * plan.chunks_per_row).map(move |index| plan.stretch(index))
     }
 
-    fn stretch(&self, partial: usize) -> Stretch {
-        let (row, chunk) = (partial / self.chunks_per_row, partial % self.chunks_per_row);
+    /// The stretch at this position in memory order.
+    fn stretch(&self, index: usize) -> Stretch {
+        let (row, chunk) = (index / self.chunks_per_row, index % self.chunks_per_row);
         let start = chunk * CHUNK;
-        Stretch { row, partial, first: row * self.numel + start, len: (self.numel - start).min(CHUNK) }
+        Stretch { row, first: row * self.numel + start, len: (self.numel - start).min(CHUNK) }
     }
 
     pub fn stretches(&self, task: usize) -> impl Iterator<Item = Stretch> + use<> {
         let plan = *self;
-        let partials = if plan.chunks_per_row > 1 { task..task + 1 } else { plan.rows_of(task) };
-        partials.map(move |partial| plan.stretch(partial))
+        let indices = if plan.chunks_per_row > 1 { task..task + 1 } else { plan.rows_of(task) };
+        indices.map(move |index| plan.stretch(index))
     }
 }
 
