@@ -88,6 +88,12 @@ def check_devices(like_name: str, arguments: dict[str, Any]) -> None:
             raise ValueError(f"flowdppo_ops: {name} is on {value.device}, wanted {like.device}, where {like_name} is")
 
 
+def arithmetic_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
+    """The dtype in which a call computes: float64 if one of its latents and log-probs is float64, else float32."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
 def as_tensors(fields: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
     """Fields with 0-dim float64 tensors in the place of numbers, because the operators' schemas take tensors."""
     return {

@@ -131,11 +131,6 @@ def _native_call(args: tuple) -> _native.PolicyLossCall:
     return _native.PolicyLossCall(fields, {name: arguments[name] for name in _SETTINGS})
 
 
-def _arithmetic_dtype(arguments: dict[str, Any]) -> torch.dtype:
-    wide = (arguments[name] for name in (*LATENTS, "log_prob", "old_log_prob"))
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in wide) else torch.float32
-
-
 @torch.library.impl("flowdppo_ops::policy_loss_shard_sums", ("cpu", "cuda"))
 def _policy_loss_shard_sums(*args):
     return _native_call(args).shard_sums(eager=False)
@@ -165,7 +160,8 @@ def _policy_loss(*args):
 def _policy_loss_fake(*args):
     arguments = dict(zip(_ARGUMENTS, args[:-1], strict=True))
     common.check_devices("advantages", arguments | {"shard_sums": args[-1]})
-    advantages, dtype = arguments["advantages"], _arithmetic_dtype(arguments)
+    advantages = arguments["advantages"]
+    dtype = common.arithmetic_dtype(arguments[name] for name in (*LATENTS, "log_prob", "old_log_prob"))
     fields = _native.FIELDS if arguments["sampler"] == "none" else _native.STEP_FIELDS
     loss = advantages.new_empty(advantages.shape if arguments["reduction"] == "none" else (), dtype=dtype)
     return loss, advantages.new_empty(advantages.numel() * fields + _native.BATCH_LEN, dtype=dtype)

@@ -31,8 +31,8 @@ def run_checked(call: Call, memo: _native.SdeStepMemo, arguments: tuple) -> Resu
     fields, settings = dict(call.fields), call.settings
     sample = fields["sample"]
     if "prev_sample" not in fields and "noise" not in fields:
-        double = any(fields[name].dtype == torch.float64 for name in _native.SDE_STEP_LATENTS if name in fields)
-        fields["noise"] = draw_noise(sample, torch.float64 if double else torch.float32, call.generator)
+        dtype = common.arithmetic_dtype(fields.get(name) for name in _native.SDE_STEP_LATENTS)
+        fields["noise"] = draw_noise(sample, dtype, call.generator)
     arguments = {**dict.fromkeys(FIELDS), **common.as_tensors(fields, sample), **settings}
     stored, *others, residual, _ = torch.ops.flowdppo_ops.sde_step(**arguments)
     if _is_as_stored(arguments):
@@ -131,9 +131,7 @@ def _sde_step_fake(*args):
     arguments = dict(zip(_ARGUMENTS, args, strict=True))
     common.check_devices("model_output", arguments)
     sample, row_dims, residual_dtype = (arguments[name] for name in ("sample", "row_dims", "residual_dtype"))
-    latents = (arguments[name] for name in _native.SDE_STEP_LATENTS)
-    double = any(latent is not None and latent.dtype == torch.float64 for latent in latents)
-    dtype, shape = torch.float64 if double else torch.float32, sample.shape
+    dtype, shape = common.arithmetic_dtype(arguments[name] for name in _native.SDE_STEP_LATENTS), sample.shape
     outputs = (
         None if _is_as_stored(arguments) else sample.new_empty(shape),
         sample.new_empty(shape[:row_dims], dtype=dtype),
