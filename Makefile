@@ -5,16 +5,22 @@ BIN := $(VENV)/bin
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find src python kernels -type f -name '*.*' ! -name '*.so' ! -name '*.pyc' 2>/dev/null) build.rs .cargo/config.toml
 export CARGO_TERM_COLOR := never
 
-.PHONY: demo test versions wheel lint bench gpu sanitize clean
+.PHONY: demo test test-all versions wheel lint bench gpu sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m flowdppo_ops demo
 
-# Kernels are compiled where the package is built; Rust's own checks do without, and without NVRTC.
+# What guards every change: minutes, and once installed no network. Kernels are compiled where the package is built;
+# Rust's own checks do without, and without NVRTC.
 test: lint
 	FLOWDPPO_KERNELS=none cargo test --locked --quiet
 	$(BIN)/python tests/images.py
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not install and not gpu"
+
+# The rest too: planted faults, data races, Inductor, fresh environments, the wheel, and every PyTorch since 2.6. An hour
+# or more, and the package index.
+test-all: test wheel versions
+	$(BIN)/python -m pytest -q -m "slow or install"
 
 # The tests of the operators on every PyTorch since 2.6 and every Python since 3.10; half an hour and the package index.
 versions: | $(BIN)/python

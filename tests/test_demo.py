@@ -70,6 +70,7 @@ def test_results_are_complete(fused):
     assert max(results["objectives"]["Flow-DPPO"]["curves"][0]["masked"]) > 0
 
 
+@pytest.mark.slow
 def test_results_say_what_trained(fused, eager, from_the_mean):
     assert (fused[1]["function"], eager["function"]) == ("step_loss", "step_loss")
     assert [results["function"] for results in from_the_mean] == ["loss", "loss"]
@@ -165,6 +166,7 @@ def test_both_forms_train_alike(fused, from_the_mean):
     assert_alike(from_the_mean[0], fused[1], FORM_LIMITS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "seen_by"),
     [

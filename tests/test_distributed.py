@@ -280,6 +280,7 @@ def compiled_on_shard(loss, arguments: dict[str, Any], sizes: tuple[int, ...], b
     return out | {f"grad {name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
 
 
+@pytest.mark.slow
 @implementation
 @pytest.mark.parametrize("of", ["loss", "log_prob", "step_loss"])
 def test_compiled(three, functions, of):

@@ -104,7 +104,9 @@ def assert_compiled_equals_eager(source, objective, backend, dynamic):
     assert_equal((loss.detach(), *others, *grads), run(differentiable, constant, objective))
 
 
-backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_cxx)])
+backends = pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[needs_cxx, pytest.mark.slow])]
+)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -50,13 +50,8 @@ def run(folder: Path, wheel: Path, python: str, torch: str, numpy: str) -> tuple
     if not (folder / "bin" / "python").exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
     here = folder / "bin" / "python"
-    packages = [
-        "torch" if torch == "newest" else f"torch=={torch}",
-        f"numpy=={numpy}",
-        "pytest",
-        "pytest-timeout",
-        "hypothesis",
-    ]
+    packages = ["torch" if torch == "newest" else f"torch=={torch}", f"numpy=={numpy}"]
+    packages += ["pytest", "pytest-timeout", "hypothesis", "allpairspy"]
     subprocess.run([here, "-m", "pip", "install", "--quiet", *packages, "setuptools", wheel], check=True)
     shown = subprocess.run([here, "-c", SHOW], capture_output=True, text=True, check=True).stdout.split()
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
