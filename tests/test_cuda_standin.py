@@ -20,14 +20,8 @@ pytestmark = needs_cxx
 needs_images = pytest.mark.skipif(not _native.cuda_images(), reason="built without kernels (FLOWDPPO_KERNELS=none)")
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    return harness.build(tmp_path_factory.mktemp("standin"))
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return harness.build_kernels(tmp_path_factory.mktemp("kernels"))
+driver = pytest.fixture(scope="module")(lambda standin_driver: standin_driver)
+kernels = pytest.fixture(scope="module")(lambda asan: asan)
 
 
 @needs_images
@@ -71,36 +65,19 @@ def test_arguments(driver, scenario):
 
 
 @needs_images
-def test_the_current_context_is_restored(driver):
-    harness.run("current_context_is_restored", driver, "90,80")
-
-
-@needs_images
-def test_a_stream_of_another_device_is_an_error(driver):
-    harness.run("a_stream_of_another_device_is_an_error", driver, "90,90")
-
-
-@needs_images
-def test_the_first_call_may_come_inside_a_capture(driver):
-    harness.run("first_call_inside_a_capture", driver)
-
-
-@needs_images
-def test_several_devices_and_threads_at_once(driver):
-    harness.run("two_devices_and_many_threads", driver, "90,80")
-
-
-@needs_images
-def test_driver_errors_become_exceptions(driver):
-    harness.run("driver_errors", driver)
-
-
-@needs_images
 @pytest.mark.parametrize(
-    "scenario", ["parity", "step_parity", "sharded_parity", "clip_limits", "kept_tickets", "float64_from_python"]
+    ("scenario", "capabilities"),
+    [
+        ("current_context_is_restored", "90,80"),
+        ("a_stream_of_another_device_is_an_error", "90,90"),
+        ("first_call_inside_a_capture", "90"),
+        ("two_devices_and_many_threads", "90,80"),
+        ("kept_tickets", "90"),
+        ("driver_errors", "90"),
+    ],
 )
-def test_loss_with_emulated_kernels(driver, kernels, scenario):
-    harness.run(scenario, driver, kernels=kernels, script="emulated.py")
+def test_driver(driver, scenario, capabilities):
+    harness.run(scenario, driver, capabilities)
 
 
 @needs_images
@@ -118,12 +95,7 @@ def test_arguments_of_sde_step(driver, scenario):
 
 
 @needs_images
-@pytest.mark.parametrize("scenario", ["parity", "launches", "float64_from_python"])
-def test_sde_step_with_emulated_kernels(driver, kernels, scenario):
-    harness.run(scenario, driver, kernels=kernels, script="sde_step.py")
-
-
-@needs_images
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["every_kernel_is_launched", "a_mix_left_out", "a_wrong_answer"])
 def test_the_script_that_launches_every_kernel(driver, kernels, scenario):
     harness.run(scenario, driver, kernels=kernels, script="launched.py")
@@ -173,19 +145,24 @@ def test_a_launch_too_many():  # assert 2 == 1
 """
 
 
+def rehearsed(driver: Path, kernels: Path, *arguments: str | Path) -> str:
+    return harness.pytest("rehearsal", driver, kernels, "-m", "gpu", *arguments).stdout
+
+
 @needs_images
 def test_what_a_gpu_is_to_show_is_rehearsed(driver, kernels):
     """Tests that were never run where they belong, without what is wrong with the tests themselves."""
     files = [ROOT / f"test_{name}.py" for name in ("gpu", "gpu_sde_step", "gpu_step_loss", "benches")]
-    said = harness.rehearse(driver, kernels, "-k", " or ".join(REHEARSED.split()), *files)
+    said = rehearsed(driver, kernels, "-k", " or ".join(REHEARSED.split()), *files)
     assert re.fullmatch(r"=+ \d+ passed, \d+ deselected.*", said.splitlines()[-1]), said
 
 
+@pytest.mark.slow
 @needs_images
 def test_a_rehearsal_finds_mistakes(driver, kernels, tmp_path):
     (tmp_path / "test_mistakes.py").write_text(MISTAKES)
     given = "--tb=line", "-c", ROOT.parent / "pyproject.toml", tmp_path / "test_mistakes.py"
-    said = harness.rehearse(driver, kernels, *given)
+    said = rehearsed(driver, kernels, *given)
     found, wanted = re.findall(r"\n/.*?:\d+: (.*)", said), re.findall(r"\(\):  # (.*)", MISTAKES)
     assert len(found) == len(wanted), said
     assert all(map(re.search, wanted, found)), found

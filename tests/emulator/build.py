@@ -1,91 +1,89 @@
-"""Compiles the kernels for the emulator, plain or under a sanitizer, with a fault planted where a test asks for it."""
+"""Compiles the kernels for the emulator, as a library that the stand-in driver launches from."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from compilers import cxx
 
 HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parent.parent / "kernels"
+ROOT = HERE.parent.parent
+KERNELS = ROOT / "kernels"
+KEPT = ROOT / "target" / "emulator"
 
 # -ffp-contract=off: nothing is fused but by `fmaf`, as build.rs has it for GPUs. The scheduler is built without
 # sanitizers, see there.
-_COMMON = ("-std=c++20", "-g", "-ffp-contract=off")
-_SANITIZERS = {
-    "plain": ("-O2",),
+COMMON = ("-std=c++20", "-g1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")  # of #pragma unroll
+SANITIZERS = {
     "asan": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "tsan": ("-O1", "-fsanitize=thread"),
 }
 
 
-class Fault(NamedTuple):
-    """A change to a kernel source. `old` must be there, once, or the source has moved away from the test."""
+class Part(NamedTuple):
+    """Variants of a unit's kernels that are compiled together; all parts at the same time."""
 
-    file: str
-    old: str
-    new: str
-
-
-# Threads are what TSan pays for, 0.6 ms each: two warps a block are enough for any race between warps.
-FEWER_THREADS = Fault("common/reduce.cuh", "constexpr int kThreads = 256;", "constexpr int kThreads = 64;")
+    unit: str
+    variants: tuple[str, ...]
 
 
-def build(
-    folder: Path, sanitizer: str = "plain", fault: Fault | None = None, alone: tuple[str, str] | None = None
-) -> Path:
-    """The server (server.cpp) as an executable in `folder`, an empty one of its own.
-
-    `alone`: unit and variant of the only kernels, enough where a planted fault is looked for: most of the time to
-    compile is the others'.
-    """
-    kernels, flags = KERNELS, _COMMON + _SANITIZERS[sanitizer]
-    edits = [edit for edit in (fault, FEWER_THREADS if sanitizer == "tsan" else None) if edit]
-    if edits or alone:
-        kernels = folder / "kernels"
-        shutil.copytree(KERNELS, kernels)
-    for edit in edits:
-        _edit(kernels / edit.file, functools.partial(_replace, edit))
-    if alone:
-        unit, variant = alone
-        file, entry = ("transition.cuh", "  X(") if unit == "policy_loss" else (f"{unit}.cu", f"{unit.upper()}(")
-        _edit(kernels / file, functools.partial(_only, entry, variant))
-        flags += (f"-DEMULATE_{unit.upper()}={variant}",)
-    include = ("-DFLOWDPPO_EMULATOR", "-I", kernels, "-I", HERE, "-Wno-unknown-pragmas")  # of #pragma unroll
-    _run(cxx(), *flags, *include, "-c", HERE / "launch.cpp", "-o", folder / "launch.o")
-    _run(cxx(), *flags, folder / "launch.o", *_unsanitized_objects(folder.parent), "-o", folder / "server")
-    return folder / "server"
+def parts() -> list[Part]:
+    """All kernels, those of the losses in two parts: together they would take longer than all else."""
+    losses = re.findall(r"^  X\((\w+),", (KERNELS / "transition.cuh").read_text(), re.MULTILINE)
+    steps = re.findall(r"^SDE_STEP\((\w+),", (KERNELS / "sde_step.cu").read_text(), re.MULTILINE)
+    of_steps = tuple(name for name in losses if name.startswith("step"))
+    return [
+        Part("policy_loss", of_steps),
+        Part("policy_loss", tuple(name for name in losses if name not in of_steps)),
+        Part("sde_step", tuple(steps)),
+    ]
 
 
-@functools.cache
-def _unsanitized_objects(folder: Path) -> tuple[Path, Path]:
-    """The scheduler and the server, the same for every build of a test run."""
-    objects = folder / "scheduler.o", folder / "server.o"
-    for made in objects:
-        _run(cxx(), *_COMMON, "-O2", "-c", HERE / f"{made.stem}.cpp", "-o", made)
-    return objects
+def library(sanitizer: str) -> Path:
+    """All kernels. Kept in target/ until a source changes."""
+    sources = sorted([*KERNELS.rglob("*.cu*"), *HERE.glob("*.[ch]*"), Path(__file__)])
+    version = subprocess.run([cxx(), "--version"], capture_output=True, check=True).stdout
+    state = hashlib.sha256(b"\0".join([version, *(source.read_bytes() for source in sources)])).hexdigest()[:16]
+    kept = KEPT / f"{sanitizer}-{state}.so"
+    if not kept.exists():
+        made = build(KEPT / f"{sanitizer}-{state}", sanitizer, parts())
+        for old in KEPT.glob(f"{sanitizer}-*.so"):
+            old.unlink()
+        made.replace(kept)
+        shutil.rmtree(made.parent)
+    return kept
 
 
-def _run(*command: str | Path | None) -> None:
+def build(folder: Path, sanitizer: str, compiled: Iterable[Part], kernels: Path = KERNELS) -> Path:
+    """`kernels`: the sources, which need not be the project's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = (*COMMON, "-DFLOWDPPO_EMULATOR", "-I", HERE)
+    jobs = [(HERE / f"{name}.cpp", folder / f"{name}.o", ("-O2",)) for name in ("scheduler", "launch")]
+    for number, part in enumerate(compiled):
+        # Without the entry points of other parts: an include path before `kernels` has the file that lists them.
+        listed = "transition.cuh" if part.unit == "policy_loss" else "sde_step.cu"
+        entry = rf"^(?:  X|SDE_STEP)\((?!(?:{'|'.join(part.variants)}),)\w+,.*\n"
+        sources = folder / f"kernels{number}"
+        shutil.copytree(kernels, sources, dirs_exist_ok=True)
+        text = re.sub(entry, "", (sources / listed).read_text(), flags=re.MULTILINE)
+        (sources / listed).write_text(text)
+        variants = " ".join(f"X({name})" for name in part.variants)
+        which = f"-DEMULATE_{part.unit.upper()}", f"-DVARIANTS={variants}", "-I", sources
+        jobs.append((HERE / "kernels.cpp", folder / f"part{number}.o", (*SANITIZERS[sanitizer], *which)))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda job: run(cxx(), *flags, *job[2], "-c", job[0], "-o", job[1]), jobs[::-1]))
+    link = [flag for flag in SANITIZERS[sanitizer] if flag.startswith("-fsanitize")]
+    run(cxx(), "-shared", *link, *(job[1] for job in jobs), "-o", folder / "libkernels.so")
+    return folder / "libkernels.so"
+
+
+def run(*command: str | Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr}"
-
-
-def _edit(path: Path, change: Callable[[str], str]) -> None:
-    path.write_text(change(path.read_text()))
-
-
-def _replace(fault: Fault, text: str) -> str:
-    assert text.count(fault.old) == 1, f"{fault.file} has {text.count(fault.old)} times: {fault.old}"
-    return text.replace(fault.old, fault.new)
-
-
-def _only(entry: str, variant: str, text: str) -> str:
-    """Without the entry points of the other variants; `entry`: how the line of one begins."""
-    lines = text.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith(entry) or line.startswith(f"{entry}{variant},"))

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 namespace emu {
 
@@ -19,6 +20,15 @@ void fence();
 void atomic(const void* address);  // an atomic operation on it is about to be done
 
 // ---- from outside
+struct Kernel {
+  const char* name;
+  size_t bytes;  // of its one argument
+  unsigned threads;
+  void (*run)(const void* argument);
+};
+// Makes kernels known to `emu_launch`; true.
+bool add(std::initializer_list<Kernel> some);
+
 // Runs kernel(argument) for every thread of a one-dimensional grid. Seed 0 keeps the natural order; any other shuffles
 // blocks, and threads between any two points where they wait. A misuse (divergent barriers, a lane missing from a
 // shuffle) is written to stderr, and the process aborts.

@@ -14,7 +14,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
+#define __noinline__ inline __attribute__((noinline))  // `inline`: several files have it
 #define __launch_bounds__(...)
 #define __grid_constant__
 

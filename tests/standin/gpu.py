@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
@@ -47,6 +49,40 @@ def memory(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     pages = mmap.mmap(-1, max(count, 1) * dtype.itemsize, flags=flags)
     return torch.frombuffer(pages, dtype=dtype, count=max(count, 1))[:count].view(shape)
+
+
+@contextlib.contextmanager
+def outputs_off(elements: int) -> Iterator[None]:
+    """Latents that the package allocates begin so many elements off a multiple of 64 bytes."""
+    before = Tensor.new_empty, torch.empty_like
+
+    def new_empty(like: Tensor, *shape: int | tuple[()], dtype: torch.dtype) -> Tensor:
+        shape = () if shape == ((),) else shape
+        off = elements if len(shape) > 1 else 0
+        return before[0](like, math.prod(shape) + off, dtype=dtype)[off:].view(shape)
+
+    Tensor.new_empty, torch.empty_like = new_empty, lambda like: new_empty(like, *like.shape, dtype=like.dtype)
+    try:
+        yield
+    finally:
+        Tensor.new_empty, torch.empty_like = before
+
+
+@contextlib.contextmanager
+def unreadable(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Whoever reads one of these, made by `memory`, ends the process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def protect(access: int) -> None:
+        for tensor in tensors:
+            assert libc.mprotect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), access) == 0
+
+    tensors = list(tensors)
+    protect(0)  # PROT_NONE
+    try:
+        yield
+    finally:
+        protect(mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def without_memory() -> list[Tensor]:

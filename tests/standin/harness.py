@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from compilers import cxx
+from compilers import cxx, sanitizer_library
 from launch_arguments import ARGUMENTS
 
 HERE = Path(__file__).parent
@@ -23,25 +25,6 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def build_kernels(folder: Path) -> Path:
-    """The kernels compiled for the emulator, as a library that the driver can launch from."""
-    library = folder / "libkernels.so"
-    emulator, kernels = HERE.parent / "emulator", HERE.parent.parent / "kernels"
-    sources = [emulator / "launch.cpp", emulator / "scheduler.cpp"]
-    flags = [
-        "-std=c++20",
-        "-O2",
-        "-ffp-contract=off",
-        "-shared",
-        "-fPIC",
-        "-DFLOWDPPO_EMULATOR",
-        f"-I{kernels}",
-        f"-I{emulator}",
-    ]
-    subprocess.run([cxx(), *flags, *sources, "-o", library], check=True, timeout=240)
-    return library
-
-
 def run(
     scenario: str,
     folder: Path | None,
@@ -50,34 +33,66 @@ def run(
     script: str = "scenarios.py",
 ) -> None:
     """Runs a function of `script` in a process of its own: a process loads its driver and its modules only once."""
-    command = [sys.executable, str(HERE / script), scenario]
-    environment = surroundings(folder, capabilities, kernels)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, (
-        f"{scenario} on {capabilities} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
-    )
+    done = _process([HERE / script, scenario], folder, kernels, STANDIN_CAPABILITIES=capabilities)
+    assert done.returncode == 0, f"{scenario} on {capabilities} ended with {done.returncode}:\n{done.stdout}"
 
 
-def rehearse(folder: Path, kernels: Path, *arguments: str | Path) -> str:
-    """What pytest says of tests marked gpu, under `rehearsal`."""
-    command = [sys.executable, "-m", "pytest", "-p", "standin.rehearsal", "-p", "no:cacheprovider", "-m", "gpu"]
-    # One thread: two cost more than they save at these sizes.
-    environment = surroundings(folder, "90", kernels) | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
-    ).stdout
+def pytest(
+    plugin: str, folder: Path, kernels: Path, *arguments: str | Path, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """What pytest says of tests on emulated kernels, by one of the plugins `emulated` and `rehearsal`."""
+    command = ["-m", "pytest", "-p", f"standin.{plugin}", "-p", "no:cacheprovider", "-v", "--no-header"]
+    command += ["--capture=sys", *arguments]  # of which a sanitizer, which writes its report itself, knows nothing
+    devices = {"STANDIN_CAPABILITIES": "90,90", "STANDIN_MULTIPROCESSORS": "4,0"}
+    return _process(command, folder, kernels, timeout=timeout, NO_COLOR="1", **devices)
 
 
-def surroundings(folder: Path | None, capabilities: str, kernels: Path | None) -> dict[str, str]:
-    """Environment variables that lead to the stand-in."""
+def _process(
+    arguments: Iterable[str | Path],
+    folder: Path | None,
+    kernels: Path | None = None,
+    *,
+    timeout: float = 240,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Python, where the stand-in is the driver."""
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = dict(os.environ, STANDIN_CAPABILITIES=capabilities, PYTHONPATH=path)
+    environment = dict(os.environ, STANDIN_CAPABILITIES="90", PYTHONPATH=path) | variables
     environment.pop("LD_LIBRARY_PATH", None)
     if folder is not None:
         environment["LD_LIBRARY_PATH"] = str(folder)
+    command = [sys.executable, *map(str, arguments)]
     if kernels is not None:
-        environment["STANDIN_KERNELS"] = str(kernels)
-    return environment
+        # One thread: two cost more than they save at these sizes.
+        environment |= {"STANDIN_KERNELS": str(kernels), "OMP_NUM_THREADS": "1"}
+        sanitizer = kernels.name.partition("-")[0]
+        environment |= OPTIONS
+        # By `env`, so that only Python itself has a sanitizer; which has to be there before all else.
+        libraries = sanitizer_library(sanitizer), sanitizer_library("stdc++")
+        command = [*_fixed_addresses(), "env", f"LD_PRELOAD={':'.join(libraries)}", *command]
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+    )
+
+
+OPTIONS = {
+    # What is allocated is filled, lest an element that is not written passes for a result.
+    "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=165:max_malloc_fill_size=1000000000",
+    # Python and PyTorch are not instrumented.
+    "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",
+}
+
+
+@functools.cache
+def _fixed_addresses() -> tuple[str, ...]:
+    """The command that switches address randomisation off, where it may: under 32 random bits, the default of recent
+    kernels, the TSan of older compilers ends with "unexpected memory mapping"."""
+    command = ("setarch", "-R")
+    try:
+        done = subprocess.run([*command, "true"], capture_output=True, check=False)
+    except FileNotFoundError:
+        return ()
+    return command if done.returncode == 0 else ()
 
 
 class Driver:
@@ -92,6 +107,10 @@ class Driver:
 
     def fail(self, call: str, code: int) -> None:
         self._library.standin_fail(call.encode(), code)
+
+    def shuffle(self, seed: int) -> None:
+        """From now on every emulated launch has another order of blocks and threads; 0: the natural one again."""
+        self._library.standin_shuffle(seed)
 
     def context(self, device: int) -> int:
         return self._library.standin_context(device)

@@ -2,7 +2,7 @@
 // what a driver would refuse, notes each launch, and runs the kernel if a library of emulated kernels is named.
 //
 // "Device memory" is memory of this process. Devices, failures and captures are set through the `standin_` functions
-// and STANDIN_CAPABILITIES; the tests read what happened with `standin_take_log`. Only what the launcher calls is here:
+// and STANDIN_ variables; the tests read what happened with `standin_take_log`. Only what the launcher calls is here:
 // a call of anything else fails in cudarc, by name.
 #include <dlfcn.h>
 
@@ -44,10 +44,9 @@ const std::map<int, const char*> kNames = {
     {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS"}, {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
 };
 
-constexpr int kMultiprocessors = 4;  // few, so that grids stay small enough to emulate
-
 struct Device {
   int capability;  // 90 for 9.0
+  int multiprocessors;
   bool retained = false;
 };
 struct Stream {
@@ -72,12 +71,14 @@ std::set<Stream*> streams;     // a Stream* is a CUstream
 std::map<std::string, int> failures;
 std::ostringstream log_text;
 bool initialised = false;
+unsigned next_seed = 0;  // of the emulator, see `standin_shuffle`
 thread_local Device* current = nullptr;
 thread_local int capture_mode = 0;  // 0 global, 2 relaxed
 
-std::vector<int> capabilities() {
-  const char* list = std::getenv("STANDIN_CAPABILITIES");
-  std::istringstream text(list ? list : "90");
+// Numbers of a variable, with commas between them.
+std::vector<int> numbers(const char* variable, const char* otherwise) {
+  const char* list = std::getenv(variable);
+  std::istringstream text(list ? list : otherwise);
   std::vector<int> out;
   for (std::string item; std::getline(text, item, ',');) out.push_back(std::atoi(item.c_str()));
   return out;
@@ -191,6 +192,10 @@ void* standin_stream(int device) {
   return stream;
 }
 
+// Emulated launches run their blocks and threads in another order each, this number being the first one's seed. 0: all
+// in the natural order.
+void standin_shuffle(unsigned seed) { next_seed = seed; }
+
 void standin_capture(void* stream, int on) { static_cast<Stream*>(stream)->capturing = on; }
 
 int standin_capture_mode() { return capture_mode; }
@@ -210,8 +215,12 @@ size_t standin_take_log(char* out, size_t size) {
 
 int cuInit(unsigned flags) {
   ENTER("cuInit");
-  if (devices.empty())
-    for (const int capability : capabilities()) devices.push_back(new Device{capability});
+  if (devices.empty()) {
+    // Few multiprocessors, so that grids stay small enough to emulate.
+    const std::vector<int> few = numbers("STANDIN_MULTIPROCESSORS", "4");
+    for (const int capability : numbers("STANDIN_CAPABILITIES", "90"))
+      devices.push_back(new Device{capability, few[devices.size() % few.size()]});
+  }
   initialised = true;
   return flags == 0 ? kSuccess : kInvalidValue;
 }
@@ -246,7 +255,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   const int capability = devices.at(device)->capability;
   switch (attribute) {
     case 16:
-      *value = kMultiprocessors;
+      *value = devices.at(device)->multiprocessors;
       return kSuccess;
     case 75:
       *value = capability / 10;
@@ -352,7 +361,8 @@ int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid
   const char* name = function->name.c_str();
   if (kernels->argument_bytes(name) != function->parameter_bytes || kernels->threads() != block_x) return kInvalidValue;
   const std::lock_guard<std::mutex> guard(running);
-  return kernels->launch(name, parameters[0], grid_x, 0) == 0 ? kSuccess : kNotFound;
+  const unsigned seed = next_seed ? next_seed++ : 0;
+  return kernels->launch(name, parameters[0], grid_x, seed) == 0 ? kSuccess : kNotFound;
 }
 
 int cuGetErrorName(int code, const char** name) {

@@ -14,8 +14,9 @@ import pytest
 import torch
 from launch_arguments import Structure
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, _native
+from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, _native, loss
 from flowdppo_ops.policy_loss import _loss
 from standin.gpu import memory, on_gpu, without_memory
 from standin.harness import Driver
@@ -370,7 +371,49 @@ def bad_arguments() -> None:
     assert driver.launches() == []
 
 
-# ---- contexts, streams, captures, threads ----------------------------------------------------------------------------
+# ---- tickets, contexts, streams, captures, threads -------------------------------------------------------------------
+
+
+def kept_tickets() -> None:
+    """Kept per stream and grown; never those of a capture, nor of a call through the dispatcher."""
+    driver = Driver()
+    stream = driver.stream()
+    gpu = on_gpu(0, stream)
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    def used(rows: int = 4) -> int:
+        """The address that a call gave to its kernel."""
+        loss(memory(rows, 6), memory(rows, 6), memory(rows), std=1.0, prev_sample=memory(rows, 6))
+        (launch,) = driver.launches()
+        return launch.parameters.tickets
+
+    def lengths() -> list[int]:
+        return [tickets.numel() for tickets in gpu.tickets]
+
+    first, second = used(), used()
+    (kept,) = gpu.tickets
+    assert first == second == kept.data_ptr()
+    assert (lengths(), kept.element_size()) == ([1024], 4)
+
+    driver.capture(stream, True)
+    captured = used()
+    driver.capture(stream, False)
+    with Watching():
+        watched = used()
+    assert lengths() == [1024, 5, 5]
+    assert [captured, watched] == [tickets.data_ptr() for tickets in gpu.tickets[1:]]
+
+    assert used(1023) == kept.data_ptr()
+    assert lengths() == [1024, 5, 5]
+    assert used(1024) == used(5) == gpu.tickets[-1].data_ptr()
+    assert lengths() == [1024, 5, 5, 2048]
+    gpu.target = lambda: (0, 0)
+    assert used() == gpu.tickets[-1].data_ptr()
+    assert lengths() == [1024, 5, 5, 2048, 1024]
+    assert not any(tickets.any() for tickets in gpu.tickets)
 
 
 def current_context_is_restored() -> None:
