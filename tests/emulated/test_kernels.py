@@ -262,15 +262,6 @@ def test_float64_is_refused(function):
 # ---- sharded latents -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def group():
-    from torch import distributed
-
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield distributed.group.WORLD
-    distributed.destroy_process_group()
-
-
 @functions
 @pytest.mark.parametrize("sizes", [(3, 600, 400), (1, 40, 9000), (700,)], ids=str)
 @pytest.mark.parametrize("latent_reduction", ["mean", "sum"])

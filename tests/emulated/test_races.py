@@ -25,16 +25,12 @@ def test_no_data_race(function, objective, numel):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @lengths
-def test_no_data_race_of_a_shard(monkeypatch, function, objective, numel):
-    from torch import distributed
-
-    monkeypatch.setattr(distributed, "all_reduce", lambda sums, group: None)
-    monkeypatch.setattr("flowdppo_ops._torch.distributed", distributed, raising=False)
+def test_no_data_race_of_a_shard(group, function, objective, numel):
     arguments = drawn(function, 2, numel, objective=OBJECTIVES[objective])
-    result = FUNCTIONS[function](**arguments, process_group=object())
+    result = FUNCTIONS[function](**arguments, process_group=group)
     assert torch.equal(result.keep, getattr(reference, function)(**arguments).keep)
 
 
 @lengths
 def test_no_data_race_of_sde_step(numel):
-    three_way(sde_step, sde_step_cases.draw((2, numel), guidance=True, residual=True))
+    sde_step_cases.three_way(sde_step, sde_step_cases.draw((2, numel), guidance=True, residual=True))

@@ -14,6 +14,7 @@ import cases
 import pytest
 import sde_step_cases
 import step_cases
+from torch import distributed
 
 from standin.gpu import Gpu, on_gpu
 from standin.harness import Driver
@@ -33,6 +34,14 @@ def driver() -> Driver:
 @pytest.fixture(scope="session")
 def gpu() -> Gpu:
     return GPU
+
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[distributed.ProcessGroup]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
 
 
 def on_cpu(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
