@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CELLS, DTYPES, LAYOUTS, OBJECTIVES, SIZES, VARIANTS, draw, mask_cells
+from pairs import covering
 from parity import far_from_ties, run, three_way
 
 from flowdppo_ops import FlowDPPO, FlowGRPO
@@ -23,11 +24,13 @@ objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJEC
 # ---- parity ----------------------------------------------------------------------------------------------------------
 
 
-@objectives
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("latent_reduction", LATENT_REDUCTIONS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@covering(
+    objective=OBJECTIVES,
+    source=SOURCES,
+    density=DENSITIES,
+    latent_reduction=LATENT_REDUCTIONS,
+    reduction=REDUCTIONS,
+)
 def test_options(loss, objective, source, density, latent_reduction, reduction):
     arguments = draw(
         source=source,
@@ -49,9 +52,7 @@ def test_variants(loss, objective, source):
     three_way(loss, draw(source=source, objective=objective, weights=True))
 
 
-@objectives
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("source", SOURCES)
+@covering(objective=OBJECTIVES, dtypes=DTYPES, source=SOURCES)
 def test_dtypes(loss, objective, dtypes, source):
     arguments = draw(
         source=source, objective=objective, dtypes=dtypes, weights=True, ref_kl_weight=0.5, latent_shape=(4, 9)
@@ -67,10 +68,7 @@ def test_dtypes(loss, objective, dtypes, source):
             assert mine[f"grad {name}"].dtype == arguments[name].dtype, name
 
 
-@objectives
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("latent_reduction", LATENT_REDUCTIONS)
+@covering(objective=OBJECTIVES, reduction=REDUCTIONS, source=SOURCES, latent_reduction=LATENT_REDUCTIONS)
 def test_reference_kl(loss, objective, reduction, source, latent_reduction):
     arguments = draw(
         source=source,
@@ -85,10 +83,9 @@ def test_reference_kl(loss, objective, reduction, source, latent_reduction):
     three_way(loss, arguments)
 
 
-@objectives
-@pytest.mark.parametrize(("row_shape", "latent_shape"), LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_layouts(loss, objective, row_shape, latent_shape, reduction):
+@covering(objective=OBJECTIVES, layout=LAYOUTS, reduction=("mean", "none"))
+def test_layouts(loss, objective, layout, reduction):
+    row_shape, latent_shape = layout
     for seed in range(4):  # so that the layouts with few rows see every KL, ratio and sign
         arguments = draw(row_shape, latent_shape, objective=objective, reduction=reduction, seed=3 * seed)
         mine = three_way(loss, arguments)
@@ -304,10 +301,12 @@ def test_kept_mean(loss, nothing):
 # ---- exactness -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("latent_reduction", LATENT_REDUCTIONS)
-@objectives
+@covering(
+    dtypes=("float32", "bfloat16", "float16", "float64"),
+    density=DENSITIES,
+    latent_reduction=LATENT_REDUCTIONS,
+    objective=OBJECTIVES,
+)
 def test_on_policy_is_exact(loss, dtypes, density, latent_reduction, objective):
     """Equal means: ratio 1 and KL 0 to the last bit; and the log-prob of one call is the old one of the next."""
     arguments = draw(

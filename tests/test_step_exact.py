@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CELLS
+from pairs import covering
 from parity import equal_bits, leaves, run, upstream_of
 from step_cases import (
     LATENTS,
@@ -26,7 +27,8 @@ from flowdppo_ops import FlowDPPO, GRPOGuard, _native, reference
 samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 old_forms = pytest.mark.parametrize("old_form", OLD_FORMS)
 objectives = pytest.mark.parametrize("objective", STEP_OBJECTIVES.values(), ids=STEP_OBJECTIVES)
-dtypes_of_all = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+dtypes_of_all = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 
 
 # ---- the mask --------------------------------------------------------------------------------------------------------
@@ -126,11 +128,13 @@ def test_coefficients_are_those_of_float32(fused_step, sampler):
 # ---- on policy -------------------------------------------------------------------------------------------------------
 
 
-@samplers
-@objectives
-@dtypes_of_all
-@pytest.mark.parametrize("latent_reduction", ["mean", "sum"])
-@pytest.mark.parametrize("scale", [None, 1.0, 4.5])
+@covering(
+    sampler=SAMPLERS,
+    objective=STEP_OBJECTIVES,
+    dtype=ALL_DTYPES,
+    latent_reduction=("mean", "sum"),
+    scale=(None, 1.0, 4.5),
+)
 def test_on_policy_is_exact(native, sampler, objective, dtype, latent_reduction, scale):
     """The policy's own output, or its mean as `sde_step` recorded it: ratio 1 and KL 0 to the last bit; and the
     log-prob of one call is the old one of the next."""
@@ -355,11 +359,13 @@ def test_same_bits_for_any_thread_count(fused_step, monkeypatch, dtypes, rows, n
         equal_bits(run(fused_step, arguments), alone)
 
 
-@objectives
-@old_forms
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "every latent another"])
-@pytest.mark.parametrize("guidance", [False, True])
-@pytest.mark.parametrize("upstream", [1.0, 2.0**-7])
+@covering(
+    objective=STEP_OBJECTIVES,
+    old_form=tuple(OLD_FORMS),
+    dtypes=("float32", "bfloat16", "every latent another"),
+    guidance=(False, True),
+    upstream=(1.0, 2.0**-7),
+)
 def test_gradients_formed_ahead_are_the_backward_s(
     fused_step, monkeypatch, objective, old_form, dtypes, guidance, upstream
 ):
@@ -416,10 +422,12 @@ def test_overwritten_inputs_are_noticed(fused_step, name):
         result.loss.backward()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("guidance", [False, True])
-@pytest.mark.parametrize("upstream", [1.0, 3.0])
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16 outputs, float16 policies", "every latent another"])
+@covering(
+    reduction=("mean", "none"),
+    guidance=(False, True),
+    upstream=(1.0, 3.0),
+    dtypes=("float32", "bfloat16 outputs, float16 policies", "every latent another"),
+)
 def test_nothing_latent_sized_is_allocated_but_the_gradients(fused_step, reduction, guidance, upstream, dtypes):
     arguments = draw_step(
         (9,), (3000,), old_form="residual", guidance=guidance, ref_form="output", reduction=reduction,

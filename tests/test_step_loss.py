@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CELLS, LAYOUTS, SIZES
+from pairs import covering
 from parity import equal_bits, run, three_way
 from step_cases import OLD_FORMS, SAMPLERS, STEP_DTYPES, STEP_OBJECTIVES, draw_step, step_mask_cells
 
@@ -16,9 +17,7 @@ old_forms = pytest.mark.parametrize("old_form", OLD_FORMS)
 objectives = pytest.mark.parametrize("objective", STEP_OBJECTIVES.values(), ids=STEP_OBJECTIVES)
 
 
-@samplers
-@old_forms
-@objectives
+@covering(sampler=SAMPLERS, old_form=tuple(OLD_FORMS), objective=STEP_OBJECTIVES)
 def test_forms(step_loss, sampler, old_form, objective):
     """With and without guidance, and with every form of the reference."""
     for ref_form, guidance in ((None, False), ("mean", True), ("output", False)):
@@ -47,10 +46,12 @@ def test_layouts(step_loss, rows, latents):
     three_way(step_loss, draw_step(rows, latents, old_form="output", ref_form="mean", guidance=True))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "kept_mean"])
-@pytest.mark.parametrize("latent_reduction", ["mean", "sum"])
-@pytest.mark.parametrize("old_log_prob", [False, True])
-@samplers
+@covering(
+    sampler=SAMPLERS,
+    reduction=("mean", "sum", "none", "kept_mean"),
+    latent_reduction=("mean", "sum"),
+    old_log_prob=(False, True),
+)
 def test_options(step_loss, sampler, reduction, latent_reduction, old_log_prob):
     options = {"reduction": reduction, "latent_reduction": latent_reduction, "old_log_prob": old_log_prob}
     for objective in (STEP_OBJECTIVES["dppo"], STEP_OBJECTIVES["grpo"]):
@@ -77,9 +78,7 @@ def test_schedules(step_loss, schedule):
     equal_bits(mine, run(step_loss, whole))
 
 
-@samplers
-@old_forms
-@objectives
+@covering(sampler=SAMPLERS, old_form=tuple(OLD_FORMS), objective=STEP_OBJECTIVES)
 def test_deterministic_rows(step_loss, sampler, old_form, objective):
     """No noise in every third row: finite numbers, as the reference defines them; a Gaussian log-prob is 0."""
     for ref_form in (None, "output"):
@@ -129,9 +128,7 @@ def test_every_mask_cell(step_loss, old_form, dtype, numel):
     assert (mine["grad model_output"][~keep] == 0).all()
 
 
-@samplers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@objectives
+@covering(sampler=SAMPLERS, dtype=(torch.float32, torch.bfloat16, torch.float16), objective=STEP_OBJECTIVES)
 def test_on_policy_is_exact(step_loss, sampler, dtype, objective):
     """Equal model outputs: the ratio is exactly 1 and the KL exactly 0, whatever the roundings of the mean."""
     for guidance, numel in ((False, 40), (True, 1003)):

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from cases import LAYOUTS, VARIANTS
+from pairs import covering
 from parity import far_from_ties, leaves, run, three_way
 from step_cases import (
     DYADIC,
@@ -28,18 +29,20 @@ REDUCTIONS = [("mean", "mean"), ("sum", "sum"), ("none", "mean"), ("kept_mean", 
 ALL_DTYPES = STEP_DTYPES | FLOAT64_DTYPES
 
 samplers = pytest.mark.parametrize("sampler", SAMPLERS)
-old_forms = pytest.mark.parametrize("old_form", OLD_FORMS)
 objectives = pytest.mark.parametrize("objective", STEP_OBJECTIVES.values(), ids=STEP_OBJECTIVES)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-@samplers
-@old_forms
-@objectives
-@pytest.mark.parametrize(("reduction", "latent_reduction"), REDUCTIONS, ids=map(" ".join, REDUCTIONS))
-def test_options(step_loss, sampler, old_form, objective, reduction, latent_reduction):
+@covering(
+    sampler=SAMPLERS,
+    old_form=tuple(OLD_FORMS),
+    objective=STEP_OBJECTIVES,
+    reductions={" ".join(pair): pair for pair in REDUCTIONS},
+)
+def test_options(step_loss, sampler, old_form, objective, reductions):
+    reduction, latent_reduction = reductions
     options = {"reduction": reduction, "latent_reduction": latent_reduction, "weights": reduction in ("sum", "none")}
     arguments = draw_step(sampler=sampler, old_form=old_form, objective=objective, **options)
     assert far_from_ties(arguments)
@@ -103,9 +106,7 @@ def test_blocked_rows_keep_their_penalty(step_loss, objective, ref_form):
 # ---- dtypes, sizes, layouts ------------------------------------------------------------------------------------------
 
 
-@objectives
-@old_forms
-@pytest.mark.parametrize("dtypes", ALL_DTYPES.values(), ids=ALL_DTYPES)
+@covering(objective=STEP_OBJECTIVES, old_form=tuple(OLD_FORMS), dtypes=ALL_DTYPES)
 def test_dtypes(step_loss, objective, old_form, dtypes):
     options = {"objective": objective, "old_form": old_form, "ref_form": "output", "guidance": True}
     arguments = draw_step(latent_shape=(4, 9), dtypes=dtypes, **options)
@@ -175,9 +176,7 @@ def test_layouts(step_loss, sampler, row_shape, latent_shape):
 # ---- guidance --------------------------------------------------------------------------------------------------------
 
 
-@samplers
-@old_forms
-@objectives
+@covering(sampler=SAMPLERS, old_form=tuple(OLD_FORMS), objective=STEP_OBJECTIVES)
 def test_guidance(step_loss, sampler, old_form, objective):
     for reduction, latent_reduction in REDUCTIONS[:2]:
         options = {"guidance": True, "ref_form": "mean", "reduction": reduction, "latent_reduction": latent_reduction}
@@ -211,10 +210,7 @@ def test_guidance_scales(step_loss, scale, dtypes):
 # ---- one function made of two ----------------------------------------------------------------------------------------
 
 
-@samplers
-@old_forms
-@objectives
-@pytest.mark.parametrize("old_log_prob", [False, True])
+@covering(sampler=SAMPLERS, old_form=tuple(OLD_FORMS), objective=STEP_OBJECTIVES, old_log_prob=(False, True))
 def test_step_loss_is_sde_step_and_loss(native, sampler, old_form, objective, old_log_prob):
     """In float64, with the KL and the gradient in the output by the chain rule."""
     arguments = draw_step(
@@ -266,10 +262,12 @@ def test_velocity_kl(step_loss, sampler):
 # ---- deterministic rows ----------------------------------------------------------------------------------------------
 
 
-@samplers
-@old_forms
-@objectives
-@pytest.mark.parametrize("rows", [(5,), (1, 2, 3, 6, 9), tuple(range(12))], ids=["one", "some", "all"])
+@covering(
+    sampler=SAMPLERS,
+    old_form=tuple(OLD_FORMS),
+    objective=STEP_OBJECTIVES,
+    rows={"one": (5,), "some": (1, 2, 3, 6, 9), "all": tuple(range(12))},
+)
 def test_deterministic_rows(step_loss, sampler, old_form, objective, rows):
     """No NaN, and the reference's numbers, whatever the other rows are and whatever the old policy's form."""
     fixed = torch.zeros(12, dtype=torch.bool)
@@ -312,9 +310,7 @@ def test_divisors_of_0(step_loss):
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-@old_forms
-@objectives
-@pytest.mark.parametrize("guidance", [False, True])
+@covering(old_form=tuple(OLD_FORMS), objective=STEP_OBJECTIVES, guidance=(False, True))
 def test_anchors_get_no_gradient(step_loss, old_form, objective, guidance):
     arguments = draw_step(
         old_form=old_form, objective=objective, old_log_prob=True, guidance=guidance, ref_form="mean", weights=True
@@ -346,9 +342,7 @@ def test_backward_twice_accumulates(step_loss):
         assert torch.equal(value.grad, 2 * grad)
 
 
-@samplers
-@old_forms
-@objectives
+@covering(sampler=SAMPLERS, old_form=tuple(OLD_FORMS), objective=STEP_OBJECTIVES)
 def test_gradcheck(step_loss, sampler, old_form, objective):
     """Finite differences in float64, on rows far enough from every threshold."""
     for old_log_prob, guidance in itertools.product((False, True), repeat=2):
