@@ -109,11 +109,14 @@ def test_odd_addresses(function, kind, offset):
 
 
 @functions
-@pytest.mark.parametrize("numel", [7, 12, 1004, 4099])
-def test_rows_that_begin_anywhere(function, numel):
-    """Where a dtype's vectors are aligned, those of a shorter one need not be."""
+@pytest.mark.parametrize("numel", [7, 12, 1004, 1008, 4099])
+def test_vectors_of_two_lengths(function, numel):
+    """Where a dtype's vectors are aligned, those of a shorter one need not be; nor is a gradient's where its latent's
+    are."""
     dtypes = {"*": torch.float32, "prev_sample": torch.bfloat16, "uncond_output": torch.float16}
-    three_way(FUNCTIONS[function], drawn(function, 3, numel, dtypes=dtypes))
+    for offset in (0, 4):
+        with outputs_off(offset):
+            three_way(FUNCTIONS[function], drawn(function, 3, numel, dtypes=dtypes))
 
 
 # ---- beside the CPU backend ------------------------------------------------------------------------------------------

@@ -58,12 +58,14 @@ def test_odd_addresses(dtypes):
                 three_way(sde_step, arguments | {name: off(arguments[name], offset) for name in moved})
 
 
-@pytest.mark.parametrize("numel", [7, 12, 1004, 4099])
+@pytest.mark.parametrize("numel", [7, 12, 1004, 1008, 4099])
 @pytest.mark.parametrize("name", ["uncond_output", "noise", "residual", "model_output"])
-def test_rows_that_begin_anywhere(name, numel):
+def test_vectors_of_two_lengths(name, numel):
     """Where a dtype's vectors are aligned, those of a shorter one need not be."""
     dtypes = {"*": torch.float32, name: torch.float16}
-    three_way(sde_step, draw((3, numel), guidance=True, residual=True, dtypes=dtypes))
+    for offset in (0, 4):
+        with outputs_off(offset):
+            three_way(sde_step, draw((3, numel), guidance=True, residual=True, dtypes=dtypes))
 
 
 @dtypes
