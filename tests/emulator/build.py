@@ -47,17 +47,22 @@ def parts() -> list[Part]:
 
 
 def library(sanitizer: str) -> Path:
-    """All kernels. Kept in target/ until a source changes."""
+    """All kernels. Kept in target/ until a source changes; whoever comes while they are compiled waits."""
+    import fcntl
+
     sources = sorted([*KERNELS.rglob("*.cu*"), *HERE.glob("*.[ch]*"), Path(__file__)])
     version = subprocess.run([cxx(), "--version"], capture_output=True, check=True).stdout
     state = hashlib.sha256(b"\0".join([version, *(source.read_bytes() for source in sources)])).hexdigest()[:16]
     kept = KEPT / f"{sanitizer}-{state}.so"
-    if not kept.exists():
-        made = build(KEPT / f"{sanitizer}-{state}", sanitizer, parts())
-        for old in KEPT.glob(f"{sanitizer}-*.so"):
-            old.unlink()
-        made.replace(kept)
-        shutil.rmtree(made.parent)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            made = build(KEPT / f"{sanitizer}-{state}", sanitizer, parts())
+            for old in KEPT.glob(f"{sanitizer}-*.so"):
+                old.unlink()
+            made.replace(kept)
+            shutil.rmtree(made.parent)
     return kept
 
 
