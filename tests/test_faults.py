@@ -154,7 +154,7 @@ KERNEL_FAULTS = {
     "a KL in the space of means": Fault(OBJECTIVE, "transition.b * transition.b", "2.0 * variance", "forms"),
     "a gradient with respect to the mean": Fault(OBJECTIVE, "innovation * transition.b", "innovation", "step lengths"),
     "a deterministic row like any other": Fault(
-        OBJECTIVE, "fixed = step && is_deterministic(transition)", "fixed = false", "deterministic"
+        OBJECTIVE, "deterministic = step && is_deterministic(transition)", "deterministic = false", "deterministic"
     ),
     "a KL divided by 0": Fault(OBJECTIVE, "(step && kl_divisor == 0.0)", "false", "deterministic"),
     "a reference divided by 0": Fault(OBJECTIVE, "!(step && ref_std == 0.0)", "true", "deterministic"),
@@ -318,8 +318,8 @@ PYTHON_FAULTS = {
     "rows of another shape": Fault(_check, "if came != wanted:", "if len(came) != len(wanted):", "refused"),
     "both log-prob sources": Fault(
         _check,
-        'if replay == (given["log_prob"] is not None):',
-        'if not replay and given["log_prob"] is None:',
+        'if replay == (arguments["log_prob"] is not None):',
+        'if not replay and arguments["log_prob"] is None:',
         "refused",
     ),
     "no old log-prob": Fault(
