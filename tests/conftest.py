@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Threads that spin between two small loops take the other workers' cores: `test_sde_step` took 6 times as long.

@@ -99,8 +99,25 @@ class Checks(NamedTuple):
         self.array(name)
         came, wanted = tuple(self.arguments[name].shape), tuple(self.arguments[like].shape)
         if came != wanted:
-            raise ValueError(f"{self.where}: {name} has shape {came}, wanted {wanted}, that of {like}")
+            why = self.more_rows(came, wanted) if like == "advantages" else ""
+            raise ValueError(f"{self.where}: {name} has shape {came}, wanted {wanted}, that of {like}{why}")
         self.same_device(name, like)
+
+    def more_rows(self, came: Shape, row_shape: Shape) -> str:
+        """For messages. What to change where an argument has more row dimensions than the call, as `[B, S]` log-probs
+        beside `[B]` advantages have."""
+        rank = max((at for at, size in enumerate(came, 1) if size != 1), default=0)
+        leader = next((name for name in ("model_output", "prev_sample_mean") if self.arguments.get(name) is not None), None)
+        if leader is None or rank <= len(row_shape):
+            return ""
+        rows = tuple(self.arguments[leader].shape)[:rank]
+        if len(rows) < rank or any(size not in (1, row) for size, row in zip(came, rows, strict=False)):
+            return ""
+        if "row_dims" in self.arguments:
+            return f". Are the rows {rows}? Then row_dims={rank}: the default of 1 makes one row per sample"
+        return (
+            f". Are the rows {rows}, one per sample and step? Then give advantages of that shape: they decide the rows"
+        )
 
     def rows(self) -> Shape:
         """Checks `advantages` and returns its shape, which is that of the rows."""
@@ -143,7 +160,7 @@ class Checks(NamedTuple):
             latent = "" if latent_rank is None else f", or rank {latent_rank} with trailing ones"
             raise ValueError(
                 f"{self.where}: {name} has shape {shape}, wanted a number or a shape that broadcasts to the rows "
-                f"{row_shape} dimension by dimension (rank {rank}{latent})"
+                f"{row_shape} dimension by dimension (rank {rank}{latent}){self.more_rows(shape, row_shape)}"
             )
         varying = [at for at, have in enumerate(leading) if have > 1]
         if varying and any(shape[at] != row_shape[at] for at in range(varying[0], varying[-1])):
@@ -166,12 +183,13 @@ class Checks(NamedTuple):
         elif self.arguments["guidance_scale"] is not None:
             self.require("uncond_output", "guidance_scale is given")
 
-    def one_form(self, policy: str, names: tuple[str, ...], *, needed: bool) -> None:
-        """Checks that at most one of `names` is given, and exactly one if it is `needed`."""
+    def one_form(self, policy: str, names: tuple[str, ...], *, needed: bool, unless: str = "") -> None:
+        """Checks that at most one of `names` is given, and exactly one if it is `needed`. `unless`: when it is not."""
         came = list(self.present(*names))
         if len(came) > 1 or (needed and not came):
             listed, wanted = " and ".join(came) or "none", ", ".join(names)
-            raise ValueError(f"{self.where}: got {listed} for the {policy} policy, wanted exactly one of {wanted}")
+            why = "" if came else unless
+            raise ValueError(f"{self.where}: got {listed} for the {policy} policy, wanted exactly one of {wanted}{why}")
 
     def objective(self) -> Any:
         objective = self.arguments["objective"]
@@ -208,6 +226,12 @@ def check_process_group(where: str, name: str, value: Any) -> None:
     raise TypeError(f"{where}: {name} is a {type(value).__name__}, wanted None or a torch.distributed.ProcessGroup")
 
 
+def without_old_mean(objective: Any) -> str:
+    """For messages: what else would do."""
+    name = type(objective).__name__
+    return "" if objective._needs_kl else f"; {name} needs none where old_log_prob is given"
+
+
 def check_loss(where: str, family: Family, arguments: Arguments) -> Call:
     """Checks the arguments of `flowdppo_ops.loss`; its docstring states what is wanted."""
     checks = Checks(where, family, arguments)
@@ -233,7 +257,7 @@ def check_loss(where: str, family: Family, arguments: Arguments) -> Call:
         if replay or objective._needs_kl or arguments["ref_std"] is None:
             checks.require("std", "the standard deviation of the transition")
     if objective._needs_kl or (replay and arguments["old_log_prob"] is None):
-        checks.require("old_prev_sample_mean", "the mean of the old policy")
+        checks.require("old_prev_sample_mean", "the mean of the old policy" + without_old_mean(objective))
     if objective._needs_sqrt_dt:
         checks.require("sqrt_dt", "GRPOGuard rescales by sqrt(-dt)")
     if has_ref:
@@ -270,7 +294,8 @@ def check_step_loss(where: str, family: Family, arguments: Arguments) -> Call:
     ref_kl_weight = settings["ref_kl_weight"]
     olds = ("old_prev_sample_mean", "old_model_output", "old_residual")
     refs = ("ref_prev_sample_mean", "ref_model_output")
-    checks.one_form("old", olds, needed=objective._needs_kl or arguments["old_log_prob"] is None)
+    needs_old = objective._needs_kl or arguments["old_log_prob"] is None
+    checks.one_form("old", olds, needed=needs_old, unless=without_old_mean(objective))
     checks.one_form("reference", refs, needed=ref_kl_weight != 0)
     checks.guidance()
     row_shape = checks.rows()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar
+
+PUBLISHED_NATS = 1e-5 * 65_536  # of Flow-DPPO: its threshold times the latent elements of SD3.5 at 512 pixels
 
 _DEFAULTS = {
     "objective": "",
@@ -47,6 +49,18 @@ class FlowDPPO(_Objective):
     `ratio > 1` with a positive advantage, or `ratio < 1` with a negative one. A blocked row has loss 0 and
     gradient exactly 0; every other row has loss `-advantage * ratio`.
 
+    The KL is a mean over the N latent elements of a row, so the same threshold means a different trust region for
+    another latent size. 1e-5 was published for SD3.5 at 512 pixels: N = 65,536, which makes 0.655 nats for the whole
+    row. `per_sample` takes the threshold in nats for the whole row. Two rules carry a setting over to another N:
+
+    - the same KL for the whole row: `kl_mask_threshold = nats / N`. This is `per_sample`.
+    - the same width as a clip range c of `FlowGRPO`: `kl_mask_threshold = N c^2 / 2`. Under the old policy the
+      log-ratio of a row of KL k has mean -k and standard deviation `sqrt(2 k / N)`, so at this threshold c is one
+      standard deviation.
+
+    The first grows with 1/N and the second with N: at N = 65,536 and c = 1e-4 they give 1e-5 and 3.3e-4. docs/loop.md
+    has what both did in a small run. Watch `masked_fraction` in the metrics: the share of rows that are blocked.
+
     Args:
         kl_mask_threshold: nats per latent element (nats with `latent_reduction="sum"`), >= 0, may be inf. KL is
             high unless it is below: equality is high. Compared in the arithmetic dtype (float32, or float64).
@@ -82,6 +96,30 @@ class FlowDPPO(_Objective):
             kl_divisor="velocity" if self.kl_space == "velocity" else divisor,
             keep_nan_kl=self.nan_kl == "keep",
         )
+
+    @classmethod
+    def per_sample(
+        cls, nats: float = PUBLISHED_NATS, *, numel: int, mask: str = "asymmetric", nan_kl: str = "mask"
+    ) -> FlowDPPO:
+        """The threshold in nats for a whole row: `FlowDPPO(nats / numel)`, for the default `latent_reduction="mean"`.
+
+        Args:
+            nats: KL of one transition, summed over its latent elements, >= 0, may be inf. The default is the published
+                setting, so that `FlowDPPO.per_sample(numel=65_536) == FlowDPPO()`.
+            numel: latent elements of one row, at least 1: `latents[0].numel()` for rows `[B]`.
+            mask, nan_kl: as in `FlowDPPO`.
+
+        Raises:
+            ValueError: `nats` is negative, NaN or too large for a float, `numel` is less than 1, an unknown option.
+            TypeError: `nats` is no number, or `numel` no whole number.
+        """
+        where = "FlowDPPO.per_sample"
+        total = not_negative(where, "nats", nats)
+        if isinstance(numel, bool) or not isinstance(numel, Integral):
+            raise TypeError(f"{where}: numel is a {type(numel).__name__}, wanted a whole number")
+        if numel < 1:
+            raise ValueError(f"{where}: numel is {numel}, wanted at least 1")
+        return cls(total / numel, mask=mask, nan_kl=nan_kl)
 
 
 @dataclass(frozen=True)
