@@ -107,7 +107,8 @@ class Checks(NamedTuple):
         """For messages. What to change where an argument has more row dimensions than the call, as `[B, S]` log-probs
         beside `[B]` advantages have."""
         rank = max((at for at, size in enumerate(came, 1) if size != 1), default=0)
-        leader = next((name for name in ("model_output", "prev_sample_mean") if self.arguments.get(name) is not None), None)
+        leaders = (name for name in ("model_output", "prev_sample_mean") if self.arguments.get(name) is not None)
+        leader = next(leaders, None)
         if leader is None or rank <= len(row_shape):
             return ""
         rows = tuple(self.arguments[leader].shape)[:rank]
