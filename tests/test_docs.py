@@ -76,10 +76,6 @@ def read(page: Path) -> str:
     return page.read_text()
 
 
-# Of the demo's pages, which come with it.
-NOT_YET = {"docs/claims.md", "docs/frontier.png"}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
@@ -87,8 +83,6 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if str(file.relative_to(ROOT)) in NOT_YET:
-            continue
         assert file.exists(), target
         headings = re.findall(r"^#+ (.*)$", read(file), re.MULTILINE) if file.suffix == ".md" else []
         anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

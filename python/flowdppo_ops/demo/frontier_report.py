@@ -105,7 +105,10 @@ def tables(rows: list[Row]) -> str:
     """Markdown."""
     parts = [
         ("Reward at equal KL", _matched_table(rows, "kl", "reward", "nats per image", True)),
-        ("Forgetting at equal reward", _matched_table(rows, "reward", "held_out_frechet", "reward", False)),
+        (
+            "Held-out Frechet distance at equal reward",
+            _matched_table(rows, "reward", "held_out_frechet", "reward", False),
+        ),
         ("Scores", _score_table(rows)),
         ("One rollout, reused", _reuse_table(rows)),
     ]
@@ -134,7 +137,7 @@ def _matched_table(rows: list[Row], x: str, y: str, unit: str, higher_is_better:
 
 
 def _signed(found: tuple[float, float, float]) -> str:
-    centre, low, high = (f"{value:+.3f}" for value in found)
+    centre, low, high = (f"{value:+.4f}" for value in found)
     return f"{centre} [{low}, {high}]"
 
 
