@@ -267,9 +267,8 @@ def draw_reuse(path: Path, rows: list[Row]) -> None:
             axes.grid(alpha=0.25)
         column[0].set_title(f"width {width:g}", fontsize=10)
         column[1].set_xlabel("updates on one rollout")
-    low = min(values(select(of, objective=name), "reward").min() for name in COLOURS if select(of, objective=name))
-    first = min(point["reward"] for row in of for point in row["points"][:1])
-    grid[0, 0].set_ylim(min(low, first) - 0.05, -0.05)
+    rewards = [point["reward"] for row in of if row["case"]["objective"] != CONTROL for point in row["points"]]
+    grid[0, 0].set_ylim(min(rewards) - 0.02, max(rewards) + 0.02)  # the control may leave the picture
     grid[0, 0].set_ylabel("reward")
     grid[1, 0].set_yscale("log")
     grid[1, 0].set_ylabel("KL (nats per image)")
