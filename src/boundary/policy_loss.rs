@@ -184,18 +184,18 @@ impl PolicyLossCall {
     fn saved<'py>(
         &self, numbers: &Bound<'py, PyAny>, log_prob: &Optional<'py>,
     ) -> PyResult<(Bound<'py, PyTuple>, Option<Bound<'py, PyDict>>)> {
-        let (py, mut kept) = (numbers.py(), None);
+        let (py, mut unsaved) = (numbers.py(), None);
         let mut tensors = vec![log_prob.clone(), Some(numbers.clone())];
         for &slot in self.common.saved.iter() {
             let Some(tensor) = self.bound.object(py, slot) else { continue };
             if tensor.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
-                kept.get_or_insert_with(|| PyDict::new(py)).set_item(PolicyLoss::NAMES[slot], tensor)?;
+                unsaved.get_or_insert_with(|| PyDict::new(py)).set_item(PolicyLoss::NAMES[slot], tensor)?;
                 tensors.push(None);
             } else {
                 tensors.push(Some(tensor));
             }
         }
-        Ok((PyTuple::new(py, tensors)?, kept))
+        Ok((PyTuple::new(py, tensors)?, unsaved))
     }
 
     /// Whether the forward also computes the gradients of the latents, see `plan::gradient_in_forward`. That needs a
@@ -344,8 +344,8 @@ impl PolicyLossMemo {
         let loss = match leaves {
             None => loss,
             Some([output, uncond, log_prob]) => {
-                let (saved, kept) = call.saved(&numbers, &log_prob)?;
-                self.tie.bind(py).call1((output, uncond, log_prob, (loss, saved, (layout, kept, unit_gradients))))?
+                let (saved, unsaved) = call.saved(&numbers, &log_prob)?;
+                self.tie.bind(py).call1((output, uncond, log_prob, (loss, saved, (layout, unsaved, unit_gradients))))?
             }
         };
         self.result.bind(py).call1((loss, numbers, layout))

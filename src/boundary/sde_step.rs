@@ -94,9 +94,9 @@ impl SdeStepCall {
         }
         let mut outputs = self.forward_with(py, true)?;
         if self.is_as_stored()
-            && let Some(given) = self.bound.object(py, PREV_SAMPLE)
+            && let Some(prev_sample) = self.bound.object(py, PREV_SAMPLE)
         {
-            outputs[0] = Some(given.call_method0("detach")?);
+            outputs[0] = Some(prev_sample.call_method0("detach")?);
         }
         Ok((outputs, self.bound.leaves(torch, py, [MODEL_OUTPUT, UNCOND_OUTPUT])?))
     }

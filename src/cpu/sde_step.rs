@@ -130,13 +130,13 @@ impl<F: Real> Kernel for StepKernel<'_, F> {
 
             let [b0, b1, _] = &mut *scratch;
             let next = if let Some(out) = &step.stored {
-                let (next, given) = (b0.first(len), F::elements(step.next, part, b1));
+                let (next, next_or_noise) = (b0.first(len), F::elements(step.next, part, b1));
                 if step.draws {
                     for at in 0..len {
-                        next[at] = F::from_f64(std).mul_add::<FMA>(given[at], mean[at]);
+                        next[at] = F::from_f64(std).mul_add::<FMA>(next_or_noise[at], mean[at]);
                     }
                 } else {
-                    next.copy_from_slice(given);
+                    next.copy_from_slice(next_or_noise);
                 }
                 // SAFETY: stretches do not overlap, and every task runs once.
                 unsafe { store_and_round(next, out, first) };

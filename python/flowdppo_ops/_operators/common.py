@@ -47,7 +47,7 @@ def refuse_second_derivatives(backward: str, where: str) -> None:
     torch.library.register_autograd(backward, lambda ctx, *grads: not_supported(where, "second derivatives are"))
 
 
-class Once(torch.autograd.Function):
+class OnceDifferentiable(torch.autograd.Function):
     """Runs a backward under `create_graph=True`, where `tensors` are the inputs. Differentiating the result raises;
     without this a second derivative would silently be 0."""
 
@@ -64,13 +64,13 @@ class Once(torch.autograd.Function):
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Saves tensors for the backward. Autograd refuses to save those that were made under `inference_mode`, as rollouts
     are, so `ctx` holds these itself. For them autograd does not check that nobody has written to them since."""
-    ctx.kept = {at: tensor for at, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
-    ctx.save_for_backward(*(None if at in ctx.kept else tensor for at, tensor in enumerate(tensors)))
+    ctx.unsaved = {at: tensor for at, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
+    ctx.save_for_backward(*(None if at in ctx.unsaved else tensor for at, tensor in enumerate(tensors)))
 
 
 def saved(ctx: Any) -> list[Tensor | None]:
     """The tensors that `save` saved."""
-    return [ctx.kept.get(at, tensor) for at, tensor in enumerate(ctx.saved_tensors)]
+    return [ctx.unsaved.get(at, tensor) for at, tensor in enumerate(ctx.saved_tensors)]
 
 
 def restored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

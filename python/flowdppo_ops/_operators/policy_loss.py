@@ -57,7 +57,9 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if not torch.is_grad_enabled():
             return _gradients(ctx, grad_loss)
-        return common.Once.apply("flowdppo_ops.loss", lambda: _gradients(ctx, grad_loss), grad_loss, *ctx.saved_tensors)
+        return common.OnceDifferentiable.apply(
+            "flowdppo_ops.loss", lambda: _gradients(ctx, grad_loss), grad_loss, *ctx.saved_tensors
+        )
 
     @staticmethod
     def jvp(ctx, *_tangents):
@@ -70,10 +72,10 @@ _apply = super(torch.autograd.Function, _Loss).apply
 
 def _gradients(ctx, grad_loss: Tensor) -> tuple:
     _, numbers, *tensors = ctx.saved_tensors
-    layout, kept, unit_gradients = ctx.state
-    ctx.state = layout, kept, None  # a gradient may be used once: the code that receives it may write to it
+    layout, unsaved, unit_gradients = ctx.state
+    ctx.state = layout, unsaved, None  # a gradient may be used once: the code that receives it may write to it
     wants = list(ctx.needs_input_grad[:3])
-    latents = dict(zip(layout.saved, tensors, strict=True)) | (kept or {})
+    latents = dict(zip(layout.saved, tensors, strict=True)) | (unsaved or {})
     wants[0] = wants[0] and bool(latents)
     numbers = common.restored(numbers, layout.dtype)
     grads = _native.policy_loss_backward(grad_loss, numbers, latents, wants, unit_gradients)

@@ -66,7 +66,7 @@ class _Step(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return _gradients(ctx, grads)
         # The saved mean is an output of this function: through it the gradients depend on the model outputs.
-        return common.Once.apply(WHERE, lambda: _gradients(ctx, grads), *grads, *ctx.saved_tensors)
+        return common.OnceDifferentiable.apply(WHERE, lambda: _gradients(ctx, grads), *grads, *ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx, *_tangents):

@@ -98,10 +98,10 @@ def _per_element(
         more |= {"ref_prev_sample_mean": penalty.ref_means, "ref_kl_weight": penalty.beta, "ref_std": ref_std}
     more |= {"advantages": advantages.detach(), "old_log_prob": old_logp, "objective": objective}
     result = policy_loss(strict, new_logp, means, reduction="none", **more)
-    return result.loss, Late(result, metrics, more["advantages"], objective)
+    return result.loss, LateMetrics(result, metrics, more["advantages"], objective)
 
 
-class Late(UserDict[str, Tensor]):
+class LateMetrics(UserDict[str, Tensor]):
     """A helper's metrics: name -> 0-dim tensor on the host.
 
     All are copied from the device when one is first read. UniRL reads them after it has launched the backward: a copy

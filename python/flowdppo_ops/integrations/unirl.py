@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .. import reference
 from ._patch import Patch, Replacement, wants_strict
-from ._unirl_loss import Late, Penalty, flowdppo_kl_adv_loss, grpo_clip_loss
+from ._unirl_loss import LateMetrics, Penalty, flowdppo_kl_adv_loss, grpo_clip_loss
 from ._unirl_step import SAMPLERS as _SAMPLERS
 from ._unirl_step import denoise
 
@@ -165,7 +165,7 @@ class _Algorithm:
         own = _patch.original(_patch.module(module), name)
         helper = _patch.with_fallback(own, partial(fused, self.strict, penalty))
         per_element, late = helper(**rows, **latents, **setting)
-        loss, is_fused, kl_ref = per_element.mean(), isinstance(late, Late), None
+        loss, is_fused, kl_ref = per_element.mean(), isinstance(late, LateMetrics), None
         if penalty is not None and not is_fused:
             kl_ref = base._reference_kl_loss(*penalty[1:])
             loss = loss + penalty.beta * kl_ref
