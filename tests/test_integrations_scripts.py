@@ -20,13 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+from differences import effect
 from golden.load import Case, load, names
 from test_golden import DIFFERENCES, _allowed, _mismatch
 from torch import Tensor
 from trainers import flow_factory as surface
 from trainers.flow_factory import RESULTS, SDESchedulerOutput
 
-from flowdppo_ops.integrations import DEFECTS, Incompatible, _schedule, flow_factory, flow_grpo
+from flowdppo_ops.integrations import Incompatible, _schedule, flow_factory, flow_grpo
 
 Results = dict[str, Tensor | None]
 
@@ -682,16 +683,15 @@ def test_guard_takes_the_strict_of_enable(trainer):
 # ---- what the table says about them ----------------------------------------------------------------------------------
 
 
-def effect(name: str) -> list[float]:
-    """The numbers in a defect's effect, in order."""
-    (defect,) = [one for one in DEFECTS if one.name == name]
-    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", defect.effect)]
+def numbers(name: str) -> list[float]:
+    """In a difference's effect, in order."""
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", effect(name))]
 
 
 def test_effect_of_the_penalty_without_dt():
     sigmas = load("g_flowgrpo_step__sd3_mid").arrays["in.sigmas"]  # SD3.5's: ten steps, shifted by 3
     times = 1 / (sigmas[:-1] - sigmas[1:])
-    smallest, largest, _, last = effect("flow_grpo: penalty without dt")
+    smallest, largest, _, last = numbers("penalty without dt")
     assert times[:9].min().item() == pytest.approx(smallest, rel=0.01)
     assert times[:9].max().item() == pytest.approx(largest, rel=0.01)
     assert times[9].item() == pytest.approx(last, rel=0.01)
@@ -703,13 +703,13 @@ def test_effect_of_one_drift_for_the_batch():
         run_script_loss(case, strict)["grad.prev_sample_mean"].flatten(1).norm(dim=1).aminmax() for strict in (1, 0)
     ]
     found = [value.item() for pair in norms for value in pair]
-    assert found == pytest.approx(effect("flow_grpo: one drift for the batch"), rel=0.02)
+    assert found == pytest.approx(numbers("one drift for the batch"), rel=0.02)
 
 
 def test_effect_of_mixed_token_latents():
     case = load("g_flowgrpo_step__sd3_token_layout_quirk")
     mixed, own = (run_script_step(case, strict)["out.log_prob"] for strict in (True, False))
-    wanted = effect("flow_grpo: token latents mixed")
+    wanted = numbers("token latents mixed")
     found = [mixed.max().item(), own.max().item(), own.min().item()]
     assert found == pytest.approx(wanted, rel=0.02)
 
@@ -719,7 +719,7 @@ def test_effect_of_scales_of_other_rows():
     strict, fixed = (run_trainer_loss(case, strict) for strict in (True, False))
     ratio, own = strict["out.ratio"].flatten(1), fixed["out.ratio"]
     off = (strict["out.loss"] / fixed["out.loss"] - 1).abs().item()
-    wanted = effect("flow_factory: scales and log-probs of different rows")
+    wanted = numbers("scales and log-probs of different rows")
     assert (ratio / own - 1).abs().max().item() == pytest.approx(wanted[0] / 100, rel=0.02)
     assert off == pytest.approx(wanted[1] / 100, rel=0.05)
 

@@ -372,7 +372,7 @@ def agree_some(case: Case, ours: dict[str, Any], expected: dict[str, Tensor]) ->
 
 
 def test_effects_are_as_listed():
-    """The numbers in `integrations.DEFECTS`, from what UniRL's own functions returned."""
+    """The numbers in the table of docs/trainers.md, from what UniRL's own functions returned."""
     factors = {}  # UniRL's KL over the transition's
     for name in ("flow", "cps", "dance"):
         case = load(f"f_e2e_unirl__{name}_fp32")

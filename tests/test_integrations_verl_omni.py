@@ -25,13 +25,14 @@ import counting
 import pytest
 import test_golden as golden
 import torch
+from differences import effect
 from golden.load import Case, load, names
 from torch import Tensor
 from trainers import verl_omni as trainer
 
 import flowdppo_ops
 from flowdppo_ops import reference
-from flowdppo_ops.integrations import DEFECTS, Incompatible
+from flowdppo_ops.integrations import Incompatible
 
 TESTS = Path(__file__).parent
 CHECKOUT = os.environ.get("FLOWDPPO_OPS_VERL_OMNI", "")
@@ -537,11 +538,6 @@ def test_extremes_are_put_together_as_extremes(either):
     assert how == dict.fromkeys(how, "mean") | ({} if either.strict else extremes)
 
 
-def _effect(name: str) -> str:
-    (effect,) = [defect.effect for defect in DEFECTS if (defect.trainer, defect.name) == ("verl-omni", name)]
-    return effect
-
-
 def _of_both(modules: Any, stem: str, metric: str) -> float:
     """How many times the strict value is the other's."""
     values = {}
@@ -554,12 +550,12 @@ def _of_both(modules: Any, stem: str, metric: str) -> float:
 @pytest.mark.parametrize("sde_type", ["cps", "dance"])
 def test_effect_of_counting_dt_twice(modules, sde_type):
     times = _of_both(modules, f"f_e2e_verl__dppo_{sde_type}", "kl_new_old_mean")
-    assert f"too large: {times:.1f} times at the second step" in _effect("KL with sqrt(-dt) twice")
+    assert f"too large: {times:.1f} times at the second step" in effect("KL with sqrt(-dt) twice")
 
 
 def test_effect_of_the_reference_kl(modules):
     times = _of_both(modules, "f_e2e_verl__dppo_with_kl_loss", "kl_loss")
-    assert f"{times:.3f} times at the second step" in _effect("reference KL without sqrt(-dt)")
+    assert f"{times:.3f} times at the second step" in effect("reference KL without sqrt(-dt)")
 
 
 def test_effect_of_one_scale_for_the_batch(strict):
@@ -569,13 +565,13 @@ def test_effect_of_one_scale_for_the_batch(strict):
         latents, latents, given["in.timesteps"][1:3], prev_sample=latents, return_sqrt_dt=True
     )
     times = std_dev_t.mean() * sqrt_dt.mean() / (std_dev_t.flatten() * sqrt_dt)
-    assert "{:.2f} and {:.2f} times".format(*times.tolist()) in _effect("one scale for the batch")
+    assert "{:.2f} and {:.2f} times".format(*times.tolist()) in effect("one scale for the batch")
 
 
 def test_effect_of_half_precision():
     arrays = load("b_verl_flowdppo__bf16_means").arrays
     off = (arrays["aux.kl_per_sample"] / arrays["aux64.kl_per_sample"] - 1).abs().max().item()
-    assert f"{100 * off:.2f} % off" in _effect("means in half precision")
+    assert f"{100 * off:.2f} % off" in effect("means in half precision")
 
 
 # ---- what is done about single inputs --------------------------------------------------------------------------------

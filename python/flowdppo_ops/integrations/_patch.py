@@ -63,7 +63,7 @@ class Patch:
 
         Args:
             strict: True reproduces the trainer's numbers to rounding, False computes what the formulas say where the
-                two differ (`flowdppo_ops.integrations.DEFECTS`). None reads FLOWDPPO_OPS_STRICT, by default "1".
+                two differ (the last table of docs/trainers.md). None reads FLOWDPPO_OPS_STRICT, by default "1".
 
         Raises:
             Incompatible: the trainer cannot be imported, or has other names or parameters than those tested. Nothing is
