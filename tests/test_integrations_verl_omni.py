@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -641,6 +642,30 @@ def test_a_device_without_a_backend_is_not_served(strict):
     if not trainer.is_real():
         assert ran_own(partial(strict.registry["grpo_guard"].compute_loss, **inputs))
         assert strict.ours.fallbacks() == {"GRPOGuardLoss: device meta": 1}
+
+
+@pytest.mark.parametrize("name", ["flow_dppo", "flow_grpo", "grpo_guard"])
+def test_a_setting_of_a_later_version_is_left_to_the_trainer(strict, name):
+    """A field that the trainer gets one day: at its default it changes nothing, set it is not ignored."""
+
+    @dataclass
+    class Later:
+        clip_ratio: float = 1e-4
+        adv_clip_max: float = 5.0
+        kl_mask_threshold: float = 1e-5
+        add_kl_coefficient: bool = True
+        dual_clip: float = 0.0
+        _mutable: list = field(default_factory=list)
+
+    inputs = given_loss()
+    if name == "flow_grpo":
+        inputs = {key: inputs[key] for key in ("old_log_prob", "log_prob", "advantages", "config")}
+    loss = strict.registry[name].compute_loss
+    loss(**inputs | {"config": SimpleNamespace(diffusion_loss=Later())})
+    assert not strict.ours.fallbacks()
+    assert ran_own(partial(loss, **inputs | {"config": SimpleNamespace(diffusion_loss=Later(dual_clip=3.0))}))
+    ((reason, times),) = strict.ours.fallbacks().items()
+    assert (reason.split(": ")[1], times) == ("diffusion_loss.dual_clip=3.0, which is not known here", 1)
 
 
 def test_half_precision_is_served_where_the_maths_decides(fixed):

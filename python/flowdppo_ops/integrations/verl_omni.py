@@ -11,6 +11,7 @@ The trainer's own function runs where the fused one cannot: on other devices, fo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -39,6 +40,10 @@ _CLIP_NAMES = dict(zip(CLIP_METRICS, ("pg_clipfrac", "pg_clipfrac_higher", "pg_c
 Result = tuple[Tensor, dict[str, float]]
 Rows = dict[str, Tensor | None]  # `old_log_prob`, `advantages` and `weights`
 
+# The fields of `config.diffusion_loss` in the tested version: of these losses, and of others.
+_SETTINGS = {"loss_mode", "clip_ratio", "adv_clip_max", "kl_mask_threshold", "add_kl_coefficient"}
+_SETTINGS |= {"mix_beta", "ref_kl_coef", "adaptive_weight_min", "dpo_beta"}
+
 # ---- losses ----------------------------------------------------------------------------------------------------------
 #
 # The last parameters of each function in `_LOSSES` are those of the trainer's `compute_loss`; `_replacements` binds the
@@ -62,7 +67,7 @@ def _loss_of_means(
     """`compute_loss` of the losses that take means, Flow-DPPO and GRPO-Guard; `compute` is one of them."""
     means = (prev_sample_mean, old_prev_sample_mean)
     rows = {"old_log_prob": old_log_prob, "advantages": advantages, "weights": rollout_is_weights}
-    if reason := _unserved(strict, log_prob, rows, means, std_dev_t, sqrt_dt):
+    if reason := _unserved(strict, log_prob, rows, means, std_dev_t, sqrt_dt) or _new_setting(config.diffusion_loss):
         return reason
     return compute(strict, config.diffusion_loss, log_prob, rows, means, std_dev_t, sqrt_dt)
 
@@ -112,7 +117,7 @@ def _flow_grpo(
     rollout_is_weights: Tensor | None = None,
 ) -> Result | str:
     rows = {"old_log_prob": old_log_prob, "advantages": advantages, "weights": rollout_is_weights}
-    if reason := _unserved(strict, log_prob, rows):
+    if reason := _unserved(strict, log_prob, rows) or _new_setting(config.diffusion_loss):
         return reason
     objective = _clipped(FlowGRPO, config.diffusion_loss)
     return _clip_loss(strict, policy_loss(strict, log_prob, objective=objective, **rows))
@@ -127,6 +132,22 @@ def _kl(strict: bool, *, prev_sample_mean: Tensor, ref_prev_sample_mean: Tensor,
     std = std_dev_t if strict else _or_infinity(_transition_std(std_dev_t, None))
     penalty = gaussian_kl(prev_sample_mean, ref_prev_sample_mean, std).mean()
     return penalty, {"actor/kl_loss": penalty.item()}
+
+
+@functools.cache
+def _new_fields(config: type) -> dict[str, Any]:
+    """Those that the tested version did not have, with their defaults."""
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    made = {one.name: one.default_factory() for one in fields if one.default_factory is not dataclasses.MISSING}
+    return {one.name: made.get(one.name, one.default) for one in fields if one.name not in _SETTINGS}
+
+
+def _new_setting(settings: Any) -> str:
+    """A field that a later version of the trainer brought, and that is set: its own function knows what it means."""
+    for name, default in _new_fields(type(settings)).items():
+        if not name.startswith("_") and getattr(settings, name) != default:
+            return f"diffusion_loss.{name}={getattr(settings, name)!r}, which is not known here"
+    return ""
 
 
 _LOSSES = {
