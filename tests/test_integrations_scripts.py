@@ -670,6 +670,17 @@ def test_dppo_blocks_no_row_of_nan_kl():
     assert info["kl_new_old"].isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_dppo_row_of_infinite_ratio(strict):
+    """Blocked, it is 0 * inf in the trainer: a loss of NaN, and a gradient of NaN in that row."""
+    log_prob = leaf(torch.tensor([100.0, 0.1]))
+    latents = {"mask_latents": torch.ones(2, 8), "old_mask_latents": torch.zeros(2, 8)}
+    given = {"kl_mask_threshold": 1e-5, "adv_clip_range": (-5.0, 5.0), "strict": strict}
+    total, _ = flow_factory.dppo_loss(log_prob, torch.zeros(2), torch.tensor([1.0, -1.0]), **latents, **given)
+    (grad,) = torch.autograd.grad(total, log_prob)
+    assert [total.isnan().item(), *grad.isnan().tolist()] == [strict, strict, False]
+
+
 def test_guard_takes_the_strict_of_enable(trainer):
     case = load("i2_flowfactory_loss__guard_per_sample_step")
     given = case.inputs(False)

@@ -263,6 +263,9 @@ def dppo_loss(
         old_log_prob=old_log_prob,
         objective=FlowDPPO(halved * kl_mask_threshold, normalize_kl=mask_std is not None, nan_kl="keep"),
     )
+    policy = result.loss
+    if strict:  # the trainer multiplies a blocked row by 0: NaN where its ratio is infinite
+        policy = policy + (0.0 * result.ratio.masked_fill(result.keep, 0.0)).sum()
     kept = result.keep.float().mean()
     info = {
         "ratio": result.ratio,
@@ -271,7 +274,7 @@ def dppo_loss(
         "keep_ratio": kept,
         "masked_ratio": 1.0 - kept,
     }
-    return _penalised(result.loss, info, kl_beta, kl_latents, ref_kl_latents, strict)
+    return _penalised(policy, info, kl_beta, kl_latents, ref_kl_latents, strict)
 
 
 def _surrogates(ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
