@@ -150,3 +150,43 @@ def test_committed_tables_follow_from_the_committed_rows():
     rows = frontier.read(CLAIMS / "rows.jsonl")
     assert {frontier.Case(**row["case"]) for row in rows} == set(frontier.Grid().cases())
     assert frontier_report.tables(rows) == (CLAIMS / "tables.md").read_text(encoding="utf-8")
+
+
+def test_the_page_quotes_the_tables():
+    """Its table has the cells of `tables.md`, and so have the figures of its text."""
+    page = CLAIMS.with_suffix(".md").read_text(encoding="utf-8")
+    rows = frontier.read(CLAIMS / "rows.jsonl")
+    quoted = 0
+    for line in page.splitlines():
+        if not (cells := [cell.strip() for cell in line.split("|")[1:-1]]) or " x " not in cells[0] or len(cells) != 4:
+            continue
+        numbers, _, sampler = cells[0].partition(", ")
+        if numbers == "rollouts x epochs":
+            continue
+        iterations, epochs = map(int, numbers.split(" x "))
+        case = {
+            "kind": "frontier",
+            "sampler": sampler.lower() or "flow_sde",
+            "iterations": iterations,
+            "epochs": epochs,
+        }
+        for cell, other in zip(cells[1:3], ("Flow-GRPO", "GRPO-Guard"), strict=True):
+            table = frontier_report.tables(frontier_report.select(rows, **case)).split("##")[1]
+            wanted = [row for row in table.splitlines() if f"Flow-DPPO - {other} " in row]
+            assert (cell in wanted[0]) if wanted else cell == "-", (case, cell)
+            quoted += bool(wanted)
+    assert quoted == 15
+
+
+def test_figures_of_a_reused_rollout():
+    rows, page = frontier.read(CLAIMS / "rows.jsonl"), CLAIMS.with_suffix(".md").read_text(encoding="utf-8")
+    text = page.split("## One rollout, reused")[1].split("##")[0]
+    for objective, width, all_updates in (
+        *(("Flow-DPPO", width, (64 if width == 1 else 32, 512)) for width in (1, 1 / 4, 1 / 16)),
+        ("Flow-GRPO", 1, (512,)),
+        ("no trust region", 1, (64, 512)),
+    ):
+        some = frontier_report.select(rows, kind="reuse", objective=objective, width=width)
+        updates, reward = frontier_report.reuse_curves(some, "reward")
+        for at in all_updates:
+            assert f"{reward[:, list(updates).index(at)].mean():.3f}" in text, (objective, width, at)
