@@ -30,10 +30,11 @@ def passes(driver: Path, kernels: Path, *arguments: str | Path) -> None:
     assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-60:])
 
 
-@pytest.mark.parametrize("function", ["policy_loss", "step_loss", "sde_step"])
-def test_the_tests_of_the_cpu_backend(standin_driver, asan, function):
-    """But for those of PyTorch's machinery, which is the same for all devices."""
-    passes(standin_driver, asan, HERE / f"test_{function}.py", "-k", "not compiled and not threads and not opcheck")
+@pytest.mark.parametrize("file", ["policy_loss", "step_parity", "step_exact", "step_gradients", "sde_step"])
+def test_the_tests_of_the_cpu_backend(standin_driver, asan, file):
+    """But for those of PyTorch's machinery, which is the same for all devices, and of what the CPU alone does."""
+    others = "not compiled and not thread and not opcheck and not gradcheck and not ahead and not allocated"
+    passes(standin_driver, asan, HERE / f"test_{file}.py", "-k", others)
 
 
 @pytest.mark.parametrize("file", ["kernels", "kernels_of_sde_step"])

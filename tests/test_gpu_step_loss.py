@@ -12,22 +12,30 @@ from gpu_api import step_loss as on_gpu
 from parity import equal_bits, run, three_way
 from step_cases import OLD_FORMS, SAMPLERS, STEP_DTYPES, STEP_OBJECTIVES, draw_step, step_mask_cells
 from test_gpu import assert_same, pytestmark  # noqa: F401
-from test_step_loss import (  # noqa: F401
-    test_a_float16_residual_is_on_policy,
-    test_a_residual_of_a_deterministic_row_is_not_looked_at,
-    test_an_infinite_sample_in_a_blocked_row,
-    test_deterministic_rows,
-    test_dtypes,
+from test_step_exact import (  # noqa: F401
+    test_a_guidance_scale_of_1_is_no_guidance,
+    test_a_trajectory_is_its_steps,
+    test_blocked_infinite_ratio,
     test_every_mask_cell,
-    test_forms,
-    test_grpo_without_old_policy,
-    test_guidance_shares_the_gradient,
+    test_mask_cells_of_the_ablations,
+    test_residual_of_a_deterministic_row_is_the_sample,
+)
+from test_step_parity import (  # noqa: F401
+    test_blocked_rows_keep_their_penalty,
+    test_deterministic_rows,
+    test_divisors_of_0,
+    test_dtypes,
+    test_grpo_without_an_old_policy,
+    test_guidance,
+    test_guidance_scales,
     test_layouts,
+    test_no_element_is_missed,
     test_nothing_is_random,
-    test_on_policy_is_exact,
-    test_one_gradient_alone,
+    test_old_log_prob,
     test_options,
+    test_reference_kl,
     test_schedules,
+    test_variants,
 )
 
 import flowdppo_ops
@@ -44,7 +52,25 @@ OUTPUTS = ("model_output", "uncond_output")
 @pytest.fixture
 def step_loss():
     """What the tests of `step_loss` drive."""
-    return on_gpu
+
+    def step_loss(*given: Any, **arguments: Any) -> Any:
+        arguments |= dict(zip(defaults(flowdppo_ops.step_loss), given, strict=False))
+        try:
+            return on_gpu(**arguments)
+        except TypeError as error:
+            if "computed on the CPU alone" not in str(error):
+                raise
+            pytest.skip("float64 latents are computed on the CPU alone")
+
+    return step_loss
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_on_policy_is_exact(step_loss, sampler):
+    arguments = draw_step((6,), (1003,), sampler=sampler, old_form="output")
+    result = step_loss(**arguments | {"old_model_output": arguments["model_output"].clone()})
+    assert (result.ratio == 1).all()
+    assert (result.kl == 0).all()
 
 
 def leaves(arguments: dict[str, Any]) -> list[torch.Tensor]:
