@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator switches stacks as Linux does"),
     pytest.mark.skipif(not _native.cuda_images(), reason="built without kernels (FLOWDPPO_KERNELS=none)"),
     needs_cxx,
+    pytest.mark.timeout(900),  # with the kernels compiled first
 ]
 
 HERE = Path(__file__).parent
@@ -30,7 +31,10 @@ def passes(driver: Path, kernels: Path, *arguments: str | Path) -> None:
     assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-60:])
 
 
-@pytest.mark.parametrize("file", ["policy_loss", "step_parity", "step_exact", "step_gradients", "sde_step"])
+@pytest.mark.parametrize(
+    "file",
+    ["policy_loss", "policy_loss_gradients", "step_parity", "step_exact", "step_storage", "step_gradients", "sde_step"],
+)
 def test_the_tests_of_the_cpu_backend(standin_driver, asan, file):
     """But for those of PyTorch's machinery, which is the same for all devices, and of what the CPU alone does."""
     others = "not compiled and not thread and not opcheck and not gradcheck and not ahead and not allocated"
@@ -43,7 +47,6 @@ def test_the_tests_of_kernels(standin_driver, asan, file):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_races(standin_driver):
     from emulator.build import library
 

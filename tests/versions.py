@@ -30,7 +30,17 @@ VERSIONS = (
     ("3.13", "newest", "2.*"),
 )
 TESTS = ["library", "autograd_limits", "generators", "saved_tensors", "operator_refusals", "refusals"]
-TESTS += ["refusals_numpy", "reference_limits", "threads", "policy_loss", "step_parity", "sde_step", "numpy", "golden"]
+TESTS += [
+    "refusals_numpy",
+    "reference_limits",
+    "threads",
+    "policy_loss",
+    "policy_loss_gradients",
+    "step_parity",
+    "sde_step",
+    "numpy",
+    "golden",
+]
 SHOW = "import platform, torch, numpy; print(platform.python_version(), torch.__version__, numpy.__version__)"
 
 
