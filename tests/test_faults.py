@@ -43,12 +43,11 @@ CHECKS = {
     "clip limits": Check("test_policy_loss.py", "test_clip_range_zero", LOSS),
     "clip cells": Check("test_policy_loss.py", "test_every_clip_cell", LOSS),
     "step lengths": Check(_kernels, "test_lengths and step_loss", STEP),
-    "step orders": Check(_kernels, "test_same_bits_in_any_order and float32 and step_loss", STEP),
     "step addresses": Check(_kernels, "test_odd_addresses and step_loss and float32 and not bfloat16", STEP),
     "step vectors": Check(_kernels, "test_vectors_of_two_lengths and step_loss", ("policy_loss", "step_mixed")),
     "forms": Check("test_step_parity.py", "test_options or test_old_log_prob or test_reference_kl", STEP),
     "deterministic": Check("test_step_parity.py", "test_deterministic_rows or test_nothing_is_random", STEP),
-    "on policy": Check("test_step_exact.py", "test_on_policy_is_exact and float32", STEP),
+    "on policy": Check(_kernels, "test_on_policy_is_exact and float32", STEP),
     "shards": Check(_kernels, "test_shards_add_up and step_loss", STEP),
     "sde lengths": Check(_sde, "test_lengths and float32 and not bfloat16 and not float16", SDE),
     "sde orders": Check(_sde, "test_same_bits_in_any_order", SDE),
@@ -166,7 +165,7 @@ KERNEL_FAULTS = {
     ),
     # Transitions.
     "no barrier before the step is read": Fault(
-        SCHEDULE, BEFORE_STEP, BEFORE_STEP.removeprefix("  __syncthreads();\n"), "step orders"
+        SCHEDULE, BEFORE_STEP, BEFORE_STEP.removeprefix("  __syncthreads();\n"), "step races"
     ),
     "no barrier before the step of sde_step is read": Fault(
         SCHEDULE, BEFORE_STEP, BEFORE_STEP.removeprefix("  __syncthreads();\n"), "sde orders"

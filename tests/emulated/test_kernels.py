@@ -12,7 +12,7 @@ from cases import DTYPES, OBJECTIVES, draw, mask_cells
 from parity import close, equal_bits, leaves, run, scales, specification, three_way, widen
 from standin.emulated import on_cpu
 from standin.gpu import memory, outputs_off, unreadable
-from step_cases import OLD_FORMS, STEP_DTYPES, STEP_OBJECTIVES, draw_step, step_mask_cells
+from step_cases import OLD_FORMS, SAMPLERS, STEP_DTYPES, STEP_OBJECTIVES, draw_step, step_mask_cells
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowdppo_ops
@@ -188,6 +188,20 @@ def test_an_infinite_old_mean_in_a_clipped_row_leaves_the_penalty():
     wanted = 0.5 * (mean - ref_mean) / (arguments["ref_std"][1].double() ** 2 * 40 * 4)
     assert not mine["keep"][1]
     assert (mine["grad prev_sample_mean"][1] - wanted).abs().max() <= 2e-7 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@lengths
+def test_on_policy_is_exact(sampler, dtype, numel):
+    """Equal model outputs: the ratio is exactly 1 and the KL exactly 0, whatever the roundings of the mean."""
+    for objective in STEP_OBJECTIVES.values():
+        arguments = draw_step((6,), (numel,), sampler=sampler, old_form="output", objective=objective)
+        arguments["model_output"] = arguments["model_output"].to(dtype)
+        arguments["old_model_output"] = arguments["model_output"].float()
+        result = flowdppo_ops.step_loss(**arguments)
+        assert (result.ratio == 1).all()
+        assert (result.kl == 0).all()
 
 
 # ---- what is done, and what is not -----------------------------------------------------------------------------------
