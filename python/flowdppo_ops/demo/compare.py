@@ -75,12 +75,13 @@ def run(args: argparse.Namespace) -> None:
     compared = objectives(schedule, WIDTH)
     samples = {"pretrained": images}
     fixed = {"steps": STEPS, "noise_level": NOISE_LEVEL}
+    shown = {name: value for name, value in asdict(settings).items() if name != "keep_calls"}
     results: dict[str, Any] = {
         "loss": args.loss,
         "function": function,
         "device": args.device,
         "threads": torch.get_num_threads(),
-        "settings": {"pretrain_steps": args.pretrain_steps, "width": WIDTH, **asdict(settings), **fixed},
+        "settings": {"pretrain_steps": args.pretrain_steps, "width": WIDTH, **shown, **fixed},
         "pretrained": scores,
         "objectives": {},
     }

@@ -99,12 +99,14 @@ def _plot_rewards(path: Path, results: dict[str, Any], over_kl: bool) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, entry in results["objectives"].items():
         kl, reward = _curves(entry, "kl"), _curves(entry, "reward")
+        if over_kl:  # the first KL is 0, which a logarithm does not have
+            kl, reward = kl[:, 1:], reward[:, 1:]
         colour, style = COLOURS.get(name, OTHER), "-" if name in COLOURS else "--"
         average = {"color": colour, "linewidth": 2, "label": name}
         if over_kl:
             axes.plot(kl.T, reward.T, color=colour, linewidth=0.8, alpha=0.4)
             axes.plot(kl.mean(0), reward.mean(0), style, **average)
-            axes.plot(kl.mean(0)[-1], reward.mean(0)[-1], "o", color=colour)
+            axes.plot(kl.mean(0)[-1:], reward.mean(0)[-1:], "o", color=colour)
         else:
             iterations = np.arange(reward.shape[1])
             axes.plot(iterations, reward.mean(0), style, **average)
@@ -114,7 +116,12 @@ def _plot_rewards(path: Path, results: dict[str, Any], over_kl: bool) -> None:
     axes.set_ylim(*_limits(results, "reward"))
     if over_kl:
         axes.set_xlabel("KL to the pretrained model (nats per image, whole trajectory)")
-        axes.set_xlim(*_limits(results, "kl"))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        shown = np.concatenate([_curves(results["objectives"][name], "kl")[:, 1:].ravel() for name in COLOURS])
+        shown = shown[np.isfinite(shown)]
+        if shown.size:  # the control may leave the picture
+            axes.set_xlim(0.8 * shown.min(), 1.25 * shown.max())
     else:
         axes.set_xlabel("iteration (one rollout each)")
     axes.grid(alpha=0.25)
