@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_integrations_unirl import both, described, on, trainer
 from torch import Tensor
 from trainers import unirl as standin_unirl
+from unirl_modules import both, described, trainer
 
 from flowdppo_ops import reference
 from flowdppo_ops.integrations import Incompatible
@@ -32,8 +32,8 @@ strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
 @pytest.fixture
-def unirl(monkeypatch):
-    yield from on(standin_unirl.modules(september=True), monkeypatch)
+def unirl(september):
+    return september
 
 
 def training_step(unirl: Any, kind: str, strategy: str = "FlowSDEStrategy", shape=SHAPES["image"], **arguments: Any):
@@ -261,27 +261,6 @@ def test_generators_of_another_number(unirl):
 
 
 # ---- what a later UniRL may bring ------------------------------------------------------------------------------------
-
-
-def test_a_later_keyword_of_a_strategy_is_refused(unirl):
-    own = trainer("sde.kernels").FlowSDEStrategy
-    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("config", "order")]
-    trainer("sde.kernels").FlowSDEStrategy = type(
-        "FlowSDEStrategy", (own,), {"__signature__": inspect.Signature(parameters)}
-    )
-    with pytest.raises(Incompatible, match="FlowSDEStrategy is a class that takes order, wanted one that does not"):
-        _ = unirl.FlowSDEStrategy
-
-
-@algorithms
-def test_a_later_keyword_of_an_algorithm_is_refused(unirl, kind):
-    module = trainer(f"algorithms.{kind.lower()}")
-    own = getattr(module, kind)
-    later = inspect.Parameter("gamma", inspect.Parameter.KEYWORD_ONLY, default=0.0)
-    signature = inspect.Signature([*inspect.signature(own).parameters.values(), later])
-    setattr(module, kind, type(kind, (own,), {"__signature__": signature}))
-    with pytest.raises(Incompatible, match=f"{kind} is a class that takes gamma, wanted one that does not"):
-        getattr(unirl, kind)
 
 
 def test_functions_that_a_penalty_needs(unirl):
