@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from golden.load import Case
+from golden_compare import grad_of, leaf
 from torch import Tensor
 
 from flowdppo_ops import FlowDPPO, FlowGRPO, GRPOGuard, PolicyLoss
@@ -25,7 +26,7 @@ Api = Any
 # double. The two constants round to the same float32 number, so this only shows in double precision.
 NORMALIZER_ERROR = math.log(math.sqrt(2 * math.pi)) - torch.tensor(math.sqrt(2 * math.pi)).log().double().item()
 
-_SAMPLERS = {
+SAMPLERS = {
     **dict.fromkeys(("flow", "FlowSDEStrategy", "sde", "Flow-SDE"), "flow_sde"),
     **dict.fromkeys(("dance", "DanceSDEStrategy", "dance_sde", "Dance-SDE"), "dance_sde"),
     **dict.fromkeys(("cps", "CPSSDEStrategy", "CPS"), "cps"),
@@ -37,28 +38,18 @@ _VERL_CLIP_NAMES = {
 }
 
 
-def _leaf(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.clone().requires_grad_()
-
-
-def _grad(objective: Tensor, leaf: Tensor | None) -> Tensor | None:
-    if leaf is None:
-        return None
-    return torch.autograd.grad(objective, leaf, retain_graph=True, allow_unused=True)[0]
-
-
-def _largest(value: Tensor) -> Tensor:
+def largest(value: Tensor) -> Tensor:
     value = value.detach().double().abs()
     return value[torch.isfinite(value)].max() if torch.isfinite(value).any() else torch.zeros(())
 
 
-def _metrics(result: PolicyLoss, prefix: str = "", rename: dict[str, str] | None = None) -> Results:
+def metrics_of(result: PolicyLoss, prefix: str = "", rename: dict[str, str] | None = None) -> Results:
     """The metrics, and under `size.*` the magnitude a metric is a small difference of, for the tolerances."""
     rename = rename or {}
     values = {
         f"metric.{prefix}{rename.get(k, k)}": torch.tensor(v, dtype=torch.float64) for k, v in result.metrics().items()
     }
-    return values | {"size.ratio_std": _largest(result.ratio), "size.ppo_kl": _largest(result.log_ratio)}
+    return values | {"size.ratio_std": largest(result.ratio), "size.ppo_kl": largest(result.log_ratio)}
 
 
 # ---- losses: a, a2, b, c, g2, i2 -------------------------------------------------------------------------------------
@@ -68,8 +59,8 @@ def _unirl(case: Case, api: Api, double: bool, objective: Any) -> Results:
     """UniRL `_flowdppo_kl_adv_loss` and `_grpo_clip_loss`: per-element losses, reduced by the caller."""
     given = case.inputs(double)
     shape = case.params.get("new_means_shape")  # means that only matter by their shape are left out of the file
-    mean = _leaf(torch.zeros(shape) if shape else given.get("new_means"))
-    log_prob = _leaf(given["new_logp"])
+    mean = leaf(torch.zeros(shape) if shape else given.get("new_means"))
+    log_prob = leaf(given["new_logp"])
     call = partial(
         api.loss,
         mean,
@@ -84,10 +75,10 @@ def _unirl(case: Case, api: Api, double: bool, objective: Any) -> Results:
     return {
         "out.loss_per_elem": rows.loss,
         "aux.kl_per_sample": rows.kl,
-        "grad.w.new_logp": _grad((rows.loss * given["w"]).sum(), log_prob),
-        "grad.mean.new_logp": _grad(mean_loss, log_prob),
-        "grad.mean.new_means": _grad(mean_loss, mean),
-        **_metrics(rows),
+        "grad.w.new_logp": grad_of((rows.loss * given["w"]).sum(), log_prob),
+        "grad.mean.new_logp": grad_of(mean_loss, log_prob),
+        "grad.mean.new_means": grad_of(mean_loss, mean),
+        **metrics_of(rows),
     }
 
 
@@ -117,7 +108,7 @@ def _one_step(
     """A loss over `[B]` rows of one step, with its gradients, as verl-omni, flow_grpo and Flow-Factory write it."""
     given = case.inputs(double)
     std_dev_t, sqrt_dt = _rows(given, "std_dev_t", "sqrt_dt")
-    mean, log_prob = _leaf(given.get("prev_sample_mean")), _leaf(given["log_prob"])
+    mean, log_prob = leaf(given.get("prev_sample_mean")), leaf(given["log_prob"])
     result = api.loss(
         mean,
         given.get("old_prev_sample_mean"),
@@ -132,13 +123,13 @@ def _one_step(
         "out.loss": result.loss,
         "out.ratio": result.ratio,
         "aux.kl_per_sample": result.kl,
-        "grad.log_prob": _grad(result.loss, log_prob),
-        "grad.prev_sample_mean": _grad(result.loss, mean),
+        "grad.log_prob": grad_of(result.loss, log_prob),
+        "grad.prev_sample_mean": grad_of(result.loss, mean),
     }
     return result, ours, given
 
 
-def _verl_objective(case: Case, loss_mode: str) -> Any:
+def verl_objective(case: Case, loss_mode: str) -> Any:
     if loss_mode == "flow_dppo":
         config = case.params.get("config", case.params)
         normalize_kl = str(config["add_kl_coefficient"]) == "True"
@@ -148,8 +139,8 @@ def _verl_objective(case: Case, loss_mode: str) -> Any:
     return kind(clip_range=case.number("clip_ratio"), adv_clip_max=case.number("adv_clip_max"))
 
 
-def _verl_metrics(result: PolicyLoss, loss_mode: str) -> Results:
-    values = _metrics(result, "actor/", _VERL_CLIP_NAMES)
+def verl_metrics(result: PolicyLoss, loss_mode: str) -> Results:
+    values = metrics_of(result, "actor/", _VERL_CLIP_NAMES)
     if loss_mode == "flow_dppo":  # verl-omni's Flow-DPPO alone logs the biased deviation
         rows = result.ratio.numel()
         values["metric.actor/ratio_std"] *= math.sqrt((rows - 1) / rows)
@@ -157,14 +148,14 @@ def _verl_metrics(result: PolicyLoss, loss_mode: str) -> Results:
 
 
 def _verl_loss(case: Case, api: Api, double: bool, loss_mode: str) -> Results:
-    result, ours, _ = _one_step(case, api, double, _verl_objective(case, loss_mode))
-    return ours | _verl_metrics(result, loss_mode)
+    result, ours, _ = _one_step(case, api, double, verl_objective(case, loss_mode))
+    return ours | verl_metrics(result, loss_mode)
 
 
 def _verl_kl(case: Case, api: Api, double: bool) -> Results:
     """`KLLoss` is our reference term with nothing else in the loss."""
     given = case.inputs(double)
-    mean = _leaf(given["prev_sample_mean"])
+    mean = leaf(given["prev_sample_mean"])
     zeros = torch.zeros(mean.shape[0], dtype=mean.dtype)
     result = api.loss(
         mean,
@@ -177,8 +168,8 @@ def _verl_kl(case: Case, api: Api, double: bool) -> Results:
         ref_kl_weight=1.0,
         ref_std=given["std_dev_t"],
     )
-    ours = {"out.loss": result.loss, "grad.prev_sample_mean": _grad(result.loss, mean)}
-    return ours | _metrics(result, "actor/")
+    ours = {"out.loss": result.loss, "grad.prev_sample_mean": grad_of(result.loss, mean)}
+    return ours | metrics_of(result, "actor/")
 
 
 def _script_loss(case: Case, api: Api, double: bool) -> Results:
@@ -195,7 +186,7 @@ def _script_loss(case: Case, api: Api, double: bool) -> Results:
     result, ours, _ = _one_step(case, api, double, objective, **reference_term)
     policy_loss = _one_step(case, api, double, objective)[1]["out.loss"]
     ours |= {"out.policy_loss": policy_loss, "metric.policy_loss": policy_loss, "metric.loss": result.loss}
-    return ours | _metrics(result, rename={"clip_fraction": "clipfrac"})
+    return ours | metrics_of(result, rename={"clip_fraction": "clipfrac"})
 
 
 def _flowfactory_loss(case: Case, api: Api, double: bool) -> Results:
@@ -210,7 +201,7 @@ def _flowfactory_loss(case: Case, api: Api, double: bool) -> Results:
     if guard:  # upstream's ratio is [B,1,..,1,B]: the scale of row i with the log-prob of row j
         ours["out.ratio"] = ours["out.ratio"].expand(case.arrays["out.ratio"].shape)
     names = {"clip_fraction": "clip_frac_total", "clipfrac_gt_one": "clip_frac_high"}
-    return ours | _metrics(result, rename=names | {"clipfrac_lt_one": "clip_frac_low"})
+    return ours | metrics_of(result, rename=names | {"clipfrac_lt_one": "clip_frac_low"})
 
 
 # ---- steps: d, d2, e, g, i -------------------------------------------------------------------------------------------
@@ -218,15 +209,15 @@ def _flowfactory_loss(case: Case, api: Api, double: bool) -> Results:
 
 def _step(case: Case, api: Api, double: bool, velocity_name: str, **schedule: Any) -> tuple[Results, Tensor]:
     given = case.inputs(double)
-    velocity = _leaf(given[velocity_name])
+    velocity = leaf(given[velocity_name])
     step = api.sde_step(velocity, given["sample"], prev_sample=given["prev_sample"], **schedule)
     scores = (step.log_prob * given["w"]).sum()
     ours = {
         "out.log_prob": step.log_prob,
         "out.prev_sample": step.prev_sample,
         "out.prev_sample_mean": step.prev_sample_mean,
-        f"grad.{velocity_name}": _grad(scores, velocity),
-        f"grad_j2.{velocity_name}": _grad(scores + 0.5 * (step.prev_sample_mean**2).sum(), velocity),
+        f"grad.{velocity_name}": grad_of(scores, velocity),
+        f"grad_j2.{velocity_name}": grad_of(scores + 0.5 * (step.prev_sample_mean**2).sum(), velocity),
     }
     return ours, step.std
 
@@ -238,7 +229,7 @@ def _unirl_step(case: Case, api: Api, double: bool) -> Results:
         api,
         double,
         "noise_pred",
-        sampler=_SAMPLERS[case.params["canonical_name"]],
+        sampler=SAMPLERS[case.params["canonical_name"]],
         sigma=given["sigma"],
         sigma_next=given["sigma_next"],
         noise_level=case.number("eta"),
@@ -247,10 +238,10 @@ def _unirl_step(case: Case, api: Api, double: bool) -> Results:
     return ours | {"out.std_var": std if given["sigma"].ndim else std[:1]}
 
 
-def _schedule(sigmas: Tensor, index: Tensor, sampler: str, noise_level: float | Tensor) -> dict[str, Any]:
+def schedule_of(sigmas: Tensor, index: Tensor, sampler: str, noise_level: float | Tensor) -> dict[str, Any]:
     """Steps `index` of a full schedule: sigma 1 is stood in for by the second sigma."""
     return {
-        "sampler": _SAMPLERS[sampler],
+        "sampler": SAMPLERS[sampler],
         "sigma": sigmas[index],
         "sigma_next": sigmas[index + 1],
         "sigma_max": sigmas[1],
@@ -262,7 +253,7 @@ def _scheduler_step(case: Case, api: Api, double: bool) -> Results:
     """verl-omni, flow_grpo, the guard fork, miles: `std_dev_t` of Flow-SDE is without sqrt(-dt)."""
     given, params = case.inputs(double), case.params
     index, noise_level = torch.tensor(params["step_indices"]), given.get("noise_level", params["noise_level"])
-    schedule = _schedule(given["sigmas"], index, params.get("sde_type", "sde"), noise_level)
+    schedule = schedule_of(given["sigmas"], index, params.get("sde_type", "sde"), noise_level)
     normalizer = params.get("include_logprob_normalizer", True)
     ours, std = _step(case, api, double, "model_output", log_prob_normalizer=normalizer, **schedule)
     if double and normalizer and schedule["sampler"] != "cps":
@@ -277,7 +268,7 @@ def _flowfactory_step(case: Case, api: Api, double: bool) -> Results:
     """Trainer path: sigma is the timestep over 1000. `std_dev_t` of both SDEs is without sqrt(-dt)."""
     given = case.inputs(double)
     sigma, sigma_next = given["timestep"] / 1000, given["timestep_next"] / 1000
-    sampler = _SAMPLERS[case.params["dynamics_type"]]
+    sampler = SAMPLERS[case.params["dynamics_type"]]
     ours, std = _step(
         case,
         api,
@@ -314,102 +305,6 @@ def _advantage(case: Case, api: Api, double: bool) -> Results:
     return {"out.advantages": by_name}
 
 
-# ---- end to end: f ---------------------------------------------------------------------------------------------------
-
-
-def _unirl_training(case: Case, given: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The schedule, and the policy's arguments."""
-    params, sigmas, index = case.params, given["sigmas"], given["sde_indices"][None]
-    if "clip_range" in params:
-        objective = FlowGRPO(clip_range=case.number("clip_range"))
-    else:
-        threshold = case.number("kl_mask_threshold")
-        objective = FlowDPPO(kl_mask_threshold=threshold, normalize_kl=params["add_kl_coefficient"])
-    schedule = _schedule(sigmas, index, params["strategy"], case.number("eta"))
-    return schedule, {
-        "advantages": given["advantages"][:, None].expand(given["old_logp"].shape),
-        "old_log_prob": given["old_logp"],
-        "objective": objective,
-    }
-
-
-def one_step_training(case: Case, given: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """verl-omni and the guard script: the schedule, and the policy's arguments."""
-    params, advantages = case.params, given["advantages"]
-    index = torch.tensor(params.get("step_indices", [params["step"]] * len(advantages)))
-    if case.group == "f_e2e_verl":
-        objective = _verl_objective(case, params["loss_mode"])
-    else:
-        objective = GRPOGuard(clip_range=case.number("clip_range"), adv_clip_max=case.number("adv_clip_max"))
-    schedule = _schedule(given["sigmas"], index, params.get("sde_type", "sde"), params["noise_level"])
-    return schedule, {
-        "advantages": advantages,
-        "old_log_prob": given["old_log_prob"],
-        "objective": objective,
-        "weights": given.get("rollout_is_weights"),
-        "ref_prev_sample_mean": given.get("ref_prev_sample_mean"),
-        "ref_kl_weight": float(params.get("config", {}).get("kl_loss_coef", 0)),
-    }
-
-
-def end_to_end(case: Case, api: Api, double: bool, one_call: bool = False, trainers_kl: bool = True) -> Results:
-    """A trainer's training step: through `sde_step` and then `loss`, or in one call of `step_loss`.
-
-    With `trainers_kl` the two-call form is given what the trainer takes its KL from: UniRL's own sigma and the means as
-    stored, verl-omni's product of the standard deviation with sqrt(-dt) for every sampler.
-    """
-    given, unirl = case.inputs(double), case.group == "f_e2e_unirl"
-    schedule, policy = (_unirl_training if unirl else one_step_training)(case, given)
-    flow, sqrt_dt = schedule["sampler"] == "flow_sde", torch.sqrt(schedule["sigma"] - schedule["sigma_next"])
-    constant = NORMALIZER_ERROR if double and not unirl and schedule["sampler"] != "cps" else 0.0
-    policy["old_log_prob"] = policy["old_log_prob"] - constant
-    velocity, latents = _leaf(given["noise_pred"]), (given["sample"], given["prev_sample"])
-    old_mean = given.get("old_means", given.get("old_prev_sample_mean"))
-    row_dims = policy["advantages"].ndim
-    step = api.sde_step(velocity, latents[0], prev_sample=latents[1], row_dims=row_dims, **schedule)
-    mean, std = step.prev_sample_mean, step.std
-    std_dev_t = std / sqrt_dt if flow else std
-    if one_call:
-        policy |= {"old_prev_sample_mean": old_mean, "ref_std": std_dev_t}
-        result = api.step_loss(velocity, *latents, **schedule, **policy)
-    else:
-        if trainers_kl and unirl:
-            std = case.arrays.get("out.sigma_t")  # its formula is d2_unirl_sigma_t
-            stored = case.arrays["out.new_means"]
-            mean = mean if stored.dtype == torch.float32 else stored
-        elif trainers_kl and not flow:
-            std = std * sqrt_dt
-        result = api.loss(mean, old_mean, log_prob=step.log_prob, std=std, sqrt_dt=sqrt_dt, ref_std=std_dev_t, **policy)
-    total = result.loss * (
-        case.number("loss_scale") if unirl else 1 / case.params.get("gradient_accumulation_steps", 1)
-    )
-    script = case.group == "f_e2e_guard_script"
-    rename = {"clip_fraction": "clipfrac"} if script else {}
-    ours = {
-        "out.loss": result.loss if unirl else total,
-        "metric.loss": result.loss,
-        "metric.policy_loss": result.loss,
-        "out.ratio": result.ratio,
-        "out.log_prob": result.log_prob + constant,
-        "out.new_logp": result.log_prob,
-        "out.prev_sample_mean": step.prev_sample_mean,
-        "out.new_means": step.prev_sample_mean,
-        "out.std_dev_t": std_dev_t,
-        "aux.kl_per_sample": result.kl,
-        "grad.noise_pred": _grad(total, velocity),
-        **(_metrics(result, rename=rename) if unirl or script else _verl_metrics(result, case.params["loss_mode"])),
-    }
-    # Here the log-probs come out of a step of ours, so their difference carries the rounding of both.
-    ours["size.ppo_kl"] = _largest(result.log_prob)
-    ours["size.approx_kl"] = ours["size.ppo_kl"] * _largest(result.log_ratio)
-    if result.kl is not None and mean is step.prev_sample_mean:
-        # So does the drift `mu - mu°` of the KL: half an ulp of the mean, in units of sigma.
-        unit = 1e-13 if double else 2.0**-23
-        mean_in_std = _largest(mean) / (std.min() if getattr(policy["objective"], "normalize_kl", True) else 1)
-        ours["size.kl"] = torch.sqrt(2 * _largest(result.kl) + (unit * mean_in_std) ** 2) * mean_in_std / 24
-    return ours
-
-
 ADAPTERS: dict[str, Callable[[Case, Api, bool], Results]] = {
     "a_unirl_klmask": _unirl_mask,
     "a2_unirl_clip": _unirl_clip,
@@ -426,5 +321,3 @@ ADAPTERS: dict[str, Callable[[Case, Api, bool], Results]] = {
     "i_flowfactory_step": _flowfactory_step,
     "i2_flowfactory_loss": _flowfactory_loss,
 }
-# These take `one_call` as well.
-END_TO_END = dict.fromkeys(("f_e2e_unirl", "f_e2e_verl", "f_e2e_guard_script"), end_to_end)

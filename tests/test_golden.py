@@ -1,393 +1,31 @@
 """Every recorded call of the public trainers, through this package.
 
-`golden_adapters.py` says each call in our terms; here is what must agree, how closely, and the list of what does not
-and why. A case runs in float32 against the recorded numbers and, where the trainer's function was also run in double
-precision, in float64 against those.
+`golden_adapters.py` says each call in our terms, `golden_compare.py` how closely it must agree, and
+`golden_differences.py` what does not and why. A case runs in float32 against the recorded numbers and, where the
+trainer's function was also run in double precision, in float64 against those.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import golden_adapters as adapters
 import pytest
-import torch
 from golden.load import Case, load, names
-from torch import Tensor
+from golden_compare import allowed, disagreements, mismatch, size_of
+from golden_differences import DIFFERENCES, HANGS_ON_KL, KL_MEAN, NOT_OURS, STEP_LOSS_DIFFERENCES, Expected
+from golden_training import END_TO_END, end_to_end, run
 
-import flowdppo_ops
 from flowdppo_ops import reference
 
-Expected = dict[str, Tensor]
 
-# Recorded, but a parameter, an input of ours, or nothing this package returns.
-NOT_OURS = {
-    "metric.kl_mask_threshold": "a parameter",
-    "metric.clip_range": "a parameter",
-    "metric.kl_coef": "a parameter",
-    "out.sigma_t": "f_e2e_unirl: an input of ours; its formula is compared in d2_unirl_sigma_t",
-    "out.sqrt_dt": "an input of ours",
-    "out.dt": "an input of ours",
-    "out.ratio_mean_bias": "not returned; it shows in the ratio",
-}
-
-# ---- deliberate differences ------------------------------------------------------------------------------------------
-
-
-class Difference(NamedTuple):
-    """Why a case differs, and what our result is instead of the recorded one."""
-
-    reason: str
-    ours: Callable[[Case, bool], Expected] | None = None  # expected values of the differing results
-    raises: str = ""  # or the ValueError's message
-
-
-def _differ(difference: Difference, *cases: str) -> dict[str, Difference]:
-    return dict.fromkeys(cases, difference)
-
-
-def _no_nan(case: Case, double: bool) -> Expected:
-    recorded = {k: v for k, v in case.recorded(double).items() if k.startswith("grad") and v is not None}
-    return {k: torch.where(v.isnan(), 0.0, v) for k, v in recorded.items()}
-
-
-def _double_kl(case: Case, double: bool) -> Expected:
-    return {k: v for k, v in case.recorded(True).items() if k == "aux.kl_per_sample" or "kl_new_old" in k}
-
-
-def _squared_drift(case: Case) -> Tensor:
-    found = case.inputs(True)
-    new = found.get("new_means", found.get("prev_sample_mean", case.arrays.get("out.new_means")))
-    return (new.double() - found.get("old_means", found.get("old_prev_sample_mean"))) ** 2
-
-
-def _stored_means_kl(case: Case, double: bool) -> Expected:
-    kl = (_squared_drift(case) / (2 * case.arrays["out.sigma_t"].double() ** 2)).flatten(2).mean(-1)
-    return {"aux.kl_per_sample": kl, "metric.kl_new_old_mean": kl.mean(), "metric.kl_new_old_max": kl.max()}
-
-
-def _kl_of_row_sigma(case: Case, double: bool) -> Expected:
-    given = case.inputs(True)
-    sigma = given["std_dev_t"] * given["sqrt_dt"]
-    return {"aux.kl_per_sample": _squared_drift(case).flatten(1).mean(1) / (2 * sigma**2)}
-
-
-def _rows_without_latents(case: Case, double: bool) -> Expected:
-    """The masked objective with one latent element per row; the gradient of `-A ratio` is itself."""
-    given = case.inputs(True)
-    kl = _squared_drift(case) / (2 * given["sigma_t"] ** 2)
-    ratio, advantages = torch.exp(given["new_logp"] - given["old_logp"]), given["advantages"]
-    high = kl >= case.number("kl_mask_threshold")
-    pos, neg = high & (ratio > 1) & (advantages > 0), high & (ratio < 1) & (advantages < 0)
-    loss = torch.where(pos | neg, 0.0, -advantages * ratio)
-    shares = {"kl_mask_fraction": high, "neg_rm_fraction": neg, "masked_fraction": pos | neg}
-    shares["unmasked_fraction"] = ~(pos | neg)
-    return {
-        "aux.kl_per_sample": kl,
-        "out.loss_per_elem": loss,
-        "grad.w.new_logp": loss * given["w"],
-        "grad.mean.new_logp": loss / loss.numel(),
-        "metric.kl_new_old_max": kl.max(),
-        **{f"metric.{name}": rows.double().mean() for name, rows in shares.items()},
-    }
-
-
-def _log_density(case: Case, std: Tensor | float, mean: Tensor) -> Tensor:
-    error = case.inputs(True)["prev_sample"] - mean.double()
-    return (-(error**2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
-
-
-def _ungated_log_prob(case: Case, double: bool) -> Expected:
-    given, mean, eta = case.inputs(True), case.arrays["out.prev_sample_mean"], case.number("eta")
-    sigma, dt = given["sigma"], given["sigma_next"] - given["sigma"]
-    if case.params["canonical_name"] == "cps":
-        return {"out.log_prob": -((given["prev_sample"] - mean) ** 2).flatten(1).mean(1)}
-    if eta == 0:
-        return {"out.log_prob": torch.zeros(len(mean))}
-    q = eta * (torch.sqrt(sigma / (1 - sigma)) if case.params["canonical_name"] == "flow" else 1)
-    return {"out.log_prob": _log_density(case, float(q * torch.sqrt(-dt)), mean)}
-
-
-def _no_noise(case: Case, double: bool) -> Expected:
-    """Nothing but the mean's own gradient, which for std 0 is `dt * mean`."""
-    given, mean = case.inputs(True), case.arrays["out.prev_sample_mean"].double()
-    velocity, dt = "noise_pred", 0.0
-    if case.group == "e_verl_step":
-        velocity, dt = "model_output", given["sigmas"][3] - given["sigmas"][2]
-    expected = {"out.log_prob": torch.zeros(len(mean)), f"grad.{velocity}": torch.zeros_like(mean)}
-    return expected if double else expected | {f"grad_j2.{velocity}": dt * mean}
-
-
-def _unclamped_sigma(case: Case, double: bool) -> Expected:
-    sigma = case.inputs(True)["sigmas"][case.params["target_steps"]]
-    recorded, transition = case.arrays["out.sigma_t"].flatten(), case.arrays["aux.replay_transition_std"]
-    return {"out.sigma_t": torch.where(sigma == 1, recorded, transition)}
-
-
-def _unmixed_batch(case: Case, double: bool) -> Expected:
-    """Upstream has `B` copies of each row, and each log-prob is the mean over the batch."""
-    rec, w = case.recorded(double), case.inputs(True)["w"][:, None, None]
-    mean, b = rec["out.prev_sample_mean"][0], len(w)
-    sqrt_dt = math.sqrt(case.arrays["in.sigmas"][3].double() - case.arrays["in.sigmas"][4].double())
-    std = rec["out.std_dev_t"].double().flatten()[0] * sqrt_dt
-    log_prob = _log_density(case, float(std), mean) + (adapters.NORMALIZER_ERROR if double else 0.0)
-    assert torch.allclose(log_prob.mean(), rec["out.log_prob"].double(), rtol=0, atol=1e-6)
-    expected = {"out.prev_sample_mean": mean, "out.log_prob": log_prob}
-    expected["grad.model_output"] = (rec["grad.model_output"] * w * b / w.sum()).to(rec["grad.model_output"].dtype)
-    if not double:
-        own = (rec["grad_j2.model_output"] - rec["grad.model_output"]) / b
-        expected["grad_j2.model_output"] = expected["grad.model_output"] + own
-    return expected
-
-
-def _guard_per_row(case: Case, double: bool) -> Expected:
-    """GRPO-Guard with one drift per row (and in Flow-Factory's the scale of the same row), stated in float64.
-
-    Held against the recorded numbers first: with one drift for the batch they are the guard script's, and its ratios
-    on the diagonal are Flow-Factory's.
-    """
-    given, params, recorded = case.inputs(True), case.params, case.recorded(double)
-    flowfactory = case.group == "i2_flowfactory_loss"
-    leaves: dict[str, Tensor] = {}
-    if case.group == "f_e2e_guard_script":
-        leaves["noise_pred"] = velocity = given["noise_pred"].clone().requires_grad_()
-        schedule, _ = adapters.one_step_training(case, given)
-        step = reference.sde_step(velocity, given["sample"], prev_sample=given["prev_sample"], **schedule)
-        mean, log_prob = step.prev_sample_mean, step.log_prob + adapters.NORMALIZER_ERROR
-        sqrt_dt = torch.sqrt(schedule["sigma"] - schedule["sigma_next"])
-        std_dev_t = step.std / sqrt_dt
-    else:
-        leaves["prev_sample_mean"] = mean = given["prev_sample_mean"].clone().requires_grad_()
-        leaves["log_prob"] = log_prob = given["log_prob"].clone().requires_grad_()
-        std_dev_t = given["std_dev_t"].flatten()
-        sqrt_dt = torch.sqrt(-given["dt"].flatten()) if flowfactory else given["sqrt_dt"].flatten()
-    if flowfactory:
-        (low, high), limit = params["clip_range"], params["adv_clip_range"][1]
-        c, divisor = std_dev_t * sqrt_dt, 1.0
-    else:
-        (low, high), limit = (-params["clip_range"], params["clip_range"]), params["adv_clip_max"]
-        c, divisor = std_dev_t.mean() * sqrt_dt.mean(), sqrt_dt.mean() ** 2
-    advantages = given["advantages"].clamp(-limit, limit)
-    penalty = torch.zeros(())
-    if params.get("beta"):
-        squares = ((mean - given["ref_prev_sample_mean"]) ** 2).flatten(1).mean(1)
-        penalty = params["beta"] * (squares / (2 * std_dev_t**2)).mean()
-
-    def policy(drift: Tensor) -> tuple[Tensor, Tensor]:
-        ratio = torch.exp((log_prob - given["old_log_prob"] + drift / (2 * c**2)) * c)
-        row_loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 + low, 1 + high))
-        return ratio.detach(), row_loss.mean() / divisor
-
-    drift = ((mean - given["old_prev_sample_mean"]) ** 2).flatten(1).mean(1)
-    ratio, loss = policy(drift)
-    if flowfactory:
-        theirs = ratio
-        recorded_ratio = recorded["out.ratio"].reshape(len(ratio), -1).diagonal()
-    else:
-        theirs, their_loss = policy(drift.mean())
-        recorded_ratio = recorded["out.ratio"]
-        assert torch.allclose(their_loss + penalty, recorded["out.loss"].double(), rtol=2e-6, atol=0)
-    assert torch.allclose(theirs, recorded_ratio.double(), rtol=2e-6, atol=0)
-
-    grads = torch.autograd.grad(loss + penalty, list(leaves.values()))
-    above, below = ratio - 1 > high, 1 - ratio > -low
-    names = {True: "clip_frac_total clip_frac_high clip_frac_low", False: "clipfrac clipfrac_gt_one clipfrac_lt_one"}
-    shares = zip(names[flowfactory].split(), (above | below, above, below), strict=True)
-    values = {
-        "out.ratio": ratio.expand(recorded["out.ratio"].shape),
-        "out.loss": loss + penalty,
-        "out.policy_loss": loss,
-        "metric.loss": loss + penalty,
-        "metric.policy_loss": loss,
-        **{f"grad.{name}": grad for name, grad in zip(leaves, grads, strict=True)},
-        **{f"metric.{name}": rows.double().mean() for name, rows in shares},
-    }
-    return {key: value for key, value in values.items() if key in recorded}
-
-
-DIFFERENCES: dict[str, Difference] = {
-    **_differ(
-        Difference("a blocked row with an infinite ratio: upstream's gradient is 0 * inf = NaN, ours is 0", _no_nan),
-        "a_unirl_klmask__float64_ratio_inf",
-        "a_unirl_klmask__ratio_inf_adv_pos",
-        "a2_unirl_clip__inf_ratio",
-        "b_verl_flowdppo__ratio_inf_adv_pos",
-        "c_verl_flowgrpo__inf_ratio",
-    ),
-    **_differ(
-        Difference("upstream squares half-precision means in half precision; ours as its double run", _double_kl),
-        "a_unirl_klmask__bf16_means_thr_0.01",
-        "a_unirl_klmask__bf16_means_thr_1e-05",
-        "a_unirl_klmask__fp16_means_thr_0.01",
-        "a_unirl_klmask__fp16_means_thr_1e-05",
-        "b_verl_flowdppo__bf16_means",
-    ),
-    **_differ(
-        Difference("upstream squares half-precision means in half precision; ours does not", _stored_means_kl),
-        "f_e2e_unirl__flow_bf16_recipe",
-        "f_e2e_unirl__flow_fp16_default",
-    ),
-    **_differ(
-        Difference("sigma of another rank than the means: ours refuses, whatever the sizes", raises="std has shape"),
-        "a_unirl_klmask__error_token_4d_rank5_sigma",
-        "a_unirl_klmask__error_video_6d_rank5_sigma",
-        "a_unirl_klmask__quirk_token_4d_rank5_sigma_B_eq_S",
-    ),
-    "a_unirl_klmask__quirk_rank2_means": Difference(
-        "means without latent dimensions: upstream has one KL for the batch, ours one per row", _rows_without_latents
-    ),
-    "b_verl_flowdppo__error_std_0dim_sqrt_dt_B": Difference(
-        "upstream lays the per-row sigma along the last latent axis and fails; ours takes it per row", _kl_of_row_sigma
-    ),
-    "c_verl_flowgrpo__batch_1_ratio_std_nan": Difference(
-        "deviation of one ratio: NaN upstream here and 0 in its Flow-DPPO; ours is 0 always",
-        lambda case, double: {"metric.actor/ratio_std": torch.zeros(())},
-    ),
-    "c_verl_flowgrpo__tie_outside_clip_half_gradient": Difference(
-        "ratio outside the clip range, both float32 surrogates equal: upstream keeps half the gradient, ours none",
-        lambda case, double: {"grad.log_prob": case.recorded(True)["grad.log_prob"]},
-    ),
-    **_differ(
-        Difference(
-            "below eta 1e-7 upstream returns no log-prob; ours always does, 0 for an SDE of std 0", _ungated_log_prob
-        ),
-        "d_unirl_step__cps_eta_0_returns_none",
-        "d_unirl_step__cps_eta_9e-8_returns_none",
-        "d_unirl_step__dance_eta_0_returns_none",
-        "d_unirl_step__dance_eta_9e-8_returns_none",
-        "d_unirl_step__flow_eta_0_returns_none",
-        "d_unirl_step__flow_eta_9e-8_returns_none",
-    ),
-    **_differ(
-        Difference(
-            "an SDE of std 0 has no density: upstream gives NaN and inf, ours log-prob 0 and no gradient", _no_noise
-        ),
-        "d_unirl_step__flow_dt_zero",
-        "e_verl_step__sde_noise_level_zero",
-    ),
-    **_differ(
-        Difference("UniRL clamps sigma to 0.99 in the KL but not in the step; ours is the step's", _unclamped_sigma),
-        "d2_unirl_sigma_t__hand_near_one_eta0.7_on",
-        "d2_unirl_sigma_t__hand_near_one_eta1_on",
-    ),
-    "g_flowgrpo_step__sd3_token_layout_quirk": Difference(
-        "upstream broadcasts [B,N,C] to [B,B,N,C] and mixes the samples; ours scores each", _unmixed_batch
-    ),
-    **_differ(
-        Difference("the guard script has one drift for the batch; ours one per row, as verl-omni", _guard_per_row),
-        "f_e2e_guard_script__guard_first",
-        "f_e2e_guard_script__guard_mid",
-        "g2_script_loss__guard_beta",
-        "g2_script_loss__guard_per_sample_std",
-        "g2_script_loss__guard_shared",
-        "g2_script_loss__guard_wide_clip",
-    ),
-    "h_verl_advantage__single_row_T1_nan_globalstd_True": Difference(
-        "one single reward has no standard deviation: NaN upstream; ours is 0, as of every row alone in its group",
-        lambda case, double: {"out.advantages": torch.zeros_like(case.recorded(double)["out.advantages"])},
-    ),
-    "i2_flowfactory_loss__guard_per_sample_step": Difference(
-        "Flow-Factory pairs the scale of every row with the log-prob of every row; ours with its own", _guard_per_row
-    ),
-}
-
-# `step_loss` takes its KL from the transition itself. Where the trainer does not, the KL and what hangs on it differ;
-# what ours is, is `test_step_loss_is_sde_step_and_loss`.
-STEP_LOSS_DIFFERENCES = {
-    **dict.fromkeys(
-        ("f_e2e_unirl__flow_fp32", "f_e2e_unirl__flow_fp32_replay_source"),
-        "UniRL's KL takes sigma 0.99 at the first step: its standard deviation is 1.9 times that of the step",
-    ),
-    **dict.fromkeys(
-        ("f_e2e_unirl__flow_bf16_recipe", "f_e2e_unirl__flow_fp16_default"),
-        "the same, and UniRL rounds the new means to half precision before the KL",
-    ),
-    **dict.fromkeys(
-        ("f_e2e_unirl__cps_fp32", "f_e2e_unirl__dance_fp32"), "UniRL's KL has Flow-SDE's sigma whatever the sampler"
-    ),
-    **dict.fromkeys(
-        ("f_e2e_verl__dppo_cps", "f_e2e_verl__dppo_dance"), "verl-omni's KL has sqrt(-dt) in its sigma twice"
-    ),
-}
-_KL_MEAN = ("metric.kl_new_old_mean", "metric.actor/kl_new_old_mean")
-_HANGS_ON_KL = ("kl_new_old", "kl_mask", "_rm_fraction", "masked_fraction", "kl_per_sample", "loss", "grad.noise_pred")
-
-# ---- how closely -----------------------------------------------------------------------------------------------------
-
-# In units of 2^-23 (float32) of the largest magnitude. The trainers' own float32 results are up to 6 units (losses,
-# gradients), 17 (log-prob of a step) and 25 (mean and gradient of a step with sigma 1) from their double-precision
-# ones; ours may be as far to the other side.
-_UNITS = {"d": 50, "e": 50, "g": 50, "i": 50}
-_OTHER_UNITS = 12
-
-
-def _size(key: str, want: Tensor, ours: dict[str, Any]) -> float:
-    """The magnitude that a result's rounding is relative to."""
-    name = key.split(".")[-1].split("/")[-1]
-    kind = "kl" if name.startswith(("kl_new_old", "kl_per_sample")) else name
-    finite = want[torch.isfinite(want)].abs()
-    own = finite.max().item() if finite.numel() else 0.0
-    return max(own, float(ours.get(f"size.{kind}", 0.0)))
-
-
-def _allowed(case: Case, key: str, want: Tensor, ours: dict[str, Any], double: bool) -> float:
-    if "frac" in key:
-        return 2.0**-23  # a share of at most 24 rows, some of them rounded to float32: the same count
-    size = _size(key, want, ours)
-    units = _UNITS.get(case.group.split("_")[0], _OTHER_UNITS)
-    if case.arrays.get(key, want).dtype in (torch.bfloat16, torch.float16):
-        return (torch.finfo(case.arrays[key].dtype).eps + units * 2.0**-23) * size
-    if "in.noise_level" in case.arrays:  # upstream takes its sine and square in float32 always
-        return units * 2.0**-23 * size
-    if double or case.meta["dtype"] == "float64":
-        # A float32 gradient of a double run: each use of the leaf is rounded, and their sum.
-        return (1e-12 if want.dtype == torch.float64 else 2.0**-22) * size
-    return units * 2.0**-23 * size
-
-
-def _mismatch(key: str, ours: Tensor | None, want: Tensor | None, allowed: float) -> str:
-    """Empty, or what is wrong. NaN agrees with NaN, infinity with the same infinity."""
-    if ours is None or want is None:
-        return "" if ours is want else f"{key}: {'no' if ours is None else 'a'} value, recorded otherwise"
-    if ours.numel() != want.numel():
-        return f"{key}: shape {tuple(ours.shape)}, wanted {tuple(want.shape)}"
-    mine, theirs = ours.detach().double().flatten(), want.detach().double().flatten()
-    finite = torch.isfinite(theirs)
-    error = (mine - theirs).abs()[finite]
-    same = torch.equal(mine[~finite].nan_to_num(math.pi), theirs[~finite].nan_to_num(math.pi))
-    if key == "out.loss_per_elem":  # the mask, exactly
-        same = same and torch.equal(mine == 0, theirs == 0)
-    if same and bool((error <= allowed).all()):
-        return ""
-    where = (~((mine - theirs).abs() <= allowed) & ~(mine.isnan() & theirs.isnan())).nonzero().flatten()[:3].tolist()
-    pairs = [f"[{i}] {mine[i].item():.9g} for {theirs[i].item():.9g}" for i in where]
-    return f"{key}: {', '.join(pairs)}; {allowed:.2g} allowed"
-
-
-def _run(case: Case, through: str, double: bool) -> dict[str, Tensor | None]:
-    impl, _, function = through.partition(" ")
-    api = {"reference": reference, "fused": flowdppo_ops}[impl]
-    if case.group in adapters.END_TO_END:
-        return adapters.END_TO_END[case.group](case, api, double, one_call=function == "step_loss")
-    return adapters.ADAPTERS[case.group](case, api, double)
-
-
-def _compare(case: Case, double: bool, ours: dict[str, Any], expected: Expected) -> None:
+def compare(case: Case, double: bool, ours: dict[str, Any], expected: Expected) -> None:
     """All that was recorded, with `expected` in the place of what is listed as different."""
     recorded = {key: value for key, value in case.recorded(double).items() if key not in NOT_OURS}
     assert not recorded.keys() - ours.keys(), "recorded results that the adapter does not return"
-    wrong = []
-    for key, want in (recorded | expected).items():
-        target = expected.get(key, want)
-        allowed = 0.0 if target is None else _allowed(case, key, target, ours, double)
-        wrong.append(_mismatch(key, ours[key], target, allowed))
-    assert not list(filter(None, wrong)), f"{case.name}: {case.meta['note']}"
-
-
-# ---- tests -----------------------------------------------------------------------------------------------------------
+    wrong = disagreements(case, ours, recorded | expected, double)
+    assert not wrong, f"{case.name}: {case.meta['note']}"
 
 
 def _drives(impl: str) -> list[Any]:
@@ -395,7 +33,7 @@ def _drives(impl: str) -> list[Any]:
     drives = []
     for name, api in itertools.product(names(), dict.fromkeys(("reference", impl))):
         group, ways = name.split("__")[0], [api]
-        if group in adapters.END_TO_END and name not in STEP_LOSS_DIFFERENCES:
+        if group in END_TO_END and name not in STEP_LOSS_DIFFERENCES:
             ways.append(f"{api} step_loss")
         for through in ways:
             drives.append(pytest.param(name, through, False, id=f"{name}-{through}"))
@@ -414,12 +52,12 @@ def test_agrees_with_the_recorded_trainer(name: str, through: str, double: bool)
     case, difference = load(name), DIFFERENCES.get(name)
     if difference is None:
         assert case.meta["raises"] is None, "upstream raises: list what ours does"
-        _compare(case, double, _run(case, through, double), {})
+        compare(case, double, run(case, through, double), {})
     elif difference.raises:
         with pytest.raises(ValueError, match=difference.raises):
-            _run(case, through, double)
+            run(case, through, double)
     else:
-        _compare(case, double, _run(case, through, double), difference.ours(case, double))
+        compare(case, double, run(case, through, double), difference.ours(case, double))
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
@@ -429,43 +67,41 @@ def test_listed_difference_is_one(name: str) -> None:
     if difference.raises:  # `test_agrees_with_the_recorded_trainer` sees ours raise; upstream must do something else
         assert (case.meta["raises"] or {}).get("type") != "ValueError"
         return
-    ours, recorded = _run(case, "reference", False), case.recorded(False)
-    assert any(
-        _mismatch(key, ours[key], want, 0.0 if want is None else _allowed(case, key, want, ours, False))
-        for key, want in ((key, recorded.get(key)) for key in difference.ours(case, False))
-    ), f"agrees: {difference.reason}"
+    ours, recorded = run(case, "reference", False), case.recorded(False)
+    wanted = {key: recorded.get(key) for key in difference.ours(case, False)}
+    assert disagreements(case, ours, wanted, False), f"agrees: {difference.reason}"
 
 
 @pytest.mark.parametrize("name", STEP_LOSS_DIFFERENCES)
 def test_step_loss_differs_in_the_kl_alone(name: str) -> None:
     case = load(name)
-    ours = _run(case, "reference step_loss", False)
+    ours = run(case, "reference step_loss", False)
     for key, want in case.recorded(False).items():
         if key in NOT_OURS:
             continue
-        mismatch = _mismatch(key, ours[key], want, _allowed(case, key, want, ours, False))
-        if key in _KL_MEAN:
-            assert mismatch, f"{key} agrees: {STEP_LOSS_DIFFERENCES[name]}"
-        elif not any(part in key for part in _HANGS_ON_KL):
-            assert not mismatch
+        wrong = mismatch(key, ours[key], want, allowed(case, key, want, ours, False))
+        if key in KL_MEAN:
+            assert wrong, f"{key} agrees: {STEP_LOSS_DIFFERENCES[name]}"
+        elif not any(part in key for part in HANGS_ON_KL):
+            assert not wrong
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", [name for group in adapters.END_TO_END for name in names(group)])
+@pytest.mark.parametrize("name", [name for group in END_TO_END for name in names(group)])
 def test_step_loss_is_sde_step_and_loss(name: str, double: bool) -> None:
     """With the transition's own standard deviation the two ways give the same, recorded or not."""
     case = load(name)
-    one = _run(case, "reference step_loss", double)
-    two = adapters.end_to_end(case, reference, double, trainers_kl=False)
+    one = run(case, "reference step_loss", double)
+    two = end_to_end(case, reference, double, trainers_kl=False)
     assert one.keys() == two.keys()
     for key, want in two.items():
-        allowed = 0.0 if want is None else (1e-13 if double else 2.0**-23) * _size(key, want, two)
-        assert not _mismatch(key, one[key], want, allowed)
+        allowed = 0.0 if want is None else (1e-13 if double else 2.0**-23) * size_of(key, want, two)
+        assert not mismatch(key, one[key], want, allowed)
 
 
 def test_every_case_is_driven_and_every_listed_name_exists() -> None:
     stems = set(names())
-    groups = {*adapters.ADAPTERS, *adapters.END_TO_END}
+    groups = {*adapters.ADAPTERS, *END_TO_END}
     assert len(stems) == 274
     assert {stem.split("__")[0] for stem in stems} == groups
     assert stems >= DIFFERENCES.keys() | STEP_LOSS_DIFFERENCES.keys()

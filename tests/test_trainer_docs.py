@@ -22,7 +22,7 @@ import pytest
 import torch
 from differences import differences
 from golden.load import Case, load, names
-from test_integrations_scripts import differing, leaf
+from golden_compare import differing, leaf
 from torch import Tensor
 from trainers.flow_factory import stand_in
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import golden_adapters as adapters
 import pytest
-import test_golden as golden
 import torch
 from golden.load import Case, load, names
+from golden_adapters import largest, schedule_of
+from golden_compare import disagreements
+from golden_differences import DIFFERENCES, no_noise, squared_drift, stored_means_kl
+from golden_training import end_to_end
 from torch import Tensor
 from trainers import unirl as standin_unirl
 from unirl_modules import both, is_standin, trainer
 
 from flowdppo_ops import reference
 
-# The differences of the plain API (test_golden.DIFFERENCES) that UniRL's entry points do not have with strict=True.
+# Of golden_differences.DIFFERENCES, those that UniRL's entry points do not have with strict=True.
 _REPRODUCED = (
     *("a_unirl_klmask__float64_ratio_inf", "a_unirl_klmask__ratio_inf_adv_pos", "a2_unirl_clip__inf_ratio"),
     *("d2_unirl_sigma_t__hand_near_one_eta0.7_on", "d2_unirl_sigma_t__hand_near_one_eta1_on"),
@@ -55,7 +57,7 @@ def expected_of(case: Case, double: bool, strict: bool) -> dict[str, Tensor]:
     """What stands in the place of the recorded numbers."""
     if case.name in _OTHER_RANK:
         return _masked_rows(case, double)
-    difference = golden.DIFFERENCES.get(case.name)
+    difference = DIFFERENCES.get(case.name)
     if difference is None or (strict and case.name in _REPRODUCED):
         return {}
     return difference.ours(case, double)
@@ -66,11 +68,8 @@ def agree(case: Case, ours: dict[str, Any], expected: dict[str, Tensor], double:
     wanted = case.recorded(double) | expected
     wanted = {key: value for key, value in wanted.items() if not key.startswith("aux.")}
     assert not case.recorded(double).keys() - ours.keys() - {key for key in case.recorded(double) if "aux." in key}
-    wrong = []
-    for key, want in wanted.items():
-        allowed = 0.0 if want is None else golden._allowed(case, key, want, ours, double)
-        wrong.append(golden._mismatch(key, ours[key], want, allowed))
-    assert not list(filter(None, wrong)), f"{case.name}: {case.meta['note']}"
+    wrong = disagreements(case, ours, wanted, double)
+    assert not wrong, f"{case.name}: {case.meta['note']}"
 
 
 def run_helper(case: Case, helper: Any, double: bool, **more: Any) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def run_helper(case: Case, helper: Any, double: bool, **more: Any) -> dict[str, 
         "out.loss_per_elem": rows,
         "grad.w.new_logp": torch.autograd.grad(weighted, leaves["new_logp"], retain_graph=True)[0],
         **{f"metric.{name}": value for name, value in metrics.items()},
-        "size.ratio_std": adapters._largest(ratio),
+        "size.ratio_std": largest(ratio),
     }
     for name, leaf in leaves.items():
         gradient = torch.autograd.grad(mean, leaf, retain_graph=True, allow_unused=True)
@@ -175,7 +174,7 @@ def test_recorded_steps(unirl, name):
         for key, objective in (("grad", scores), ("grad_j2", scores + 0.5 * (mean**2).sum())):
             ours[f"{key}.noise_pred"] = torch.autograd.grad(objective, noise_pred, retain_graph=True)[0]
     # Sigma twice in a schedule: UniRL's log-prob is NaN, ours 0. No schedule has that.
-    agree(case, ours, golden._no_noise(case, False) if name == _NO_DENSITY else {})
+    agree(case, ours, no_noise(case, False) if name == _NO_DENSITY else {})
     assert unirl.fallbacks() == {}
 
 
@@ -224,7 +223,7 @@ def run_algorithm(case: Case, unirl: Any, strict: bool) -> dict[str, Any]:
     assert set(result.metrics) == {key[7:] for key in case.arrays if key.startswith("metric.")}
     with torch.no_grad():
         replay = stage.replay({}, segment=segment, params=given_params, step_indices=params["sde_indices"])
-    sizes = adapters.end_to_end(case, reference, False)
+    sizes = end_to_end(case, reference, False)
     ours = {
         "out.loss": torch.tensor(result.loss),
         "out.new_logp": replay.log_probs,
@@ -254,19 +253,19 @@ def test_fixed_training_steps_have_the_kl_of_the_transition(unirl, name):
     """Against `sde_step` and `loss` of the reference, with the standard deviation that the one hands the other."""
     case = load(name)
     ours = run_algorithm(case, unirl, False)
-    expected = adapters.end_to_end(case, reference, False, trainers_kl=False)
+    expected = end_to_end(case, reference, False, trainers_kl=False)
     if "out.sigma_t" in case.arrays and case.params["add_kl_coefficient"]:
         expected["out.sigma_t"] = transition_std(case).reshape(1, -1, 1, 1, 1)
     elif "out.sigma_t" in case.arrays:
         expected["out.sigma_t"] = case.arrays["out.sigma_t"]
     if name in _HALF:  # of the means as they are stored
-        drift = golden._squared_drift(case).flatten(2).mean(-1)
+        drift = squared_drift(case).flatten(2).mean(-1)
         kl = drift / (2 * expected["out.sigma_t"].reshape(1, -1) ** 2)
         expected = {"out.sigma_t": expected["out.sigma_t"], "metric.kl_new_old_mean": kl.mean()}
-        agree_some(case, ours, expected)
+        assert not disagreements(case, ours, expected, False)
         return
     keep = {key for key in case.recorded(False) if not key.startswith("aux.") and key in expected}
-    agree_some(case, ours, {key: expected[key] for key in keep})
+    assert not disagreements(case, ours, {key: expected[key] for key in keep}, False)
     assert {"out.loss", "grad.noise_pred"} <= keep
 
 
@@ -274,16 +273,8 @@ def transition_std(case: Case) -> Tensor:
     """`[S]` in float64."""
     given, index = case.inputs(True), torch.tensor(case.params["sde_indices"])
     eta = given["sigmas"].new_tensor(case.number("eta"))
-    schedule = adapters._schedule(given["sigmas"], index, case.params["strategy"], eta)
+    schedule = schedule_of(given["sigmas"], index, case.params["strategy"], eta)
     return reference.transition(**schedule)[2]
-
-
-def agree_some(case: Case, ours: dict[str, Any], expected: dict[str, Tensor]) -> None:
-    wrong = (
-        golden._mismatch(key, ours[key], want, golden._allowed(case, key, want, ours, False))
-        for key, want in expected.items()
-    )
-    assert not list(filter(None, wrong))
 
 
 def test_effects_are_as_listed():
@@ -297,21 +288,18 @@ def test_effects_are_as_listed():
     assert factors["dance"] == pytest.approx([0.01, 0.037, 0.22], rel=2e-2)
     for name, effect in zip(_HALF, (1.2e-4, 6e-5), strict=True):
         case = load(name)
-        exact = golden._stored_means_kl(case, False)["metric.kl_new_old_mean"].item()
+        exact = stored_means_kl(case, False)["metric.kl_new_old_mean"].item()
         assert abs(case.arrays["metric.kl_new_old_mean"].item() / exact - 1) == pytest.approx(effect, rel=0.2)
 
 
 def test_listed_differences_are_some(unirl):
     """What strict=True reproduces differs with strict=False, so that the lists cannot outlive their reasons."""
     for name in _REPRODUCED:
-        assert golden.DIFFERENCES[name]
+        assert DIFFERENCES[name]
         case = load(name)
         expected = expected_of(case, False, False)
-        assert any(
-            golden._mismatch(key, expected[key], want, golden._allowed(case, key, want, {}, False))
-            for key, want in case.recorded(False).items()
-            if key in expected
-        ), name
+        recorded = {key: want for key, want in case.recorded(False).items() if key in expected}
+        assert disagreements(case, expected, recorded, False), name
 
 
 @both

@@ -6,13 +6,16 @@ import re
 from typing import Any
 
 import pytest
-import test_golden as golden
 import torch
 from differences import effect
 from golden.load import Case, load, names
+from golden_adapters import largest, verl_metrics
+from golden_compare import grad_of, leaf
+from golden_differences import DIFFERENCES
+from golden_training import end_to_end, one_step_training, run
 from torch import Tensor
 from trainers import verl_omni as trainer
-from verl_omni_calls import LOSSES, _drives, as_metrics, compare, grad_of, leaf, run_micro_batch
+from verl_omni_calls import LOSSES, _drives, as_metrics, compare, run_micro_batch
 
 import flowdppo_ops
 from flowdppo_ops import reference
@@ -26,7 +29,6 @@ NOT_STRICT = {
 
 def _sizes(log_ratio: Tensor) -> dict[str, Tensor]:
     """What the metrics are small differences of."""
-    largest = golden.adapters._largest
     return {"size.ratio_std": largest(log_ratio.exp()), "size.ppo_kl": largest(log_ratio)}
 
 
@@ -79,7 +81,7 @@ def test_recorded_loss_strict(strict, name, double):
             assert "own" in _metrics_of(loss, case) or trainer.is_real()
         assert list(strict.ours.fallbacks().values()) == [1]
         return
-    expected = golden.DIFFERENCES[name].ours(case, double) if name in NOT_STRICT and not double else {}
+    expected = DIFFERENCES[name].ours(case, double) if name in NOT_STRICT and not double else {}
     compare(case, double, _drive_loss(strict, case, double), expected)
     assert not strict.ours.fallbacks()
 
@@ -98,7 +100,7 @@ def test_listed_exceptions_exist():
 def test_recorded_loss_fixed(fixed, name, double):
     """The differences are those of the plain functions, and the two below."""
     case = load(name)
-    difference = golden.DIFFERENCES.get(name)
+    difference = DIFFERENCES.get(name)
     expected = difference.ours(case, double) if difference else {}
     if name in HAS_NAN_KL:
         expected = _nan_kl_is_high(case)
@@ -185,7 +187,7 @@ def test_recorded_step(either, name):
     scores = (ours["out.log_prob"] * given["w"]).sum()
     ours["grad.model_output"] = grad_of(scores, output)
     ours["grad_j2.model_output"] = grad_of(scores + 0.5 * (ours["out.prev_sample_mean"] ** 2).sum(), output)
-    difference = golden.DIFFERENCES.get(name)
+    difference = DIFFERENCES.get(name)
     compare(case, False, ours, difference.ours(case, False) if difference else {})
     assert not either.ours.fallbacks()
 
@@ -194,7 +196,7 @@ def test_recorded_step(either, name):
 def test_recorded_micro_batch_strict(strict, name):
     case = load(name)
     ours, _ = run_micro_batch(case)
-    through_plain_functions = golden._run(case, "fused", False)
+    through_plain_functions = run(case, "fused", False)
     ours |= {key: through_plain_functions[key] for key in ("size.kl",) if key in through_plain_functions}
     case_names = {key.removeprefix("metric.") for key in case.recorded(False)}
     assert "kl_coef" not in case_names or case.params["config"]["use_kl_loss"] == "True"
@@ -208,7 +210,7 @@ def test_recorded_micro_batch_fixed(fixed, name):
     case = load(name)
     ours, _ = run_micro_batch(case)
     given, params = case.inputs(True), case.params
-    schedule, policy = golden.adapters.one_step_training(case, given)
+    schedule, policy = one_step_training(case, given)
     velocity = leaf(given["noise_pred"])
     result = reference.step_loss(
         velocity,
@@ -220,8 +222,8 @@ def test_recorded_micro_batch_fixed(fixed, name):
     )
     loss = result.loss / params["gradient_accumulation_steps"]
     expected = {"out.loss": loss.detach(), "grad.noise_pred": grad_of(loss, velocity)}
-    expected |= golden.adapters._verl_metrics(result, params["loss_mode"])
-    through_plain_functions = golden.adapters.end_to_end(case, flowdppo_ops, False, trainers_kl=False)
+    expected |= verl_metrics(result, params["loss_mode"])
+    through_plain_functions = end_to_end(case, flowdppo_ops, False, trainers_kl=False)
     ours |= {key: through_plain_functions[key] for key in ("size.kl",) if key in through_plain_functions}
     compare(case, False, ours, expected)
     assert not fixed.ours.fallbacks()

@@ -5,21 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import test_golden as golden
 import torch
 from golden.load import Case, load, names
+from golden_adapters import largest
+from golden_compare import disagreements, leaf
+from golden_differences import NOT_OURS
 from torch import Tensor
 from trainers import verl_omni as trainer
 
 LOSSES = {"b_verl_flowdppo": "flow_dppo", "c_verl_flowgrpo": "flow_grpo", "c_verl_guard": "grpo_guard"}
-
-
-def leaf(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.clone().requires_grad_()
-
-
-def grad_of(value: Tensor, leaf: Tensor | None) -> Tensor | None:
-    return None if leaf is None else torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True)[0]
 
 
 def as_metrics(metrics: dict[str, float]) -> dict[str, Tensor]:
@@ -28,15 +22,12 @@ def as_metrics(metrics: dict[str, float]) -> dict[str, Tensor]:
 
 
 def compare(case: Case, double: bool, ours: dict[str, Any], expected: dict[str, Any], hidden: str = "aux.") -> None:
-    parameters = [k for k in golden.NOT_OURS if k != "out.sqrt_dt"]  # which the scheduler's step returns
+    parameters = [k for k in NOT_OURS if k != "out.sqrt_dt"]  # which the scheduler's step returns
     recorded = {k: v for k, v in case.recorded(double).items() if not k.startswith(hidden) and k not in parameters}
     expected = {k: v for k, v in expected.items() if k in recorded}
     assert {k for k in ours if k.startswith("metric.")} == {k for k in recorded if k.startswith("metric.")}
-    wrong = []
-    for key, want in (recorded | expected).items():
-        allowed = 0.0 if want is None else golden._allowed(case, key, want, ours, double)
-        wrong.append(golden._mismatch(key, ours[key], want, allowed))
-    assert not list(filter(None, wrong)), f"{case.name}: {case.meta['note']}"
+    wrong = disagreements(case, ours, recorded | expected, double)
+    assert not wrong, f"{case.name}: {case.meta['note']}"
 
 
 def _drives(*groups: str, doubles: bool = True) -> list[Any]:
@@ -76,10 +67,10 @@ def run_micro_batch(case: Case) -> tuple[dict[str, Any], Tensor]:
         "out.prev_sample_mean": step[2],
         "out.std_dev_t": step[3],
         "out.sqrt_dt": step[4],
-        "size.ppo_kl": golden.adapters._largest(step[1]),
+        "size.ppo_kl": largest(step[1]),
         "size.ratio_std": torch.ones(()),
     }
-    log_ratio = golden.adapters._largest(step[1].detach() - given["old_log_prob"])
+    log_ratio = largest(step[1].detach() - given["old_log_prob"])
     ours["size.approx_kl"] = ours["size.ppo_kl"] * log_ratio
     return ours, metrics
 
