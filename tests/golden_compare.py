@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
-from golden.load import Case
+from golden.load import Case, load, names
 from torch import Tensor
 
 # In units of 2^-23 (float32) of the largest magnitude. The trainers' own float32 results are up to 6 units (losses,
@@ -87,3 +88,13 @@ def grad_of(objective: Tensor, leaf: Tensor | None) -> Tensor | None:
     if leaf is None:
         return None
     return torch.autograd.grad(objective, leaf, retain_graph=True, allow_unused=True)[0]
+
+
+def drives(*groups: str) -> list[Any]:
+    """Cases of the groups, each in float32 and, where the trainer's function was, in float64."""
+    return [
+        pytest.param(name, double, id=f"{name}{'-double' * double}")
+        for name in (name for group in groups for name in names(group))
+        for double in (False, True)
+        if not double or load(name).has_double()
+    ]

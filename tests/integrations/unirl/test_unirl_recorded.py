@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden.load import Case, load, names
 from golden_adapters import largest, schedule_of
-from golden_compare import disagreements
+from golden_compare import disagreements, drives
 from golden_differences import DIFFERENCES, no_noise, squared_drift, stored_means_kl
 from golden_training import end_to_end
 from torch import Tensor
@@ -98,18 +98,8 @@ def run_helper(case: Case, helper: Any, double: bool, **more: Any) -> dict[str, 
     return ours
 
 
-def _drives(*groups: str) -> list[Any]:
-    cases = [name for group in groups for name in names(group)]
-    return [
-        pytest.param(name, double, id=f"{name}{'-double' * double}")
-        for name in cases
-        for double in (False, True)
-        if not double or load(name).has_double()
-    ]
-
-
 @both
-@pytest.mark.parametrize(("name", "double"), _drives("a_unirl_klmask"))
+@pytest.mark.parametrize(("name", "double"), drives("a_unirl_klmask"))
 def test_recorded_masked_losses(unirl, name, double, strict):
     case = load(name)
     unirl.enable(strict=strict)
@@ -132,7 +122,7 @@ def test_recorded_masked_losses(unirl, name, double, strict):
 
 @both
 @pytest.mark.parametrize("user", ["base", "flowgrpo", "grpo"])
-@pytest.mark.parametrize(("name", "double"), _drives("a2_unirl_clip"))
+@pytest.mark.parametrize(("name", "double"), drives("a2_unirl_clip"))
 def test_recorded_clipped_losses(unirl, name, double, strict, user):
     case = load(name)
     unirl.enable(strict=strict)

@@ -10,12 +10,12 @@ import torch
 from differences import effect
 from golden.load import Case, load, names
 from golden_adapters import largest, verl_metrics
-from golden_compare import grad_of, leaf
+from golden_compare import drives, grad_of, leaf
 from golden_differences import DIFFERENCES
 from golden_training import end_to_end, one_step_training, run
 from torch import Tensor
 from trainers import verl_omni as trainer
-from verl_omni_calls import LOSSES, _drives, as_metrics, compare, run_micro_batch
+from verl_omni_calls import LOSSES, as_metrics, compare, run_micro_batch
 
 import flowdppo_ops
 from flowdppo_ops import reference
@@ -66,7 +66,7 @@ def _drive_loss(modules: Any, case: Case, double: bool, transition: bool = False
     return ours if log_prob is None else ours | _sizes(log_prob.detach() - given["old_log_prob"])
 
 
-recorded_losses = pytest.mark.parametrize(("name", "double"), _drives(*LOSSES, "c_verl_kl"))
+recorded_losses = pytest.mark.parametrize(("name", "double"), drives(*LOSSES, "c_verl_kl"))
 
 
 @recorded_losses

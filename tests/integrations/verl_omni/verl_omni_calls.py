@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
-from golden.load import Case, load, names
+from golden.load import Case
 from golden_adapters import largest
 from golden_compare import disagreements, leaf
 from golden_differences import NOT_OURS
@@ -28,14 +27,6 @@ def compare(case: Case, double: bool, ours: dict[str, Any], expected: dict[str, 
     assert {k for k in ours if k.startswith("metric.")} == {k for k in recorded if k.startswith("metric.")}
     wrong = disagreements(case, ours, recorded | expected, double)
     assert not wrong, f"{case.name}: {case.meta['note']}"
-
-
-def _drives(*groups: str, doubles: bool = True) -> list[Any]:
-    stems = [stem for group in groups for stem in names(group)]
-    drives = [pytest.param(stem, False, id=stem) for stem in stems]
-    if doubles:
-        drives += [pytest.param(stem, True, id=f"{stem}-double") for stem in stems if load(stem).has_double()]
-    return drives
 
 
 def run_micro_batch(case: Case) -> tuple[dict[str, Any], Tensor]:
