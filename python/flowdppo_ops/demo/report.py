@@ -116,11 +116,11 @@ def _plot_rewards(path: Path, results: dict[str, Any], over_kl: bool) -> None:
     axes.set_ylim(*_limits(results, "reward"))
     if over_kl:
         axes.set_xlabel("KL to the pretrained model (nats per image, whole trajectory)")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
         shown = np.concatenate([_curves(results["objectives"][name], "kl")[:, 1:].ravel() for name in COLOURS])
         shown = shown[np.isfinite(shown)]
         if shown.size:  # the control may leave the picture
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.set_xlim(0.8 * shown.min(), 1.25 * shown.max())
     else:
         axes.set_xlabel("iteration (one rollout each)")
