@@ -12,9 +12,6 @@ from parity import far_from_ties, run
 from flowdppo_ops import FlowDPPO
 
 SOURCES = ("sample", "sample and old", "log_prob")
-DENSITIES = ("gaussian", "cps")
-LATENT_REDUCTIONS = ("mean", "sum")
-REDUCTIONS = ("mean", "sum", "none", "kept_mean")
 
 objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 

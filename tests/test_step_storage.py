@@ -12,7 +12,6 @@ from step_cases import (
     LATENTS,
     OLD_FORMS,
     REF_FORMS,
-    SAMPLERS,
     STEP_DTYPES,
     STEP_OBJECTIVES,
     draw_step,
@@ -20,11 +19,7 @@ from step_cases import (
 
 from flowdppo_ops import GRPOGuard, _native
 
-samplers = pytest.mark.parametrize("sampler", SAMPLERS)
-old_forms = pytest.mark.parametrize("old_form", OLD_FORMS)
 objectives = pytest.mark.parametrize("objective", STEP_OBJECTIVES.values(), ids=STEP_OBJECTIVES)
-ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-dtypes_of_all = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 
 
 # ---- storage ---------------------------------------------------------------------------------------------------------
