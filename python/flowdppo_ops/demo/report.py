@@ -113,7 +113,7 @@ def _plot_rewards(path: Path, results: dict[str, Any], over_kl: bool) -> None:
             axes.fill_between(iterations, reward.min(0), reward.max(0), color=colour, alpha=0.2, linewidth=0)
     axes.axhline(results["pretrained"]["reward"], color="0.3", linewidth=1, linestyle=":", label="pretrained")
     axes.set_ylabel(REWARD)
-    axes.set_ylim(*_limits(results, "reward"))
+    axes.set_ylim(*_limits(results))
     if over_kl:
         axes.set_xlabel("KL to the pretrained model (nats per image, whole trajectory)")
         shown = np.concatenate([_curves(results["objectives"][name], "kl")[:, 1:].ravel() for name in COLOURS])
@@ -130,9 +130,9 @@ def _plot_rewards(path: Path, results: dict[str, Any], over_kl: bool) -> None:
     plt.close(figure)
 
 
-def _limits(results: dict[str, Any], key: str) -> tuple[float, float]:
-    """The control leaves the picture: it has no say in them."""
-    values = [_curves(entry, key) for name, entry in results["objectives"].items() if name in COLOURS]
+def _limits(results: dict[str, Any]) -> tuple[float, float]:
+    """Of the reward. The control may leave the picture: it has no say in them."""
+    values = [_curves(entry, "reward") for name, entry in results["objectives"].items() if name in COLOURS]
     finite = np.concatenate([array[np.isfinite(array)] for array in values])
     low, high = (finite.min(), finite.max()) if finite.size else (-1.0, 0.0)
     margin = 0.05 * (high - low) or 0.05
